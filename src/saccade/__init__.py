@@ -1,0 +1,1 @@
+"""saccade: one engine, one vocabulary and one proof for efficient attention."""

@@ -1,0 +1,242 @@
+"""The contract that every mechanism signs: what it declares, what it computes, how it is judged.
+
+A mechanism is one class in one file: a frozen `Spec`, a constructor whose keyword arguments are the paper's parameters, `compute` (the
+fast path, composed of primitives), `oracle` (the paper's equations, sharing no code with `compute`), and its claims. Everything else,
+discovery, checks, benchmarks, pages of the gallery, is derived from these.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from saccade.errors import check_qkv, positive
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The shape of the model that a mechanism is built for.
+
+    num_heads: query heads H. head_dim: channels D of one head. num_kv_heads: key heads Hkv, a divisor of H (default H).
+    grid: (T, Y, X), (Y, X) or (X,) when the tokens are a grid, row-major (default None: a sequence).
+    `dim` is the width of the residual stream, H * D.
+
+    >>> Dims(num_heads=8, head_dim=64, num_kv_heads=2).dim
+    512
+    """
+
+    num_heads: int
+    head_dim: int
+    num_kv_heads: int = 0
+    grid: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        positive("num_heads", self.num_heads)
+        positive("head_dim", self.head_dim)
+        object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
+        if self.num_heads % positive("num_kv_heads", self.num_kv_heads):
+            raise ValueError(
+                f"num_kv_heads: got {self.num_kv_heads} for num_heads {self.num_heads}; "
+                "every key head serves the same number of query heads, so pass a divisor"
+            )
+        if self.grid is not None:
+            object.__setattr__(self, "grid", tuple(positive("grid", size) for size in self.grid))
+
+    @property
+    def dim(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def group(self) -> int:
+        """Query heads a key head serves."""
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape at which a mechanism is checked: N = `length` queries and keys, `params` for its constructor."""
+
+    dims: Dims
+    length: int
+    params: Mapping[str, Any] = field(default_factory=dict)
+    batch: int = 2
+
+    def __str__(self) -> str:
+        d = self.dims
+        inner = ",".join(f"{k}={v}" for k, v in self.params.items())
+        grid = "x".join(map(str, d.grid)) if d.grid else str(self.length)
+        return f"B{self.batch}H{d.num_heads}:{d.num_kv_heads}N{grid}D{d.head_dim}[{inner}]"
+
+
+class Finding(NamedTuple):
+    """What a claim found: does it hold here, and the measured figure in words."""
+
+    holds: bool
+    figure: str
+
+
+def claim(sentence: str) -> Callable[[Callable[..., Finding]], Any]:
+    """Mark a function `(cls) -> Finding` inside a mechanism as a named claim; `sentence` is the paper's headline in our words."""
+
+    def mark(function: Callable[..., Finding]) -> Any:
+        function.__claim__ = sentence  # type: ignore[attr-defined]
+        return classmethod(function)  # type: ignore[arg-type]
+
+    return mark
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a mechanism declares about itself.
+
+    id: file name and public name. name: the paper's own name. title: the paper's title. paper: arXiv id, or DOI. year: first
+    appearance. family: the folder. grid: rank of the token grid it needs (0: a sequence). discrete: decisions (top-k, hashing) that have no
+    gradient and may flip under rounding. uses: names of the primitives that it composes.
+    """
+
+    id: str
+    name: str
+    title: str
+    paper: str
+    year: int
+    family: str
+    uses: tuple[str, ...]
+    grid: int = 0
+    discrete: bool = False
+
+
+class Mechanism(nn.Module):
+    """What all contracts share. Subclass `Attention` or `Mixer` (or `CachePolicy`), never this.
+
+    Class attributes: `spec` (the declaration), `causal` (True when no output may depend on a later token; an instance may override it).
+    """
+
+    spec: ClassVar[Spec]
+    causal: bool = False
+
+    def __init__(self, dims: Dims):
+        super().__init__()
+        if self.spec.grid and (dims.grid is None or len(dims.grid) != self.spec.grid):
+            raise ValueError(f"dims.grid: {self.spec.id} works on a grid of {self.spec.grid} axes, got {dims.grid}")
+        self.dims = dims
+
+    # -- what a subclass gives ------------------------------------------------------------------------------------------------------
+
+    def compute(self, *inputs: Tensor, **options: Any) -> Tensor:
+        """The fast path: a short composition of primitives."""
+        raise NotImplementedError(f"{type(self).__name__}.compute")
+
+    def oracle(self, *inputs: Tensor) -> Tensor:
+        """The paper's equations, dense or looped, in the dtype of the inputs; shares no code with `compute`."""
+        raise NotImplementedError(f"{type(self).__name__}.oracle")
+
+    @classmethod
+    def cases(cls) -> list[Case]:
+        """Small shapes that exercise every parameter; sizes are odd or prime where the mechanism allows."""
+        raise NotImplementedError(f"{cls.__name__}.cases")
+
+    @classmethod
+    def full_budget(cls, dims: Dims, length: int) -> Mapping[str, Any] | None:
+        """Parameters at which the mechanism must equal dense attention; None where there are none."""
+        return None
+
+    def step(self, *inputs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Decode: one more token (inputs with N = 1), given the state so far; equals the last row of the whole."""
+        raise NotImplementedError(f"{type(self).__name__}.step")
+
+    # -- what is derived -----------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def inputs(cls, case: Case, generator: torch.Generator, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+        """Random inputs of a case, on the CPU."""
+        raise NotImplementedError
+
+    @classmethod
+    def params(cls) -> dict[str, Any]:
+        """The paper's parameters with their defaults, read off the constructor."""
+        named = list(inspect.signature(cls.__init__).parameters.values())[2:]
+        return {p.name: p.default for p in named}
+
+    @classmethod
+    def claims(cls) -> dict[str, tuple[str, Callable[[], Finding]]]:
+        """Name of each claim -> (sentence, function)."""
+        found = {}
+        for name in dir(cls):
+            member = inspect.getattr_static(cls, name)
+            sentence = getattr(getattr(member, "__func__", None), "__claim__", None)
+            if sentence:
+                found[name] = (sentence, getattr(cls, name))
+        return found
+
+    @classmethod
+    def can_step(cls) -> bool:
+        return cls.step is not Mechanism.step
+
+    @classmethod
+    def can_varlen(cls) -> bool:
+        return "cu_seqlens" in inspect.signature(cls.compute).parameters
+
+    @classmethod
+    def contract(cls) -> str:
+        """The name of the contract signed: the first class above it that signs none itself."""
+        return next(base.__name__ for base in cls.__mro__ if "spec" not in base.__dict__)
+
+    def extra_repr(self) -> str:
+        return str(self.dims)
+
+
+class Attention(Mechanism):
+    """q (B, H, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv) -> o (B, H, N, Dv)."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        check_qkv(q, k, v)
+        d = self.dims
+        if q.shape[1] != d.num_heads or k.shape[1] != d.num_kv_heads or q.shape[3] != d.head_dim:
+            raise ValueError(
+                f"q, k: got {q.shape[1]} query heads, {k.shape[1]} key heads, head_dim {q.shape[3]}; {self.spec.id} was built for {d}"
+            )
+        if d.grid is not None and q.shape[2] != torch.Size(d.grid).numel():
+            raise ValueError(f"q: got N = {q.shape[2]}, but the grid {d.grid} has {torch.Size(d.grid).numel()} tokens; reshape, or rebuild")
+        return self.compute(q, k, v, **options)
+
+    def plan(self, q: Tensor, k: Tensor) -> Any:
+        """The `Plan` that it would follow for these inputs, or None when it weighs no single pairs (linear, pooled)."""
+        return None
+
+    @classmethod
+    def inputs(cls, case: Case, generator: torch.Generator, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+        d = case.dims
+        heads = (d.num_heads, d.num_kv_heads, d.num_kv_heads)
+        return tuple(torch.randn(case.batch, h, case.length, d.head_dim, generator=generator, dtype=dtype) for h in heads)
+
+
+class CachePolicy(Attention):
+    """An `Attention` that also says what a decoder keeps: `step` holds a trimmed cache, `kept` tells which keys it still has."""
+
+    def kept(self, num_tokens: int) -> Tensor:
+        """bool (Hkv, num_tokens): the keys still held per key head after `num_tokens` tokens."""
+        raise NotImplementedError(f"{type(self).__name__}.kept")
+
+
+class Mixer(Mechanism):
+    """x (B, N, C) -> y (B, N, C), C = dims.dim: a layer with its own projections."""
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        if x.ndim != 3 or x.shape[2] != self.dims.dim:
+            raise ValueError(f"x: got shape {tuple(x.shape)}; {self.spec.id} takes (B, N, {self.dims.dim})")
+        if x.shape[1] == 0:
+            raise ValueError("x: got an empty sequence (N = 0); pass at least one token")
+        if not x.is_floating_point():
+            raise TypeError(f"x: got dtype {x.dtype}; pass a floating-point tensor")
+        if self.dims.grid is not None and x.shape[1] != torch.Size(self.dims.grid).numel():
+            raise ValueError(f"x: got N = {x.shape[1]}, but the grid {self.dims.grid} has {torch.Size(self.dims.grid).numel()} tokens")
+        return self.compute(x, **options)
+
+    @classmethod
+    def inputs(cls, case: Case, generator: torch.Generator, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+        return (torch.randn(case.batch, case.length, case.dims.dim, generator=generator, dtype=dtype),)

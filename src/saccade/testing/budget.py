@@ -1,0 +1,79 @@
+"""Error budgets that come from the data, never from a literal.
+
+A result `x` is judged against a float64 oracle `t` beside `e`, what the oracle's own eager code gives in the dtype of `x`:
+
+    |x - t|  <=  2 * |e - t|  +  band,      band = eps(dtype) * max|t| * sqrt(terms)
+
+once for the largest error and once for the root mean square. The factor 2 lets a blocked order of summation be as unlucky as the eager one;
+the band admits the last-bit rounding of a result whose eager twin happened to be exact. `terms` is the number of products behind one entry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far a result stands from its oracle, and how far it might have stood.
+
+    error, allowed: largest absolute error and its budget; rms_error, rms_allowed: likewise for the root mean square.
+    """
+
+    error: float
+    allowed: float
+    rms_error: float
+    rms_allowed: float
+    where: tuple[int, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True when both errors are finite and within their budgets."""
+        return self.error <= self.allowed and self.rms_error <= self.rms_allowed
+
+    def __str__(self) -> str:
+        return (
+            f"max error {self.error:.3e} (allowed {self.allowed:.3e}) at {self.where}, "
+            f"rms error {self.rms_error:.3e} (allowed {self.rms_allowed:.3e})"
+        )
+
+
+def compare(actual: Tensor, oracle: Tensor, eager: Tensor, *, terms: int = 1) -> Verdict:
+    """Judge `actual` against the float64 `oracle` with the budget that `eager` sets.
+
+    actual, eager: same dtype, same shape as oracle. terms: products summed into one entry (>= 1).
+    NaN and infinities must stand in the same places as in the oracle; elsewhere they count as an infinite error.
+
+    >>> t = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    >>> compare(t.float(), t, t.float()).ok
+    True
+    """
+    if actual.shape != oracle.shape or eager.shape != oracle.shape:
+        raise ValueError(f"shapes differ: actual {tuple(actual.shape)}, oracle {tuple(oracle.shape)}, eager {tuple(eager.shape)}")
+    if actual.numel() == 0:
+        return Verdict(0.0, 0.0, 0.0, 0.0, ())
+    special = ~oracle.isfinite()
+    same = (actual.double() == oracle) | (actual.isnan() & oracle.isnan())
+    error = torch.where(special, torch.where(same, 0.0, torch.inf), (actual.double() - oracle).abs())
+    error = error.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    eager_error = torch.where(special, 0.0, (eager.double() - oracle).abs()).nan_to_num(nan=0.0, posinf=0.0)
+    size = torch.where(special, 0.0, oracle.abs())
+    eps = torch.finfo(actual.dtype).eps * max(terms, 1) ** 0.5
+    at = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
+    return Verdict(
+        error=float(error.max()),
+        allowed=float(2 * eager_error.max() + eps * size.max()),
+        rms_error=float(error.square().mean().sqrt()),
+        rms_allowed=float(2 * eager_error.square().mean().sqrt() + eps * size.square().mean().sqrt()),
+        where=at,
+    )
+
+
+def assert_close(actual: Tensor, oracle: Tensor, eager: Tensor, *, name: str = "result", terms: int = 1) -> None:
+    """Raise AssertionError with both errors and the worst index unless `compare` is satisfied."""
+    verdict = compare(actual, oracle, eager, terms=terms)
+    if not verdict.ok:
+        raise AssertionError(f"{name}: {verdict}")

@@ -1,0 +1,46 @@
+"""Which keys may each query see? Patterns as unions of boxes, grids and token orders, plans, routing."""
+
+from saccade.where.boxes import Boxes
+from saccade.where.pattern import And, Or, Pattern, PerHead
+from saccade.where.patterns import (
+    Band,
+    BlockBand,
+    Blocks,
+    Causal,
+    Columns,
+    Dilated,
+    Documents,
+    Full,
+    Neighborhood,
+    Packed,
+    Prefix,
+    Sinks,
+    Strided,
+    Window,
+)
+from saccade.where.plan import Plan
+from saccade.where.planner import plan_chosen
+
+__all__ = [
+    "And",
+    "Band",
+    "BlockBand",
+    "Blocks",
+    "Boxes",
+    "Causal",
+    "Columns",
+    "Dilated",
+    "Documents",
+    "Full",
+    "Neighborhood",
+    "Or",
+    "Packed",
+    "Pattern",
+    "PerHead",
+    "Plan",
+    "Prefix",
+    "Sinks",
+    "Strided",
+    "Window",
+    "plan_chosen",
+]

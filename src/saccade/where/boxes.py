@@ -1,0 +1,74 @@
+"""Box tables: what a kernel knows of a pattern. Per query row the bounds of its boxes, per key its coordinates, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saccade.where.pattern import Box
+
+LEAST, MOST = -(2**31), 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Boxes:
+    """S unions of at most T boxes over A axes, in the plan's token order.
+
+    coord: (A, M) int32, the coordinates of each key. lo, hi: (S, T, A, N) int32; query i is allowed key j by union s when, for some box t,
+    lo[s, t, a, i] <= coord[a, j] < hi[s, t, a, i] on every axis a. An axis that a box leaves free spans all integers; a box that a union
+    lacks is empty. A = 0 allows every pair.
+    """
+
+    coord: Tensor
+    lo: Tensor
+    hi: Tensor
+
+    @classmethod
+    def of(cls, unions: Sequence[list[Box]], n: int, m: int, device: torch.device) -> Boxes:
+        """The tables of several unions over the same tokens."""
+        axes: dict[Hashable, Tensor] = {}
+        for union in unions:
+            for box in union:
+                axes.update({key: span.coord for key, span in box.items()})
+        if all(box == {} for union in unions for box in union):
+            axes = {}
+        num_boxes = max(len(union) for union in unions) if axes else 1
+        shape = (len(unions), num_boxes, len(axes), n)
+        lo = torch.zeros(shape, dtype=torch.int32, device=device)
+        hi = torch.zeros(shape, dtype=torch.int32, device=device)
+        for s, union in enumerate(unions):
+            for t, box in enumerate(union):
+                for a, key in enumerate(axes):
+                    lo[s, t, a] = box[key].lo if key in box else LEAST
+                    hi[s, t, a] = box[key].hi if key in box else MOST
+        coord = torch.stack(list(axes.values())).int() if axes else torch.zeros(0, m, dtype=torch.int32, device=device)
+        return cls(coord, lo, hi)
+
+    @property
+    def num_queries(self) -> int:
+        return self.lo.shape[3]
+
+    @property
+    def num_keys(self) -> int:
+        return self.coord.shape[1]
+
+    def allowed(self, union: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        """Mask of P tiles: union (P,), rows (P, bq), cols (P, bk) -> bool (P, bq, bk). Rows and columns beyond the end are False."""
+        inside = (rows < self.num_queries)[:, :, None] & (cols < self.num_keys)[:, None, :]
+        rows, cols = rows.clamp(max=self.num_queries - 1), cols.clamp(max=self.num_keys - 1)
+        if not self.coord.shape[0]:
+            return inside
+        some = torch.zeros_like(inside)
+        single = self.lo.shape[0] == 1
+        for t in range(self.lo.shape[1]):
+            every = inside
+            for a in range(self.coord.shape[0]):
+                lo = self.lo[0, t, a][rows] if single else self.lo[:, t, a][union[:, None], rows]
+                hi = self.hi[0, t, a][rows] if single else self.hi[:, t, a][union[:, None], rows]
+                c = self.coord[a][cols][:, None, :]
+                every = every & (c >= lo[:, :, None]) & (c < hi[:, :, None])
+            some = some | every
+        return some

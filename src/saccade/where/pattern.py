@@ -1,0 +1,217 @@
+"""The algebra of patterns: which keys may each query see?
+
+Every static pattern is a union of boxes. Give each key a few integer coordinates c_a(j) (its position, its row and column on a grid, its
+residue, its document); a box admits the pairs
+
+    (i, j)  with  lo_a(i) <= c_a(j) < hi_a(i)   on every axis a,
+
+and a pattern is the union of a few boxes. `&` intersects boxes, `|` appends them. `dense` evaluates the definition and is the truth that
+everything else is compared with; `plan` derives tile lists from the boxes by interval arithmetic and never forms an N x M array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saccade.errors import positive
+
+if TYPE_CHECKING:
+    from saccade.where.plan import Plan
+
+
+class Span(NamedTuple):
+    """One axis of a box: keys carry `coord` (M,), query i admits lo[i] <= coord < hi[i]; all int32."""
+
+    coord: Tensor
+    lo: Tensor
+    hi: Tensor
+
+
+Box = dict[Hashable, Span]  # the key names the coordinate: equal keys mean equal coordinates, so that spans can be intersected
+
+
+class Frame(NamedTuple):
+    """Where queries and keys stand: positions (N,) and (M,), int32, in a sequence of `num_keys`; `tag` tells frames apart."""
+
+    queries: Tensor
+    keys: Tensor
+    num_keys: int
+    tag: Hashable = ()
+
+
+class Pattern:
+    """A set of (query, key) pairs. Subclasses are frozen dataclasses: equal patterns are interchangeable, and hashable."""
+
+    def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:
+        """The definition: may the query at position i see the key at position j? int64 tensors that broadcast -> bool."""
+        raise NotImplementedError
+
+    def boxes(self, frame: Frame) -> list[Box]:
+        """The same set as a union of boxes over a frame."""
+        raise NotImplementedError
+
+    def at_head(self, head: int, num_heads: int) -> Pattern:
+        """The pattern that query head `head` of `num_heads` follows."""
+        return self
+
+    def __and__(self, other: Pattern) -> Pattern:
+        return And.of(self, other)
+
+    def __or__(self, other: Pattern) -> Pattern:
+        return Or.of(self, other)
+
+    def dense(self, n: int, m: int | None = None, heads: int = 1) -> Tensor:
+        """The pattern as bool (heads, n, m), by evaluating its definition; True = may attend.
+
+        n: queries, the last n of m positions. m: keys (default n). heads: query heads.
+
+        >>> from saccade.where import Window
+        >>> Window(2).dense(3).int().tolist()
+        [[[1, 0, 0], [1, 1, 0], [0, 1, 1]]]
+        """
+        n, m, heads = check_sizes(n, m, heads)
+        i = torch.arange(m - n, m)[:, None]
+        j = torch.arange(m)[None, :]
+        rows = [self.at_head(h, heads).allows(i, j, m).expand(n, m) for h in range(heads)]
+        return torch.stack(rows)
+
+    def plan(
+        self,
+        n: int,
+        m: int | None = None,
+        heads: int = 1,
+        block: tuple[int, int] = (128, 64),
+        device: torch.device | str | None = None,
+    ) -> Plan:
+        """Tile lists and box tables for this pattern; see `Plan`.
+
+        n: queries, the last n of m. m: keys (default n). heads: query heads. block: tokens a tile has on the query and the key
+        side. device: where the tables are made (default: CPU). Cost: time and memory proportional to n + m and the listed tiles.
+
+        >>> from saccade.where import Window
+        >>> Window(128).plan(1024, block=(128, 128)).num_tiles
+        15
+        """
+        from saccade.where.planner import plan_pattern
+
+        n, m, heads = check_sizes(n, m, heads)
+        return plan_pattern(self, n, m, heads, check_block(block), torch.device(device or "cpu"))
+
+
+def check_sizes(n: int, m: int | None, heads: int) -> tuple[int, int, int]:
+    """Validated (n, m, heads), with m defaulting to n."""
+    n = positive("n", n)
+    m = n if m is None else positive("m", m)
+    if m < n:
+        raise ValueError(f"m: got {m} keys for n = {n} queries; queries are the last n of m positions, so pass m >= n")
+    return n, m, positive("heads", heads)
+
+
+def check_block(block: Sequence[int]) -> tuple[int, int]:
+    """Validated (query, key) tile sizes in tokens."""
+    if not isinstance(block, (tuple, list)) or len(block) != 2:
+        raise TypeError(f"block: got {block!r}; pass two integers (query tokens, key tokens)")
+    return positive("block", block[0]), positive("block", block[1])
+
+
+def intersect(one: Box, two: Box) -> Box:
+    """The box of the pairs in both."""
+    merged = dict(one)
+    for key, span in two.items():
+        old = merged.get(key)
+        merged[key] = span if old is None else Span(span.coord, torch.maximum(old.lo, span.lo), torch.minimum(old.hi, span.hi))
+    return merged
+
+
+@dataclass(frozen=True)
+class And(Pattern):
+    """Pairs that every part admits."""
+
+    parts: tuple[Pattern, ...]
+
+    @classmethod
+    def of(cls, *parts: Pattern) -> Pattern:
+        """The flattened conjunction, each part once."""
+        return _flattened(cls, "&", parts)
+
+    def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:
+        first, *rest = (part.allows(i, j, num_keys) for part in self.parts)
+        for mask in rest:
+            first = first & mask
+        return first
+
+    def boxes(self, frame: Frame) -> list[Box]:
+        union: list[Box] = [{}]
+        for part in self.parts:
+            union = [intersect(one, two) for one in union for two in part.boxes(frame)]
+        return union
+
+    def at_head(self, head: int, num_heads: int) -> Pattern:
+        return And.of(*(part.at_head(head, num_heads) for part in self.parts))
+
+
+@dataclass(frozen=True)
+class Or(Pattern):
+    """Pairs that some part admits."""
+
+    parts: tuple[Pattern, ...]
+
+    @classmethod
+    def of(cls, *parts: Pattern) -> Pattern:
+        """The flattened union, each part once."""
+        return _flattened(cls, "|", parts)
+
+    def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:
+        first, *rest = (part.allows(i, j, num_keys) for part in self.parts)
+        for mask in rest:
+            first = first | mask
+        return first
+
+    def boxes(self, frame: Frame) -> list[Box]:
+        union = [box for part in self.parts for box in part.boxes(frame)]
+        return [{}] if any(not box for box in union) else union
+
+    def at_head(self, head: int, num_heads: int) -> Pattern:
+        return Or.of(*(part.at_head(head, num_heads) for part in self.parts))
+
+
+def _flattened(kind: type[And] | type[Or], sign: str, parts: Sequence[Pattern]) -> Pattern:
+    flat: dict[Pattern, None] = {}
+    for part in parts:
+        if not isinstance(part, Pattern):
+            raise TypeError(f"{sign}: got {part!r} ({type(part).__name__}); combine patterns with patterns")
+        flat.update(dict.fromkeys(part.parts if isinstance(part, kind) else (part,)))
+    return kind(tuple(flat)) if len(flat) > 1 else next(iter(flat))
+
+
+@dataclass(frozen=True)
+class PerHead(Pattern):
+    """Head h follows `patterns[h]`.
+
+    patterns: one pattern a query head; `heads` of `dense` and `plan` must equal their number.
+
+    >>> from saccade.where import Causal, Window
+    >>> PerHead([Causal(), Causal() & Window(1)]).dense(2, heads=2).int().tolist()
+    [[[1, 0], [1, 1]], [[1, 0], [0, 1]]]
+    """
+
+    patterns: tuple[Pattern, ...]
+
+    def __init__(self, patterns: Sequence[Pattern]):
+        patterns = tuple(patterns)
+        if not patterns or not all(isinstance(p, Pattern) for p in patterns):
+            raise TypeError(f"patterns: got {patterns!r}; pass a non-empty list of patterns, one a query head")
+        object.__setattr__(self, "patterns", patterns)
+
+    def at_head(self, head: int, num_heads: int) -> Pattern:
+        if num_heads != len(self.patterns):
+            raise ValueError(f"heads: got {num_heads} for a PerHead of {len(self.patterns)} patterns; they must be equal")
+        return self.patterns[head].at_head(head, num_heads)
+
+    def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:
+        raise TypeError("PerHead has no single definition; ask at_head(h, heads) first")

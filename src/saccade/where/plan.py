@@ -1,0 +1,362 @@
+"""Plan: the data that a pattern or a router produces and that every backend eats."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from saccade.where.boxes import Boxes
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Which tiles of the N x M score matrix to compute, and what to mask inside them.
+
+    Query row i attends key j when its group lists (tile of i, j's tile) or (tile of i, j), and the boxes allow (i, j). Full tiles need no
+    mask. Listed single keys (`tokens`) come on top of the tiles; a key listed twice counts twice.
+
+    boxes: box tables (unions S). group_of: (1, H) or (B, H) int64, the list group g of each batch entry and query head.
+    union_of: (G,) int64, the union of boxes that each group obeys. block: (bq, bk) tokens a tile.
+    indptr: (G * rows + 1,) int64, indices: (num_tiles,) int32: CSR lists of key tiles per (group, query tile), full tiles first, each part
+    ascending; num_full: (G * rows,) int32. token_indptr, token_indices, token_log_weights: CSR lists of single keys, or None.
+    bits: (partial tiles in list order, bq, bk) bool in place of the boxes for what no box describes, or None.
+    q_order, k_order: (N,), (M,) int64, the plan's token order (position p holds token order[p]), or None.
+    causal: no listed pair looks ahead, so density counts against the causal triangle.
+    transposed: the lists run per key tile over query tiles instead (dk and dv want that).
+
+    Plans come from `Pattern.plan`, from routers, or from `Plan.from_mask`.
+    """
+
+    boxes: Boxes
+    group_of: Tensor
+    union_of: Tensor
+    block: tuple[int, int]
+    indptr: Tensor
+    indices: Tensor
+    num_full: Tensor
+    token_indptr: Tensor | None = None
+    token_indices: Tensor | None = None
+    token_log_weights: Tensor | None = None
+    bits: Tensor | None = None
+    q_order: Tensor | None = None
+    k_order: Tensor | None = None
+    causal: bool = False
+    transposed: bool = False
+
+    # -- making ----------------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def empty(cls, boxes: Boxes, group_of: Tensor, block: tuple[int, int], **rest: object) -> Plan:
+        """A plan that lists no tile."""
+        none = torch.zeros(0, dtype=torch.int64, device=group_of.device)
+        return cls(boxes, group_of, none, block, torch.zeros(1, dtype=torch.int64, device=group_of.device), none.int(), none.int(), **rest)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, block: tuple[int, int] = (64, 64)) -> Plan:
+        """The plan of an explicit mask, bool (H, N, M); partial tiles keep their bits.
+
+        For patterns that no box describes, at sizes where the mask itself fits in memory.
+        """
+        if mask.ndim != 3 or mask.dtype != torch.bool:
+            raise ValueError(f"mask: got {mask.dtype} of shape {tuple(mask.shape)}; pass bool (heads, queries, keys)")
+        heads, n, m = mask.shape
+        bq, bk = block
+        tiled = torch.nn.functional.pad(mask, (0, -m % bk, 0, -n % bq)).unflatten(2, (-1, bk)).unflatten(1, (-1, bq)).transpose(2, 3)
+        group, row, col = torch.nonzero(tiled.any((3, 4)), as_tuple=True)
+        bits = tiled[group, row, col]
+        plan = cls.empty(Boxes.of([[{}]], n, m, mask.device), torch.arange(heads, device=mask.device)[None], block)
+        causal = not bool(mask.triu(1 + m - n).any())
+        plan = replace(plan, causal=causal)
+        full = bits.all((1, 2))
+        rows = group * plan.num_row_tiles + row
+        plan = plan.listing(rows, col, full, union_of=torch.zeros(heads, dtype=torch.int64, device=mask.device))
+        keep = ~full | plan._ragged(col)
+        at = torch.argsort(rows[keep] * plan.num_col_tiles + col[keep])
+        return replace(plan, bits=bits[keep][at])
+
+    def listing(self, rows: Tensor, cols: Tensor, full: Tensor, *, union_of: Tensor) -> Plan:
+        """This plan with the given tile pairs; rows count on through the groups. A tile that juts out over the last key is never full."""
+        full = full & ~self._ragged(cols)
+        code = (rows * 2 + ~full) * self.num_col_tiles + cols
+        code = code.sort().values
+        num_rows = len(union_of) * self.num_row_tiles
+        cols, rest = code % self.num_col_tiles, code // self.num_col_tiles
+        partial, rows = rest % 2, rest // 2
+        indptr = torch.zeros(num_rows + 1, dtype=torch.int64, device=rows.device)
+        indptr[1:] = torch.bincount(rows, minlength=num_rows).cumsum(0)
+        num_full = torch.bincount(rows[partial == 0], minlength=num_rows).int()
+        return replace(self, indptr=indptr, indices=cols.int(), num_full=num_full, union_of=union_of)
+
+    def with_tokens(self, tokens: Tensor, log_weights: Tensor | None = None) -> Plan:
+        """This plan with single keys on top: tokens (G, rows, K) int, -1 for none; log_weights like tokens, added to the scores."""
+        flat = tokens.flatten(0, 1)
+        listed = flat >= 0
+        indptr = torch.zeros(len(flat) + 1, dtype=torch.int64, device=tokens.device)
+        indptr[1:] = listed.sum(1).cumsum(0)
+        weights = None if log_weights is None else log_weights.flatten(0, 1)[listed]
+        return replace(self, token_indptr=indptr, token_indices=flat[listed].int(), token_log_weights=weights)
+
+    # -- sizes -----------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_queries(self) -> int:
+        return self.boxes.num_queries
+
+    @property
+    def num_keys(self) -> int:
+        return self.boxes.num_keys
+
+    @property
+    def num_heads(self) -> int:
+        return self.group_of.shape[1]
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.union_of)
+
+    @property
+    def num_row_tiles(self) -> int:
+        """Query tiles (key tiles when transposed)."""
+        return -(-self.num_keys // self.block[1]) if self.transposed else -(-self.num_queries // self.block[0])
+
+    @property
+    def num_col_tiles(self) -> int:
+        """Key tiles (query tiles when transposed)."""
+        return -(-self.num_queries // self.block[0]) if self.transposed else -(-self.num_keys // self.block[1])
+
+    @property
+    def num_tiles(self) -> int:
+        """Listed tiles, over all groups."""
+        return len(self.indices)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tables."""
+        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+
+    @property
+    def device(self) -> torch.device:
+        return self.indices.device
+
+    def _tensors(self) -> dict[str, Tensor]:
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        own |= {f"boxes.{f.name}": getattr(self.boxes, f.name) for f in fields(self.boxes)}
+        return {name: value for name, value in own.items() if isinstance(value, Tensor)}
+
+    def _ragged(self, cols: Tensor) -> Tensor:
+        """Which key tiles reach beyond the last key."""
+        return (cols + 1) * self.block[1] > self.num_keys
+
+    def to(self, device: torch.device | str) -> Plan:
+        """The same plan on another device."""
+        boxes = Boxes(*(getattr(self.boxes, f.name).to(device) for f in fields(self.boxes)))
+        own = {name: t.to(device) for name, t in self._tensors().items() if "." not in name}
+        return replace(self, boxes=boxes, **own)  # type: ignore[arg-type]
+
+    # -- reading ---------------------------------------------------------------------------------------------------------------------
+
+    def rows(self) -> Tensor:
+        """The list (group and row tile) of each entry of `indices`: int64 (num_tiles,)."""
+        counts = self.indptr.diff()
+        return torch.repeat_interleave(torch.arange(len(counts), device=self.device), counts, output_size=len(self.indices))
+
+    def is_full(self) -> Tensor:
+        """Which entries of `indices` are full tiles: bool (num_tiles,)."""
+        rows = self.rows()
+        return torch.arange(len(rows), device=self.device) - self.indptr[rows] < self.num_full[rows]
+
+    def masks(self, chunk: int = 2**24) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """The partial tiles, a chunk at a time: (group (P,), query tile (P,), key tile (P,), mask (P, bq, bk))."""
+        bq, bk = self.block
+        partial = torch.nonzero(~self.is_full())[:, 0]
+        rows = self.rows()
+        for at, part in enumerate(partial.split(max(1, chunk // (bq * bk)))):
+            group, row, col = rows[part] // self.num_row_tiles, rows[part] % self.num_row_tiles, self.indices[part].long()
+            if self.transposed:
+                row, col = col, row
+            if self.bits is not None:
+                start = at * max(1, chunk // (bq * bk))
+                mask = self.bits[start : start + len(part)]
+            else:
+                mask = self.boxes.allowed(self.union_of[group], self._tokens_of(row, bq), self._tokens_of(col, bk))
+            yield group, row, col, mask
+
+    def _tokens_of(self, tiles: Tensor, size: int) -> Tensor:
+        return tiles[:, None] * size + torch.arange(size, device=tiles.device)
+
+    def _token_masks(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Listed single keys: (group (K,), query tile (K,), key (K,), mask (K, bq))."""
+        assert self.token_indptr is not None and self.token_indices is not None
+        counts = self.token_indptr.diff()
+        lists = torch.repeat_interleave(torch.arange(len(counts), device=self.device), counts)
+        if self.transposed:
+            group, key, row = lists // self.num_keys, lists % self.num_keys, self.token_indices.long()
+        else:
+            group, row, key = lists // self.num_row_tiles, lists % self.num_row_tiles, self.token_indices.long()
+        mask = self.boxes.allowed(self.union_of[group], self._tokens_of(row, self.block[0]), key[:, None])
+        return group, row, key, mask[:, :, 0]
+
+    def dense(self) -> Tensor:
+        """The mask that the lists spell out, in the tokens' own order: bool (H, N, M), or (B, H, N, M) when batches differ.
+
+        For tests and drawings: it forms the N x M array. A transposed plan gives the transposed mask.
+        """
+        bq, bk = self.block
+        nq, nk = -(-self.num_queries // bq), -(-self.num_keys // bk)
+        tiled = torch.zeros(self.num_groups, nq, nk, bq, bk, dtype=torch.bool, device=self.device)
+        full, rows, cols = self.is_full(), self.rows(), self.indices.long()
+        group, row = rows // self.num_row_tiles, rows % self.num_row_tiles
+        if self.transposed:
+            row, cols = cols, row
+        tiled[group[full], row[full], cols[full]] = True
+        for g, r, c, mask in self.masks():
+            tiled[g, r, c] = mask
+        flat = tiled.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        if self.token_indices is not None:
+            g, r, key, mask = self._token_masks()
+            tokens = self._tokens_of(r, bq)
+            flat[g[:, None], tokens, key[:, None]] |= mask  # a key listed twice writes the same bits twice
+        flat = flat[:, : self.num_queries, : self.num_keys]
+        for dim, permutation in ((1, self.q_order), (2, self.k_order)):
+            if permutation is not None:
+                flat = torch.empty_like(flat).index_copy_(dim, permutation, flat)
+        out = flat[self.group_of]
+        out = out[0] if out.shape[0] == 1 else out
+        return out.transpose(-1, -2) if self.transposed else out
+
+    @functools.cached_property
+    def num_attended(self) -> float:
+        """Attended (query, key) pairs, averaged over heads (and batches where they differ)."""
+        count = torch.zeros(self.num_groups, dtype=torch.int64, device=self.device)
+        bq, _ = self.block
+        rows, full = self.rows(), self.is_full()
+        height = torch.full((self.num_row_tiles,), bq, device=self.device)
+        col_height = torch.full((self.num_col_tiles,), bq, device=self.device)
+        (col_height if self.transposed else height)[-1] -= -self.num_queries % bq
+        heights = col_height[self.indices.long()[full]] if self.transposed else height[(rows % self.num_row_tiles)[full]]
+        count.index_add_(0, rows[full] // self.num_row_tiles, heights * self.block[1])
+        for group, _, _, mask in self.masks():
+            count.index_add_(0, group, mask.sum((1, 2)))
+        if self.token_indices is not None:
+            group, _, _, mask = self._token_masks()
+            count.index_add_(0, group, mask.sum(1))
+        return float(count[self.group_of].double().mean())
+
+    @property
+    def density(self) -> float:
+        """Attended pairs / admissible pairs: all N x M, or the causal part of them when no listed pair looks ahead."""
+        n, m = self.num_queries, self.num_keys
+        admissible = n * m - n * (n - 1) // 2 if self.causal else n * m
+        return self.num_attended / admissible
+
+    # -- turning and judging --------------------------------------------------------------------------------------------------------------
+
+    def transpose(self) -> Plan:
+        """The same pairs, listed per key tile over query tiles; transposing twice gives this plan back, bit for bit."""
+        rows, full, cols = self.rows(), self.is_full(), self.indices.long()
+        group, row = rows // self.num_row_tiles, rows % self.num_row_tiles
+        lists = group * self.num_col_tiles + cols
+        at = torch.argsort((lists * 2 + ~full) * self.num_row_tiles + row)
+        num_lists = self.num_groups * self.num_col_tiles
+        indptr = torch.zeros(num_lists + 1, dtype=torch.int64, device=self.device)
+        indptr[1:] = torch.bincount(lists, minlength=num_lists).cumsum(0)
+        bits = self.bits
+        if bits is not None:
+            number = torch.cumsum(~full, 0) - 1
+            bits = bits[number[at][~full[at]]]
+        turned = replace(
+            self,
+            indptr=indptr,
+            indices=row[at].int(),
+            num_full=torch.bincount(lists[full], minlength=num_lists).int(),
+            bits=bits,
+            transposed=not self.transposed,
+        )
+        if self.token_indices is None:
+            return turned
+        assert self.token_indptr is not None
+        counts = self.token_indptr.diff()
+        lists = torch.repeat_interleave(torch.arange(len(counts), device=self.device), counts)
+        here, there = (self.num_keys, turned.num_col_tiles) if self.transposed else (self.num_row_tiles, self.num_keys)
+        if self.transposed:
+            there = turned.num_row_tiles
+        group, row, col = lists // here, lists % here, self.token_indices.long()
+        lists = group * there + col
+        at = torch.argsort(lists * here + row, stable=True)
+        indptr = torch.zeros(self.num_groups * there + 1, dtype=torch.int64, device=self.device)
+        indptr[1:] = torch.bincount(lists, minlength=self.num_groups * there).cumsum(0)
+        weights = None if self.token_log_weights is None else self.token_log_weights[at]
+        return replace(turned, token_indptr=indptr, token_indices=row[at].int(), token_log_weights=weights)
+
+    def verify(self) -> Plan:
+        """Return this plan if it is well formed, else raise ValueError that names the table and what is wrong with it."""
+        lists = self.num_groups * self.num_row_tiles
+
+        def demand(ok: bool | Tensor, table: str, what: str) -> None:
+            if not bool(ok):
+                raise ValueError(f"{table}: {what}")
+
+        demand(self.indptr.shape == (lists + 1,), "indptr", f"has shape {tuple(self.indptr.shape)}, needs ({lists + 1},)")
+        demand(self.indptr[0] == 0 and self.indptr[-1] == len(self.indices), "indptr", f"must run from 0 to {len(self.indices)}")
+        demand((self.indptr.diff() >= 0).all(), "indptr", "must not decrease")
+        demand(self.num_full.shape == (lists,), "num_full", f"has shape {tuple(self.num_full.shape)}, needs ({lists},)")
+        demand(((self.num_full >= 0) & (self.num_full <= self.indptr.diff())).all(), "num_full", "exceeds the length of its list")
+        demand(((self.indices >= 0) & (self.indices < self.num_col_tiles)).all(), "indices", f"must lie in [0, {self.num_col_tiles})")
+        full = self.is_full()
+        code = (self.rows() * 2 + ~full) * self.num_col_tiles + self.indices
+        demand((code.diff() > 0).all(), "indices", "full tiles first, each part ascending, no repeats")
+        tile = self.rows() * self.num_col_tiles + self.indices
+        demand(len(tile.unique()) == len(tile), "indices", "a tile is listed both full and partial")
+        demand(((self.group_of >= 0) & (self.group_of < self.num_groups)).all(), "group_of", f"must lie in [0, {self.num_groups})")
+        demand(((self.union_of >= 0) & (self.union_of < self.boxes.lo.shape[0])).all(), "union_of", "names a union that the boxes lack")
+        cols = (self.rows() % self.num_row_tiles if self.transposed else self.indices)[full]
+        demand(~self._ragged(cols).any(), "num_full", "a tile beyond the last key is called full")
+        if self.bits is not None:
+            demand(self.bits.shape == (int((~full).sum()), *self.block), "bits", "needs one (bq, bk) mask a partial tile")
+        for name, permutation, size in (("q_order", self.q_order, self.num_queries), ("k_order", self.k_order, self.num_keys)):
+            if permutation is not None:
+                demand(permutation.sort().values.equal(torch.arange(size, device=self.device)), name, f"is no permutation of {size} tokens")
+        self._verify_tokens(demand)
+        self._verify_full(demand)
+        return self
+
+    def _verify_tokens(self, demand) -> None:  # noqa: ANN001
+        if self.token_indices is None:
+            demand(self.token_log_weights is None, "token_log_weights", "given without tokens")
+            return
+        lists = self.num_groups * (self.num_keys if self.transposed else self.num_row_tiles)
+        most = self.num_col_tiles if self.transposed else self.num_keys
+        ptr = self.token_indptr
+        demand(ptr is not None and ptr.shape == (lists + 1,), "token_indptr", f"needs shape ({lists + 1},)")
+        demand(ptr[0] == 0 and ptr[-1] == len(self.token_indices) and (ptr.diff() >= 0).all(), "token_indptr", "must rise from 0 to the number of tokens")
+        demand(((self.token_indices >= 0) & (self.token_indices < most)).all(), "token_indices", f"must lie in [0, {most})")
+        if self.token_log_weights is not None:
+            demand(self.token_log_weights.shape == self.token_indices.shape, "token_log_weights", "needs one weight a token")
+
+    def _verify_full(self, demand) -> None:  # noqa: ANN001
+        from saccade.where.planner import tile_bounds
+
+        if self.bits is not None:
+            return
+        rows, cols, full = self.rows(), self.indices.long(), self.is_full()
+        group, row = rows // self.num_row_tiles, rows % self.num_row_tiles
+        if self.transposed:
+            row, cols = cols, row
+        for union in range(self.boxes.lo.shape[0]):
+            at = full & (self.union_of[group] == union)
+            demand(tile_bounds(self.boxes, union, self.block).classify(row[at], cols[at])[1].all(), "num_full", "a tile is called full that its boxes cut")
+
+    def draw(self, path: str | Path, *, head: int = 0, batch: int = 0) -> Path:
+        """Draw the tiles of one head, full dark and partial light, into an image file (needs matplotlib: `pip install saccade[bench]`)."""
+        from saccade.where.draw import draw_plan
+
+        return draw_plan(self, Path(path), head=head, batch=batch)
+
+    def __repr__(self) -> str:
+        size = f"{self.num_queries} x {self.num_keys}, heads {self.num_heads}, block {self.block}"
+        return f"Plan({size}, groups {self.num_groups}, tiles {self.num_tiles}{', transposed' if self.transposed else ''})"
