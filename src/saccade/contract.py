@@ -191,7 +191,13 @@ class Mechanism(nn.Module):
 
 
 class Attention(Mechanism):
-    """q (B, H, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv) -> o (B, H, N, Dv)."""
+    """q (B, H, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv) -> o (B, H, N, Dv).
+
+    Class attribute `per_head`: True when heads differ by construction (parameters, slopes or patterns per head), so that permuting them
+    means something.
+    """
+
+    per_head: ClassVar[bool] = False
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         check_qkv(q, k, v)

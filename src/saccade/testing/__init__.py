@@ -1,0 +1,42 @@
+"""What "works" means: named checks that any mechanism, ours or yours, must pass.
+
+from saccade.testing import check
+report = check(MyAttention)
+report.raise_for_failures()
+"""
+
+# Importing a theme registers its checks; the order here is the order of the report.
+from saccade.testing import (
+    values,
+    gradients,
+    structure,
+)
+from saccade.testing.budget import Verdict, assert_close, compare
+from saccade.testing.ledger import Ledger, Waiver
+from saccade.testing.oracles import dense_attention
+from saccade.testing.registry import Named, named
+from saccade.testing.report import Report, Row
+from saccade.testing.runner import Check, check, check_names, checks, cli_table, parametrize_with_checks, perform
+from saccade.testing.subject import Subject, randomise
+
+__all__ = [
+    "Check",
+    "Ledger",
+    "Named",
+    "Report",
+    "Row",
+    "Subject",
+    "Verdict",
+    "Waiver",
+    "assert_close",
+    "check",
+    "check_names",
+    "checks",
+    "cli_table",
+    "compare",
+    "dense_attention",
+    "named",
+    "parametrize_with_checks",
+    "perform",
+    "randomise",
+]

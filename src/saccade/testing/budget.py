@@ -41,10 +41,11 @@ class Verdict:
         )
 
 
-def compare(actual: Tensor, oracle: Tensor, eager: Tensor, *, terms: int = 1) -> Verdict:
+def compare(actual: Tensor, oracle: Tensor, eager: Tensor, *, terms: int = 1, scale: float = 0.0) -> Verdict:
     """Judge `actual` against the float64 `oracle` with the budget that `eager` sets.
 
-    actual, eager: same dtype, same shape as oracle. terms: products summed into one entry (>= 1).
+    actual, eager: same dtype, same shape as oracle. terms: products summed into one entry (>= 1). scale: magnitude of what was added up
+    to give the result, where that is larger than the result itself (sums that cancel); the band is at least eps * scale * sqrt(terms).
     NaN and infinities must stand in the same places as in the oracle; elsewhere they count as an infinite error.
 
     >>> t = torch.tensor([1.0, 2.0], dtype=torch.float64)
@@ -65,15 +66,15 @@ def compare(actual: Tensor, oracle: Tensor, eager: Tensor, *, terms: int = 1) ->
     at = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
     return Verdict(
         error=float(error.max()),
-        allowed=float(2 * eager_error.max() + eps * size.max()),
+        allowed=float(2 * eager_error.max() + eps * max(float(size.max()), scale)),
         rms_error=float(error.square().mean().sqrt()),
-        rms_allowed=float(2 * eager_error.square().mean().sqrt() + eps * size.square().mean().sqrt()),
+        rms_allowed=float(2 * eager_error.square().mean().sqrt() + eps * max(float(size.square().mean().sqrt()), scale)),
         where=at,
     )
 
 
-def assert_close(actual: Tensor, oracle: Tensor, eager: Tensor, *, name: str = "result", terms: int = 1) -> None:
+def assert_close(actual: Tensor, oracle: Tensor, eager: Tensor, *, name: str = "result", terms: int = 1, scale: float = 0.0) -> None:
     """Raise AssertionError with both errors and the worst index unless `compare` is satisfied."""
-    verdict = compare(actual, oracle, eager, terms=terms)
+    verdict = compare(actual, oracle, eager, terms=terms, scale=scale)
     if not verdict.ok:
         raise AssertionError(f"{name}: {verdict}")

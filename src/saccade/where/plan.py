@@ -230,6 +230,11 @@ class Plan:
         return out.transpose(-1, -2) if self.transposed else out
 
     @functools.cached_property
+    def derived(self) -> dict[object, object]:
+        """What backends worked out from this plan, kept with it."""
+        return {}
+
+    @functools.cached_property
     def num_attended(self) -> float:
         """Attended (query, key) pairs, averaged over heads (and batches where they differ)."""
         count = torch.zeros(self.num_groups, dtype=torch.int64, device=self.device)

@@ -1,0 +1,167 @@
+"""Does it hold in a hostile place? Poisoned memory, odd strides, NaN, and callers who err."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.contract import Attention, Mechanism
+from saccade.testing.gradients import differentiate
+from saccade.testing.registry import named
+from saccade.testing.structure import same_bits
+from saccade.testing.subject import Subject, seeded
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Inside, memory that torch allocates and does not write holds NaN, or the largest integer."""
+    fill, strict = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    lenient = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+            yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(strict, warn_only=lenient)
+
+
+@named()
+def poisoned_buffers(subject: Subject) -> None:
+    """Nothing is read that was never written: with memory full of NaN the output is right and the gradients are finite."""
+    truth = subject.truth
+    with poisoned():
+        module, inputs = subject.build(), subject.inputs()
+        with torch.no_grad():
+            subject.agrees(module(*inputs), "output in poisoned memory")
+        found = differentiate(module, inputs, subject.names, module, torch.ones_like(truth))
+    bad = [name for name, gradient in found.items() if not gradient.isfinite().all()]
+    assert not bad, f"in poisoned memory the gradients of {', '.join(bad)} are not finite"
+
+
+@named()
+def non_contiguous(subject: Subject) -> None:
+    """Strided and transposed views of the inputs give the same output."""
+
+    def strided(x: Tensor) -> Tensor:
+        return torch.stack([x, torch.full_like(x, torch.nan)], -1).flatten(-2)[..., ::2]
+
+    def transposed(x: Tensor) -> Tensor:
+        return x.transpose(-2, -3).contiguous().transpose(-2, -3)
+
+    with torch.no_grad():
+        for view in (strided, transposed):
+            subject.agrees(subject.module(*map(view, subject.inputs())), f"output of {view.__name__} inputs")
+
+
+@named()
+def determinism(subject: Subject) -> None:
+    """In evaluation mode two calls agree bitwise, whatever the global random numbers are."""
+    module, inputs, found = subject.build(torch.float32), subject.inputs(torch.float32), []
+    for seed in (1, 2):
+        with seeded(seed), torch.no_grad():
+            found.append(module(*inputs))
+    assert same_bits(*found), "two calls with the same inputs differ; in evaluation mode nothing may be drawn or kept"
+
+
+@named()
+def no_mutation(subject: Subject) -> None:
+    """A call changes neither its inputs, nor parameters and buffers, nor the global torch settings."""
+    module, inputs = subject.build(), subject.inputs()
+    tensors = {**dict(zip(subject.names, inputs, strict=True)), **dict(module.named_parameters()), **dict(module.named_buffers())}
+    before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    settings = _settings()
+    module(*inputs)
+    assert _settings() == settings, f"a call changed the global torch settings from {settings} to {_settings()}"
+    after = {**tensors, **dict(module.named_parameters()), **dict(module.named_buffers())}
+    changed = [name for name, tensor in after.items() if name not in before or not same_bits(tensor, before[name])]
+    assert not changed, f"a call changed or added {', '.join(changed)}"
+
+
+def _settings() -> tuple[Any, ...]:
+    return (
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+    )
+
+
+@named(applies=lambda subject: issubclass(subject.cls, Attention))
+def nan_spread(subject: Subject) -> None:
+    """A NaN in one value row is neither swallowed by a query that reads it nor carried further than the oracle carries it."""
+    module, (q, k, v) = subject.module, subject.inputs()
+    for j in sorted({0, subject.case.length // 2, subject.case.length - 1}):
+        moved, spoilt = v.clone(), v.clone()
+        moved[0, 0, j] += 2.0**64  # large enough to show through the smallest weight
+        spoilt[0, 0, j] = torch.nan
+        with torch.no_grad():
+            reads = (module.oracle(q, k, moved) != subject.truth).any(-1)  # (B, H, N)
+            carried = module.oracle(q, k, spoilt).isnan().any(-1)
+            found = module(q, k, spoilt).isnan().any(-1)
+        swallowed, leaked = reads & carried & ~found, found & ~reads & ~carried
+        for rows, what in ((swallowed, "swallowed"), (leaked, "carried too far")):
+            assert not rows.any(), f"a NaN in v[0, 0, {j}] is {what} at (batch, head, token) {rows.nonzero()[:4].tolist()}"
+
+
+def _refuses(argument: str, what: str, call: Callable[[], Any]) -> None:
+    try:
+        call()
+    except (ValueError, TypeError) as error:
+        message = str(error)
+        assert re.search(rf"\b{re.escape(argument)}\b", message), f"{what}: the error does not name {argument}: {message}"
+        return
+    except Exception as error:
+        raise AssertionError(f"{what}: got {type(error).__name__} ({error}); raise a ValueError or TypeError that names {argument}") from error
+    raise AssertionError(f"{what}: accepted in silence; raise a ValueError or TypeError that names {argument}")
+
+
+@named()
+def bad_input(subject: Subject) -> None:
+    """Wrong rank, heads, channels, dtype, device, emptiness, grid, cu_seqlens or parameters: one clear error that names the argument."""
+    module, inputs, dims = subject.module, subject.inputs(), subject.case.dims
+
+    def spoil(index: int, change: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
+        return lambda: module(*(change(x) if i == index else x for i, x in enumerate(inputs)))
+
+    for index, name in enumerate(subject.names):
+        _refuses(name, f"{name} of rank {inputs[index].ndim - 1}", spoil(index, lambda x: x[0]))
+        _refuses(name, f"{name} of integers", spoil(index, lambda x: x.long()))
+        _refuses(name, f"{name} with a channel more", spoil(index, lambda x: torch.cat([x, x[..., :1]], -1))) if name != "v" else None
+        _refuses(name, f"{name} without a token", lambda: module(*(x[..., :0, :] for x in inputs))) if index == 0 else None
+        if dims.grid is not None and index == 0:
+            _refuses(name, "a token more than the grid has", lambda: module(*(torch.cat([x, x[..., :1, :]], -2) for x in inputs)))
+        if index > 0:
+            _refuses(name, f"{name} of another dtype", spoil(index, lambda x: x.float()))
+            _refuses(name, f"{name} on another device", spoil(index, lambda x: x.to("meta")))
+            _refuses(name, f"{name} of another batch", spoil(index, lambda x: torch.cat([x, x])))
+    if issubclass(subject.cls, Attention):
+        _refuses("k", "a key head more", spoil(1, lambda x: torch.cat([x, x[:, :1]], 1)))
+        _refuses("q", "a query head more", spoil(0, lambda x: torch.cat([x, x[:, :1]], 1)))
+    if subject.cls.can_varlen():
+        packed = [x[:1] for x in inputs]
+        for what, ends in (("not ending at N", [0, subject.case.length + 1]), ("with an empty sequence", [0, 0, subject.case.length])):
+            _refuses("cu_seqlens", f"cu_seqlens {what}", lambda ends=ends: module(*packed, cu_seqlens=torch.tensor(ends).int()))
+    for name, wrong in _wrong_parameters(subject.cls):
+        _refuses(name, f"{name}={wrong!r}", lambda name=name, wrong=wrong: subject.cls(dims, **{**subject.case.params, name: wrong}))
+
+
+def _wrong_parameters(cls: type[Mechanism]) -> Iterator[tuple[str, Any]]:
+    """A value of the wrong type for each integer parameter, an unknown name for each textual one."""
+    for name, default in cls.params().items():
+        if isinstance(default, int) and not isinstance(default, bool):
+            yield name, 2.5
+        elif isinstance(default, str):
+            yield name, "no such thing"
+        elif default is inspect.Parameter.empty:
+            continue
