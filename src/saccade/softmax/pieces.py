@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +48,16 @@ class Piece:
     log_weights: Tensor | None = None
 
 
+class Mask(NamedTuple):
+    """What to add to the scores of a piece, (R, bq, L): 0 or a log weight where allowed, -inf elsewhere.
+
+    blind: bool (R, bq), the queries that see none of these keys; None when every one sees some.
+    """
+
+    added: Tensor
+    blind: Tensor | None
+
+
 @dataclass(eq=False)
 class Schedule:
     """The pieces of a plan for `batch` sequences and `num_kv_heads` key heads.
@@ -60,7 +71,7 @@ class Schedule:
     whole: bool = False
     batches: list[Batch] = field(init=False)
     _pieces: dict[int, list[Piece]] = field(init=False, default_factory=dict)
-    _masks: dict[object, Tensor | None] = field(init=False, default_factory=dict)
+    _masks: dict[object, Mask | None] = field(init=False, default_factory=dict)
     _room: int = field(init=False, default=KEPT_MASKS)
 
     def __post_init__(self) -> None:
@@ -84,8 +95,8 @@ class Schedule:
                 self._pieces[batch.group] = [*self._by_column(batch.group, heads), *self._by_token(batch.group, heads)]
         return self._pieces[batch.group]
 
-    def mask(self, batch: Batch, piece: Piece, dtype: torch.dtype) -> Tensor | None:
-        """What to add to a piece's scores, (R, bq, L): 0 or a log weight where allowed, -inf elsewhere; None when nothing."""
+    def mask(self, batch: Batch, piece: Piece, dtype: torch.dtype) -> Mask | None:
+        """The mask of a piece, or None when it adds nothing."""
         if not piece.cut:
             return None
         if (piece, dtype) in self._masks:
@@ -97,25 +108,27 @@ class Schedule:
         else:
             union = self.plan.union_of[batch.group].expand(len(keys))
             allowed = self.plan.boxes.allowed(union, rows, keys.clamp(min=0)) & (keys >= 0)[:, None]
-        mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)
+        if piece.log_weights is None and bool(allowed.all()):
+            self._masks[piece, dtype] = None
+            return None
+        added = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
         if piece.log_weights is not None:
-            mask += piece.log_weights[:, None].to(dtype)
-        elif bool(allowed.all()):
-            mask = None  # type: ignore[assignment]
-        return self._keep((piece, dtype), mask)
+            added += piece.log_weights[:, None].to(dtype)
+        added.masked_fill_(~allowed, -torch.inf)
+        blind = ~allowed.any(-1)
+        return self._keep((piece, dtype), Mask(added, blind if bool(blind.any()) else None))
 
-    def _keep(self, key: object, mask: Tensor | None) -> Tensor | None:
+    def _keep(self, key: object, mask: Mask) -> Mask:
         """Remember a mask while there is room; equal masks (a window has one for all its rows) are kept once."""
-        if mask is not None:
-            content = (mask.shape, mask.dtype, hash(mask.cpu().numpy().tobytes()))
-            same = self._masks.get(content)
-            if same is not None and same.equal(mask):
-                mask = same
-            elif mask.numel() <= self._room:
-                self._room -= mask.numel()
-                self._masks[content] = mask
-            else:
-                return mask
+        content = (mask.added.shape, mask.added.dtype, hash(mask.added.cpu().numpy().tobytes()))
+        same = self._masks.get(content)
+        if same is not None and same.added.equal(mask.added):
+            mask = same
+        elif mask.added.numel() <= self._room:
+            self._room -= mask.added.numel()
+            self._masks[content] = mask
+        else:
+            return mask
         self._masks[key] = mask
         return mask
 

@@ -137,14 +137,16 @@ class Softmax:
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Look for NaN and infinity once: where there are none, masks may be added and kernels that add them be used."""
-        self.clean = all(bool(x.isfinite().all()) for x in (q, k, v))
+        self.clean = all(bool(x.sum().isfinite()) for x in (q, k, v))  # a sum that overflows errs on the careful side
         self.scratch = _Scratch(q)
         self.fused = self.clean and self.softcap is None and q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
 
-    def mask(self, batch: Batch, piece: Piece, q: Tensor) -> Tensor | None:
-        """What is added to the scores, (P or 1, R, G or 1, bq, L), before the piece's own -inf."""
+    def mask(self, batch: Batch, piece: Piece, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The piece's mask (1, R, 1, bq, L), and which queries see nothing, (R, 1, bq)."""
         mask = self.schedule.mask(batch, piece, q.dtype)
-        return None if mask is None else mask[None, :, None]
+        if mask is None:
+            return None, None
+        return mask.added[None, :, None], None if mask.blind is None else mask.blind[:, None]
 
     def with_bias(self, batch: Batch, piece: Piece, mask: Tensor | None, shape: tuple[int, int], bias: Tensor | None) -> Tensor | None:
         """Mask plus bias."""
@@ -159,11 +161,11 @@ class Softmax:
 
     def forward(self, batch: Batch, piece: Piece, shape: tuple[int, int], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """q (P * R, G, bq, D), k (P * R, L, D), v (P * R, L, Dv) -> o (P * R, G, bq, Dv), lse (P * R, G, bq)."""
-        mask = self.mask(batch, piece, q)
+        mask, blind = self.mask(batch, piece, q)
         bias = None if self.bias is None else self.bias.of(piece).to(q.dtype)
         added = self.with_bias(batch, piece, mask, shape, bias)
         if self.fused:
-            return self._fused(q, k, v, added, mask)
+            return self._fused(q, k, v, added, blind)
         s, _ = self._scores(q, k, added, mask)
         top = s.amax(-1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
         p = s.sub_(top).exp_()
@@ -173,7 +175,7 @@ class Softmax:
         o = self._values(p, v, mask).div_(total.clamp(min=torch.finfo(s.dtype).tiny))
         return o.view(*q.shape[:3], -1), (top + total.log()).view(q.shape[:3])
 
-    def _fused(self, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, blind: Tensor | None) -> tuple[Tensor, Tensor]:
         """The same by PyTorch's own flash kernel for the CPU, which takes a mask to add."""
         heads = q.shape[1]
         if added is not None:
@@ -182,9 +184,8 @@ class Softmax:
             added = added[:, 0].expand(len(q), heads, -1, -1)
         k, v = (x[:, None].expand(-1, heads, -1, -1) for x in (k, v))
         o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=added, scale=self.scale)
-        if mask is not None and not bool(lse.all()):  # the kernel answers 0 for the lse of a row that sees nothing
-            blind = (mask == -torch.inf).all(-1)
-            lse = lse.unflatten(0, (-1, blind.shape[1])).masked_fill(blind, -torch.inf).flatten(0, 1)
+        if blind is not None:  # the kernel answers 0 for the lse of a row that sees nothing
+            lse = lse.unflatten(0, (-1, len(blind))).masked_fill(blind, -torch.inf).flatten(0, 1)
         return o, lse
 
     def _scores(self, q: Tensor, k: Tensor, added: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -212,7 +213,7 @@ class Softmax:
 
     def _values(self, p: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """p v, where a value that is not finite reaches only the rows that see it."""
-        if self.clean or bool(v.isfinite().all()):
+        if self.clean or bool(v.sum().isfinite()):
             return torch.bmm(p, v)
         finite = v.isfinite()
         o = torch.bmm(p, v.masked_fill(~finite, 0))
@@ -227,7 +228,7 @@ class Softmax:
         self, batch: Batch, piece: Piece, shape: tuple[int, int], q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, grad: Tensor
     ) -> tuple[Tensor, list[tuple[Tensor | None, Tensor]], list[Tensor]]:
         """dq like q; for k and for v a product (left, right) whose left^T right is their gradient; gradients of the bias."""
-        mask = self.mask(batch, piece, q)
+        mask, _ = self.mask(batch, piece, q)
         with torch.enable_grad():
             bias = None if self.bias is None else self.bias.of(piece).to(q.dtype)
         added = self.with_bias(batch, piece, mask, shape, None if bias is None else bias.detach())
@@ -273,7 +274,7 @@ class Normalized:
 
     def output(self, batch: Batch, piece: Piece, shape: tuple[int, int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """o = normalizer(scores) v, differentiable."""
-        mask = self.softmax.mask(batch, piece, q)
+        mask, _ = self.softmax.mask(batch, piece, q)
         bias = None if self.bias is None else self.bias.of(piece).to(q.dtype)
         added = self.softmax.with_bias(batch, piece, None, shape, bias)
         s = torch.bmm(q.flatten(1, 2) * self.problem.scale, k.transpose(1, 2))

@@ -6,11 +6,9 @@ report.raise_for_failures()
 """
 
 # Importing a theme registers its checks; the order here is the order of the report.
-from saccade.testing import (
-    values,
-    gradients,
-    structure,
-)
+from saccade.testing import values, gradients, structure, decode  # isort: skip
+from saccade.testing import robustness, portability, work  # isort: skip
+from saccade.testing import declaration, independence, claims  # isort: skip
 from saccade.testing.budget import Verdict, assert_close, compare
 from saccade.testing.ledger import Ledger, Waiver
 from saccade.testing.oracles import dense_attention

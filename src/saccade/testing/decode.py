@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from saccade.contract import Mechanism
 from saccade.testing.budget import assert_close
 from saccade.testing.gradients import differentiate
 from saccade.testing.registry import named
@@ -54,31 +56,27 @@ def state_round_trip(subject: Subject) -> None:
 
 @named(applies=_packs)
 def varlen_equals_loop(subject: Subject) -> None:
-    """Sequences packed into one row by cu_seqlens give what each gives alone, values and gradients of the inputs."""
+    """Sequences packed into one row by cu_seqlens give what each gives alone, values and gradients."""
     length = subject.case.length
     lengths = [length, 1, length // 2 + 1, length // 3 + 1]
     ends = torch.tensor([0, *lengths]).cumsum(0)
     packed = subject.variant(batch=1, length=int(ends[-1]))
-    inputs, cu_seqlens = packed.inputs(), ends.int()
+    inputs, coarse, cu_seqlens = packed.inputs(), packed.inputs(torch.float32), ends.int()
+    module, single = packed.module, packed.build(torch.float32)
 
-    def loop(*x: Tensor) -> Tensor:
-        return torch.cat([alone.oracle(*(y[..., a:b, :] for y in x)) for a, b in zip(ends[:-1], ends[1:], strict=True)], -2)
+    def loop(alone: Mechanism) -> Callable[..., Tensor]:
+        spans = list(zip(ends[:-1], ends[1:], strict=True))
+        return lambda *x: torch.cat([alone.oracle(*(y[..., a:b, :] for y in x)) for a, b in spans], -2)
 
-    single = packed.build(torch.float32)
-    alone = packed.module
     with torch.no_grad():
-        truth = loop(*inputs)
-        actual = packed.module(*inputs, cu_seqlens=cu_seqlens)
-        alone = single
-        eager = loop(*packed.inputs(torch.float32))
+        truth, eager, actual = loop(module)(*inputs), loop(single)(*coarse), module(*inputs, cu_seqlens=cu_seqlens)
     assert_close(actual, truth, widen(truth, eager), name="packed output", terms=length)
 
     weight = torch.randn(truth.shape, generator=torch.Generator().manual_seed(subject.seed + 2))
-    coarse = differentiate(loop, packed.inputs(torch.float32), packed.names, single, weight)
-    alone = packed.module
-    exact = differentiate(loop, inputs, packed.names, alone, weight.double())
-    fast = differentiate(lambda *x: packed.module(*x, cu_seqlens=cu_seqlens), inputs, packed.names, packed.module, weight.double())
+    exact = differentiate(loop(module), inputs, packed.names, module, weight.double())
+    rough = differentiate(loop(single), coarse, packed.names, single, weight)
+    fast = differentiate(lambda *x: module(*x, cu_seqlens=cu_seqlens), inputs, packed.names, module, weight.double())
     scale = max(float(g.abs().max()) for g in exact.values())
     for name, gradient in exact.items():
-        budget = widen(gradient, coarse[name])
+        budget = widen(gradient, rough[name])
         assert_close(fast[name], gradient, budget, name=f"packed gradient of {name}", terms=length, scale=scale)

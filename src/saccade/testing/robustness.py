@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saccade.contract import Attention, Mechanism
+from saccade.contract import Attention
 from saccade.testing.gradients import differentiate
 from saccade.testing.registry import named
 from saccade.testing.structure import same_bits
@@ -128,40 +128,46 @@ def _refuses(argument: str, what: str, call: Callable[[], Any]) -> None:
 
 @named()
 def bad_input(subject: Subject) -> None:
-    """Wrong rank, heads, channels, dtype, device, emptiness, grid, cu_seqlens or parameters: one clear error that names the argument."""
-    module, inputs, dims = subject.module, subject.inputs(), subject.case.dims
+    """Wrong shapes, dtypes, devices, grids, cu_seqlens and parameters are refused by one clear error that names the argument."""
+    for argument, what, call in (*_wrong_inputs(subject), *_wrong_parameters(subject)):
+        _refuses(argument, what, call)
+
+
+Wrong = Iterator[tuple[str, str, Callable[[], Any]]]
+
+
+def _wrong_inputs(subject: Subject) -> Wrong:
+    """(argument at fault, what is wrong with it, the call) for each way to hand in bad tensors."""
+    module, inputs, names = subject.module, subject.inputs(), subject.names
 
     def spoil(index: int, change: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
         return lambda: module(*(change(x) if i == index else x for i, x in enumerate(inputs)))
 
-    for index, name in enumerate(subject.names):
-        _refuses(name, f"{name} of rank {inputs[index].ndim - 1}", spoil(index, lambda x: x[0]))
-        _refuses(name, f"{name} of integers", spoil(index, lambda x: x.long()))
-        _refuses(name, f"{name} with a channel more", spoil(index, lambda x: torch.cat([x, x[..., :1]], -1))) if name != "v" else None
-        _refuses(name, f"{name} without a token", lambda: module(*(x[..., :0, :] for x in inputs))) if index == 0 else None
-        if dims.grid is not None and index == 0:
-            _refuses(name, "a token more than the grid has", lambda: module(*(torch.cat([x, x[..., :1, :]], -2) for x in inputs)))
-        if index > 0:
-            _refuses(name, f"{name} of another dtype", spoil(index, lambda x: x.float()))
-            _refuses(name, f"{name} on another device", spoil(index, lambda x: x.to("meta")))
-            _refuses(name, f"{name} of another batch", spoil(index, lambda x: torch.cat([x, x])))
-    if issubclass(subject.cls, Attention):
-        _refuses("k", "a key head more", spoil(1, lambda x: torch.cat([x, x[:, :1]], 1)))
-        _refuses("q", "a query head more", spoil(0, lambda x: torch.cat([x, x[:, :1]], 1)))
+    for index, name in enumerate(names):
+        yield name, f"{name} of rank {inputs[index].ndim - 1}", spoil(index, lambda x: x[0])
+        yield name, f"{name} of integers", spoil(index, lambda x: x.long())
+    yield names[0], "inputs without a token", lambda: module(*(x[..., :0, :] for x in inputs))
+    for index, name in enumerate(names[:2]):  # values may have a width of their own
+        yield name, f"{name} with a channel more", spoil(index, lambda x: torch.cat([x, x[..., :1]], -1))
+    for index, name in enumerate(names[1:], 1):
+        yield name, f"{name} of another dtype", spoil(index, lambda x: x.float())
+        yield name, f"{name} on another device", spoil(index, lambda x: x.to("meta"))
+        yield name, f"{name} of another batch", spoil(index, lambda x: torch.cat([x, x]))
+        yield name, f"{name} with a head more", spoil(index, lambda x: torch.cat([x, x[:, :1]], 1))
+    if subject.case.dims.grid is not None:
+        longer = [torch.cat([x, x[..., :1, :]], -2) for x in inputs]
+        yield names[0], "a token more than the grid has", lambda: module(*longer)
     if subject.cls.can_varlen():
-        packed = [x[:1] for x in inputs]
-        for what, ends in (("not ending at N", [0, subject.case.length + 1]), ("with an empty sequence", [0, 0, subject.case.length])):
-            _refuses("cu_seqlens", f"cu_seqlens {what}", lambda ends=ends: module(*packed, cu_seqlens=torch.tensor(ends).int()))
-    for name, wrong in _wrong_parameters(subject.cls):
-        _refuses(name, f"{name}={wrong!r}", lambda name=name, wrong=wrong: subject.cls(dims, **{**subject.case.params, name: wrong}))
+        n = subject.case.length
+        for what, ends in (("beyond the last token", [0, n + 1]), ("with an empty sequence", [0, 0, n])):
+            cu_seqlens = torch.tensor(ends, dtype=torch.int32)
+            yield "cu_seqlens", f"cu_seqlens {what}", partial(module, *(x[:1] for x in inputs), cu_seqlens=cu_seqlens)
 
 
-def _wrong_parameters(cls: type[Mechanism]) -> Iterator[tuple[str, Any]]:
-    """A value of the wrong type for each integer parameter, an unknown name for each textual one."""
-    for name, default in cls.params().items():
-        if isinstance(default, int) and not isinstance(default, bool):
-            yield name, 2.5
-        elif isinstance(default, str):
-            yield name, "no such thing"
-        elif default is inspect.Parameter.empty:
-            continue
+def _wrong_parameters(subject: Subject) -> Wrong:
+    """Likewise a fraction for each integer parameter, and an unknown name for each textual one."""
+    for name, default in subject.cls.params().items():
+        if isinstance(default, int | str) and not isinstance(default, bool):
+            wrong: Any = "no such thing" if isinstance(default, str) else 2.5
+            params = {**subject.case.params, name: wrong}
+            yield name, f"{name}={wrong!r}", partial(subject.cls, subject.case.dims, **params)

@@ -20,6 +20,7 @@ from saccade.where.patterns import (
 )
 from saccade.where.plan import Plan
 from saccade.where.planner import plan_chosen
+from saccade.where.routing import CumulativeMass, Router, Threshold, TopK, pool, pooled_scores
 
 __all__ = [
     "And",
@@ -42,5 +43,11 @@ __all__ = [
     "Sinks",
     "Strided",
     "Window",
+    "CumulativeMass",
+    "Router",
+    "Threshold",
+    "TopK",
+    "pool",
+    "pooled_scores",
     "plan_chosen",
 ]

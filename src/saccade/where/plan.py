@@ -137,13 +137,14 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Bytes of all tables."""
-        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     @property
     def device(self) -> torch.device:
         return self.indices.device
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """Every table by name."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         own |= {f"boxes.{f.name}": getattr(self.boxes, f.name) for f in fields(self.boxes)}
         return {name: value for name, value in own.items() if isinstance(value, Tensor)}
@@ -155,7 +156,7 @@ class Plan:
     def to(self, device: torch.device | str) -> Plan:
         """The same plan on another device."""
         boxes = Boxes(*(getattr(self.boxes, f.name).to(device) for f in fields(self.boxes)))
-        own = {name: t.to(device) for name, t in self._tensors().items() if "." not in name}
+        own = {name: t.to(device) for name, t in self.tensors().items() if "." not in name}
         return replace(self, boxes=boxes, **own)  # type: ignore[arg-type]
 
     # -- reading ---------------------------------------------------------------------------------------------------------------------

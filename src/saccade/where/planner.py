@@ -147,6 +147,15 @@ def plan_pattern(pattern: Pattern, n: int, m: int, heads: int, block: tuple[int,
     return plan.listing(torch.cat(rows), torch.cat(cols), torch.cat(full), union_of=torch.arange(len(rows), device=device))
 
 
+def tile_pairs(pattern: Pattern, n: int, m: int, block: tuple[int, int], device: torch.device) -> Tensor:
+    """Which tiles a pattern touches, in the tokens' own order: bool (rows, cols), for routers, which score every one of them anyway."""
+    boxes, _, plan = tables(pattern, n, m, 1, block, device, sort=False)
+    touched = torch.zeros(plan.num_row_tiles, plan.num_col_tiles, dtype=torch.bool, device=device)
+    rows, cols, _ = search(tile_bounds(boxes, 0, block), *touched.shape)
+    touched[rows, cols] = True
+    return touched
+
+
 def plan_chosen(
     pattern: Pattern,
     chosen: Tensor,

@@ -1,0 +1,1 @@
+"""Mixing tokens by convolution."""

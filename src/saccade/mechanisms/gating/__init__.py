@@ -1,0 +1,1 @@
+"""Multiplying tokens by gates that the context computes."""

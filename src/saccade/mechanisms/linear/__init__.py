@@ -1,0 +1,1 @@
+"""Attention in time linear in the number of tokens."""

@@ -1,0 +1,1 @@
+"""Mixing tokens through a few pooled or learned ones."""

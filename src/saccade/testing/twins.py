@@ -1,0 +1,568 @@
+"""Broken twins: for every check at least one mechanism, broken in one way, that the check must flag.
+
+A check that nothing can fail proves nothing. Each twin is a healthy mechanism with one fault, and says by which words of the message its
+check must flag it, so that no twin is caught for a reason of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from saccade.contract import Attention, Case, Dims, Finding, Mechanism, claim
+from saccade.errors import check_cu_seqlens
+from saccade.testing.healthy import Decayed, Sliding
+from saccade.where import Causal, Plan, Window
+
+
+@dataclass(frozen=True)
+class Twin:
+    """`broken` must fail the check named `check` with a message that contains `because`."""
+
+    check: str
+    broken: type[Mechanism]
+    because: str
+
+
+TWINS: list[Twin] = []
+
+
+def twin(check: str, because: str) -> Any:
+    """Enter the decorated mechanism as a broken twin of `check`."""
+
+    def enter(broken: type[Mechanism]) -> type[Mechanism]:
+        TWINS.append(Twin(check, broken, because))
+        return broken
+
+    return enter
+
+
+@twin("value", "max error")
+class OffByOne(Sliding):
+    """Its window does not count the query itself."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return Sliding(self.dims, size=self.size + 1).compute(q, k, v, **options)
+
+
+@twin("value", "max error")
+class WrongScale(Sliding):
+    """Divides by sqrt(D + 1e-9)."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return super().compute(q * (1 + 1e-9), k, v, **options)
+
+
+@twin("value", "shape")
+class Broadcasts(Decayed):
+    """Keeps only the last token."""
+
+    def compute(self, x: Tensor, **options: Any) -> Tensor:
+        return super().compute(x, **options)[:, -1:]
+
+
+@twin("dtype_float32", "max error")
+class Coarse(Sliding):
+    """Works in bfloat16 whatever it is given in float32."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        dtype = torch.bfloat16 if q.dtype == torch.float32 else q.dtype
+        return super().compute(q.to(dtype), k.to(dtype), v.to(dtype), **options).to(q.dtype)
+
+
+@twin("dtype_bfloat16", "max error")
+class FewerBits(Sliding):
+    """In bfloat16 keeps four bits of the values."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        if q.dtype == torch.bfloat16:
+            v = (v * 4).round() / 4
+        return super().compute(q, k, v, **options)
+
+
+@twin("dtype_bfloat16", "max error")
+class DiscreteFewerBits(FewerBits):
+    """The same, hidden behind the pooled draws that decisions are granted."""
+
+    spec = replace(Sliding.spec, discrete=True)
+
+
+@twin("dtype_bfloat16", "got dtype torch.float32")
+class Promotes(Sliding):
+    """Answers in float32."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return super().compute(q, k, v, **options).to(torch.promote_types(q.dtype, torch.float32))
+
+
+@twin("full_budget", "full budget")
+class NeverFull(Sliding):
+    """Leaves the first key out at the full budget."""
+
+    @classmethod
+    def full_budget(cls, dims: Dims, length: int) -> dict[str, Any]:
+        return {"size": length - 1}
+
+
+@twin("gradients", "gradient of k (cut off")
+class Detached(Sliding):
+    """No gradient reaches the keys."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return super().compute(q, k.detach(), v, **options)
+
+
+@twin("gradients", "gradient of decay (cut off")
+class DetachedParameter(Decayed):
+    """No gradient reaches the decay."""
+
+    def compute(self, x: Tensor, **options: Any) -> Tensor:
+        held = {**dict(self.named_parameters()), "decay": self.decay.detach()}
+        return torch.func.functional_call(Functional(self), {f"inner.{name}": p for name, p in held.items()}, (x,), options)
+
+
+class Functional(nn.Module):
+    """Calls the healthy composition of a `Decayed` with other parameters."""
+
+    def __init__(self, inner: Decayed):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        return Decayed.compute(self.inner, x, **options)
+
+
+@twin("gradients", "gradient of q")
+class Doubled(Sliding):
+    """The value is right, the gradient of the queries twice too large."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return super().compute(2 * q - q.detach(), k, v, **options)
+
+
+@twin("causality", "none may look ahead")
+class Leaks(Sliding):
+    """Adds a trace of the mean over all tokens, the future ones too."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return super().compute(q, k, v, **options) + 1e-6 * v.mean((1, 2), keepdim=True)
+
+
+@twin("batch_equivariance", "permuted batch")
+class FirstOfBatch(Sliding):
+    """Every batch element reads the keys of the first one a little."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return super().compute(q, k + 1e-3 * (k[:1] - k), v, **options)
+
+
+@twin("batch_equivariance", "batches of one")
+class BatchCentred(Decayed):
+    """Subtracts the mean over the batch."""
+
+    def compute(self, x: Tensor, **options: Any) -> Tensor:
+        return super().compute(x - x.mean(0, keepdim=True), **options)
+
+    def oracle(self, x: Tensor) -> Tensor:
+        return super().oracle(x - x.mean(0, keepdim=True))
+
+
+@twin("head_equivariance", "permuted heads")
+class Slopes(Sliding):
+    """Heads differ, and the class does not say so."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return super().compute(q * (1 + torch.arange(q.shape[1], dtype=q.dtype)[:, None, None]), k, v, **options)
+
+
+@twin("step_equals_whole", "output of step")
+class ShortMemory(Sliding):
+    """Decoding forgets the oldest key of the window."""
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, *, state: Any = None) -> tuple[Tensor, Any]:
+        out, (k, v) = super().step(q, k, v, state=state)
+        return out, (k[:, :, 2 - self.size :], v[:, :, 2 - self.size :])
+
+
+@twin("step_equals_whole", "output of step")
+class NoCarry(Decayed):
+    """Decoding starts afresh at every token."""
+
+    def step(self, x: Tensor, *, state: Any = None) -> tuple[Tensor, Any]:
+        return super().step(x)
+
+
+class Volatile:
+    """A state that a pickle does not hold."""
+
+    def __init__(self, hidden: Tensor | None = None):
+        self.hidden = hidden
+
+    def __reduce__(self) -> tuple[type[Volatile], tuple[()]]:
+        return Volatile, ()
+
+
+@twin("state_round_trip", "does not carry on")
+class ForgetsWhenStored(Decayed):
+    """Its state loses the sum when it is pickled."""
+
+    def step(self, x: Tensor, *, state: Any = None) -> tuple[Tensor, Any]:
+        out, hidden = super().step(x, state=state.hidden if state else None)
+        return out, Volatile(hidden)
+
+
+@twin("varlen_equals_loop", "packed output")
+class IgnoresEnds(Sliding):
+    """Lets a packed sequence see the one before."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        return super().compute(q, k, v)
+
+
+@twin("varlen_equals_loop", "packed gradient of x")
+class DetachesFirst(Decayed):
+    """When packed, cuts the gradient of the first token."""
+
+    def compute(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        if cu_seqlens is not None:
+            x = torch.cat([x[:, :1].detach(), x[:, 1:]], 1)
+        return super().compute(x, cu_seqlens=cu_seqlens)
+
+
+@twin("poisoned_buffers", "poisoned memory")
+class ReadsUnwritten(Sliding):
+    """Multiplies memory that it never wrote by zero."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        out = super().compute(q, k, v, **options)
+        return out + 0 * torch.empty_like(out)
+
+
+class UnwrittenGradient(torch.autograd.Function):
+    """The identity, whose gradient is memory that was never written."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return torch.empty_like(gradient)
+
+
+@twin("poisoned_buffers", "the gradients of x")
+class GradientUnwritten(Decayed):
+    """Its backward pass returns memory that it never wrote."""
+
+    def compute(self, x: Tensor, **options: Any) -> Tensor:
+        return super().compute(UnwrittenGradient.apply(x), **options)
+
+
+@twin("non_contiguous", "strided inputs")
+class AssumesContiguous(Sliding):
+    """Reads the queries as if they were contiguous."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return super().compute(torch.as_strided(q, q.shape, torch.empty(q.shape, device="meta").stride()), k, v, **options)
+
+
+@twin("determinism", "two calls")
+class Draws(Sliding):
+    """Adds noise in evaluation mode."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return super().compute(q + 1e-6 * torch.randn_like(q), k, v, **options)
+
+
+@twin("determinism", "two calls")
+class Remembers(Decayed):
+    """Adds a little of what the last call saw."""
+
+    last: Tensor | float = 0.0
+
+    def compute(self, x: Tensor, **options: Any) -> Tensor:
+        out, self.last = super().compute(x, **options) + self.last, x.detach().mean()
+        return out
+
+
+@twin("no_mutation", "changed or added q")
+class InPlace(Sliding):
+    """Scales the caller's queries in place, and scales them back by nearly as much."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return super().compute(q.mul_(3).div_(3), k, v, **options)
+
+
+@twin("no_mutation", "changed or added calls")
+class Counts(Decayed):
+    """Counts its calls in a buffer."""
+
+    def __init__(self, dims: Dims, *, start: float = 1.0):
+        super().__init__(dims, start=start)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def compute(self, x: Tensor, **options: Any) -> Tensor:
+        self.calls += 1
+        return super().compute(x, **options)
+
+
+@twin("no_mutation", "global torch settings")
+class SetsPrecision(Decayed):
+    """Chooses the precision of everybody's matrix products."""
+
+    def compute(self, x: Tensor, **options: Any) -> Tensor:
+        lower = "high" if torch.get_float32_matmul_precision() == "highest" else "highest"
+        torch.set_float32_matmul_precision(lower)
+        return super().compute(x, **options)
+
+
+@twin("nan_spread", "swallowed")
+class Swallows(Sliding):
+    """Turns NaN into zero before anybody sees it."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return super().compute(q, k, v.nan_to_num(), **options)
+
+
+@twin("nan_spread", "carried too far")
+class Spreads(Sliding):
+    """Multiplies values outside the window by zero instead of leaving them."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return super().compute(q, k, v, **options) + 0 * v.sum((1, 2), keepdim=True)
+
+
+@twin("bad_input", "q of rank 3: got")
+class Unchecked(Sliding):
+    """Hands everything on unread."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return self.compute(q, k, v, **options)
+
+
+@twin("bad_input", "size=2.5")
+class UncheckedParameter(Sliding):
+    """Rounds a fractional window without a word."""
+
+    def __init__(self, dims: Dims, *, size: int = 5):
+        super().__init__(dims, size=int(size))
+
+
+@twin("bad_input", "does not name x")
+class Mumbles(Decayed):
+    """Says that something is wrong, but not what."""
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        try:
+            return super().forward(x, **options)
+        except (TypeError, ValueError):
+            raise ValueError("bad shape") from None
+
+
+@twin("bad_input", "accepted in silence")
+class TrustsEnds(Decayed):
+    """Does not look whether cu_seqlens fits."""
+
+    def compute(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        if cu_seqlens is not None:
+            ends = sorted({int(end) for end in cu_seqlens if 0 < end < x.shape[1]})
+            cu_seqlens = check_cu_seqlens(torch.tensor([0, *ends, x.shape[1]]), x.shape[1], x.shape[0])
+        return super().compute(x, cu_seqlens=cu_seqlens)
+
+
+@twin("compiles", "under torch.compile")
+class OtherWhenCompiled(Sliding):
+    """Takes another branch under the compiler."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return super().compute(2 * q if torch.compiler.is_compiling() else q, k, v, **options)
+
+
+@twin("pickle_round_trip", "state_dict")
+class HiddenDraw(Sliding):
+    """Draws a projection that no state_dict holds."""
+
+    def __init__(self, dims: Dims, *, size: int = 5):
+        super().__init__(dims, size=size)
+        self.register_buffer("turn", torch.randn(dims.head_dim), persistent=False)
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return super().compute(q * self.turn, k, v, **options)
+
+
+@twin("pickle_round_trip", "unpickled")
+class HalfPickled(Sliding):
+    """Comes back from a pickle with the default window."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "size": 3})
+
+
+@twin("saves_work", "dense attention needs")
+class DenseAndMasked(Sliding):
+    """Scores every pair and throws most of them away."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        mask = Window(self.size).dense(q.shape[2], k.shape[2], heads=1).to(q.device)
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        scores = (q @ k.transpose(-1, -2)).masked_fill(~mask, -torch.inf) / math.sqrt(q.shape[3])
+        return scores.softmax(-1) @ v
+
+
+@twin("saves_work", "it is N x M")
+class MaterialisesMask(Sliding):
+    """Builds the whole mask, only to look at its diagonal."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        mask = torch.ones(q.shape[2], k.shape[2]).tril()
+        return super().compute(q, k, v * mask.diagonal()[:, None].to(v.dtype), **options)
+
+
+@twin("saves_work", "density 1.000")
+class PlansAll(Sliding):
+    """Plans every admissible pair."""
+
+    def plan(self, q: Tensor, k: Tensor) -> Plan:
+        return Causal().plan(q.shape[2], k.shape[2], block=(16, 16))
+
+
+@twin("declaration", "spec.paper")
+class NoPaper(Sliding):
+    """Names no paper. (B, H, N, D)"""
+
+    spec = replace(Sliding.spec, paper="")
+
+
+@twin("declaration", "does not name the paper 2004.05150")
+class Undocumented(Sliding):
+    """q (B, H, N, D), size."""
+
+
+@twin("declaration", "without a default: size")
+class NoDefault(Sliding):
+    """arXiv 2004.05150, (B, H, N, D)."""
+
+    def __init__(self, dims: Dims, size: int):
+        super().__init__(dims, size=size)
+
+
+@twin("declaration", "claims: none")
+class ClaimsNothing(Sliding):
+    """arXiv 2004.05150, (B, H, N, D), size."""
+
+    linear_work = None  # type: ignore[assignment]
+
+
+@twin("declaration", "give at least 2")
+class OneCase(Sliding):
+    """arXiv 2004.05150, (B, H, N, D), size."""
+
+    @classmethod
+    def cases(cls) -> list[Case]:
+        return super().cases()[:1]
+
+
+@twin("odd_and_prime", "multiples of 8")
+class EvenSizes(Sliding):
+    """Is only tried where every tile fits."""
+
+    @classmethod
+    def cases(cls) -> list[Case]:
+        return [Case(Dims(2, 8), 16), Case(Dims(2, 8), 32)]
+
+
+@twin("odd_and_prime", "one head")
+class OneHead(Sliding):
+    """Is only tried with one head."""
+
+    @classmethod
+    def cases(cls) -> list[Case]:
+        return [Case(Dims(1, 8), 17), Case(Dims(1, 8), 23)]
+
+
+@twin("example", "example fails")
+class WrongExample(Sliding):
+    """Promises too much.
+
+    >>> Sliding(Dims(num_heads=2, head_dim=4)).size
+    6
+    """
+
+
+@twin("example", "has no example")
+class NoExample(Sliding):
+    """Shows nothing."""
+
+
+@twin("oracle_independent", "uses Window")
+class OracleOfPatterns(Sliding):
+    """Its oracle asks the pattern that the fast path follows."""
+
+    def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = Window(self.size).dense(q.shape[2])
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        return ((q @ k.mT / q.shape[3] ** 0.5).masked_fill(~mask, -torch.inf)).softmax(-1) @ v
+
+
+@twin("oracle_independent", "uses self.compute")
+class OracleOfItself(Sliding):
+    """Its oracle is the fast path."""
+
+    def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.compute(q, k, v)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A helper that hides torch's own attention."""
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+@twin("oracle_independent", "fused uses F.scaled_dot_product_attention")
+class OracleFused(Attention):
+    """Its oracle calls a helper that calls a kernel."""
+
+    spec = Sliding.spec
+    cases = Sliding.cases
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.zeros_like(q)
+
+    def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return fused(q, k, v)
+
+
+@twin("oracle_independent", "share")
+class SharedHelper(Decayed):
+    """Oracle and fast path take the same wrong turn."""
+
+    def turned(self, x: Tensor) -> Tensor:
+        return x.flip(-1)
+
+    def compute(self, x: Tensor, **options: Any) -> Tensor:
+        return super().compute(self.turned(x), **options)
+
+    def oracle(self, x: Tensor) -> Tensor:
+        return super().oracle(self.turned(x))
+
+
+@twin("claim", "0.50 times")
+class FalseClaim(Sliding):
+    """Claims what is not so."""
+
+    @claim("Twice as good as itself.")
+    def better(cls) -> Finding:
+        return Finding(False, "0.50 times as good")
+
+
+@twin("claim", "holds no number")
+class VagueClaim(Sliding):
+    """Claims without a figure."""
+
+    @claim("Much better.")
+    def better(cls) -> Finding:
+        return Finding(True, "much better indeed")

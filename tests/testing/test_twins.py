@@ -1,0 +1,29 @@
+"""Every check can fail: it flags its broken twins, for the right reason, and passes the healthy ones."""
+
+import pytest
+
+from saccade.testing import Ledger, check, check_names, parametrize_with_checks
+from saccade.testing.healthy import Decayed, Sliding
+from saccade.testing.twins import TWINS
+
+
+def test_every_check_has_a_broken_twin():
+    assert {twin.check for twin in TWINS} == set(check_names())
+
+
+@pytest.mark.parametrize("twin", TWINS, ids=lambda twin: f"{twin.broken.__name__}-{twin.check}")
+def test_a_broken_twin_is_flagged_for_the_right_reason(twin):
+    report = check(twin.broken, only=twin.check, ledger=Ledger())
+    assert report.failures, f"{twin.check} did not notice that {twin.broken.__name__}: {twin.broken.__doc__}"
+    assert {row.check for row in report.outcomes} == {twin.check}
+    assert any(twin.because in row.message for row in report.failures), str(report)
+
+
+@parametrize_with_checks(Sliding, Decayed)
+def test_the_healthy_ones_pass(check):
+    check.run()
+
+
+def test_the_healthy_ones_meet_every_check():
+    met = {row.check for cls in (Sliding, Decayed) for row in check(cls).outcomes}
+    assert met == set(check_names())

@@ -1,0 +1,101 @@
+"""Random patterns, sizes and blocks for Hypothesis."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from saccade.where import (
+    Band,
+    BlockBand,
+    Blocks,
+    Causal,
+    Columns,
+    Dilated,
+    Documents,
+    Full,
+    Neighborhood,
+    Packed,
+    Pattern,
+    PerHead,
+    Prefix,
+    Sinks,
+    Strided,
+    Window,
+)
+
+small = st.integers(1, 9)
+blocks = st.tuples(st.integers(1, 9), st.integers(1, 9))
+
+
+@st.composite
+def documents(draw: st.DrawFn, total: int) -> Documents:
+    cuts = draw(st.sets(st.integers(1, max(total - 1, 1)), max_size=4)) - {total}
+    return Documents([0, *sorted(cuts), total])
+
+
+def leaves(total: int) -> st.SearchStrategy[Pattern]:
+    """One named pattern over `total` keys in a sequence."""
+    columns = st.builds(lambda size, stride, at: Columns(size, stride, at % stride), small, small, small)
+    return st.one_of(
+        st.just(Full()),
+        st.just(Causal()),
+        st.builds(Window, small),
+        st.builds(Band, st.integers(0, 5), st.integers(0, 5)),
+        st.builds(Prefix, small),
+        st.builds(Sinks, small),
+        st.builds(Blocks, small),
+        st.builds(Dilated, small, small),
+        st.builds(Strided, small),
+        st.builds(BlockBand, small, small, st.integers(0, 3)),
+        columns,
+        documents(total),
+    )
+
+
+def sequences(total: int) -> st.SearchStrategy[Pattern]:
+    """Compositions of patterns over a sequence."""
+
+    def grow(inner: st.SearchStrategy[Pattern]) -> st.SearchStrategy[Pattern]:
+        both = st.builds(lambda a, b: a & b, inner, inner)
+        either = st.builds(lambda a, b: a | b, inner, inner)
+        packed = st.builds(Packed, st.sampled_from([Causal(), Window(2) | Sinks(1), Strided(2) & Causal(), Blocks(3)]), documents(total))
+        return st.one_of(both, either, packed)
+
+    return st.recursive(leaves(total), grow, max_leaves=4)
+
+
+@st.composite
+def axis(draw: st.DrawFn) -> tuple[int, int, int, int, bool]:
+    """(length, kernel, stride, dilation, causal) of one axis of a grid."""
+    length = draw(st.integers(1, 7))
+    dilation = draw(st.integers(1, length))
+    kernel = draw(st.integers(1, length // dilation))
+    return length, kernel, draw(st.integers(1, kernel)), dilation, draw(st.booleans())
+
+
+@st.composite
+def neighborhoods(draw: st.DrawFn) -> tuple[Pattern, int]:
+    """A neighbourhood on a grid of 1-3 axes, alone or with another on that grid, and its number of tokens."""
+    grid, kernel, stride, dilation, causal = zip(*draw(st.lists(axis(), min_size=1, max_size=3)), strict=True)
+    pattern: Pattern = Neighborhood(grid, kernel, stride, dilation, causal)
+    total = 1
+    for length in grid:
+        total *= length
+    how = draw(st.sampled_from(["alone", "or", "and"]))
+    other = draw(st.one_of(leaves(total), st.just(Neighborhood(grid, 1))))
+    return {"alone": pattern, "or": pattern | other, "and": pattern & other}[how], total
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Pattern, int, int, int]:
+    """(pattern, n, m, heads)."""
+    if draw(st.booleans()):
+        pattern, total = draw(neighborhoods())
+        n = draw(st.sampled_from([total, max(1, total // 2)]))
+        return pattern, n, total, draw(st.integers(1, 2))
+    m = draw(st.integers(1, 41))
+    n = draw(st.integers(1, m))
+    heads = draw(st.integers(1, 3))
+    if draw(st.booleans()):
+        return draw(sequences(m)), n, m, heads
+    return PerHead([draw(sequences(m)) for _ in range(heads)]), n, m, heads
