@@ -20,6 +20,7 @@ from saccade.where import (
     Prefix,
     Sinks,
     Strided,
+    Summaries,
     Window,
 )
 
@@ -96,6 +97,9 @@ def problems(draw: st.DrawFn) -> tuple[Pattern, int, int, int]:
     m = draw(st.integers(1, 41))
     n = draw(st.integers(1, m))
     heads = draw(st.integers(1, 3))
+    if draw(st.booleans()):
+        other = Summaries(draw(st.integers(n, 60)), draw(small), draw(small)) | Prefix(2)
+        return draw(st.sampled_from([other, Full(), Columns(2, 3, 1)])), n, draw(st.integers(1, 41)), heads
     if draw(st.booleans()):
         return draw(sequences(m)), n, m, heads
     return PerHead([draw(sequences(m)) for _ in range(heads)]), n, m, heads

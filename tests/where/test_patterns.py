@@ -20,6 +20,7 @@ from saccade.where import (
     Prefix,
     Sinks,
     Strided,
+    Summaries,
     Window,
 )
 
@@ -49,6 +50,10 @@ def keys_of(pattern, i, n, m=None):
         (BlockBand(3, 2), 7, 12, None, [3, 4, 5, 6, 7, 8]),
         (BlockBand(3, 1, 1), 4, 12, None, [3, 4, 5, 6, 7, 8]),
         (Packed(Sinks(1) | Window(1), Documents([0, 2, 6])), 4, 6, None, [2, 4]),
+        (Summaries(11, 4, 2), 7, 11, 4, [0, 1, 2]),
+        (Summaries(11, 4, 2), 0, 3, 4, [0, 1, 2]),
+        (Summaries(11, 4, 2), 2, 11, 4, []),
+        (Full(), 4, 5, 2, [0, 1]),
         (Neighborhood((9,), 3), 4, 9, None, [3, 4, 5]),
         (Neighborhood((9,), 3), 0, 9, None, [0, 1, 2]),
         (Neighborhood((9,), 3), 8, 9, None, [6, 7, 8]),

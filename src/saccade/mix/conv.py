@@ -13,14 +13,18 @@ from saccade.mix.tokens import check_tokens, to_map, to_tokens
 CONVOLVE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 
 
-def depthwise_conv(x: Tensor, grid: Sequence[int], weight: Tensor, bias: Tensor | None = None, *, dilation: int = 1) -> Tensor:
+def depthwise_conv(
+    x: Tensor, grid: Sequence[int], weight: Tensor, bias: Tensor | None = None, *, dilation: int = 1
+) -> Tensor:
     """Each channel convolved with its own kernel, zeros outside the grid, as many tokens out as in.
 
-        y[b, p, c] = bias[c] + sum_t weight[c, 0, t] x[b, p + dilation * t - floor(dilation * (K - 1) / 2), c],   0 <= t < K on each axis
+        y[b, p, c] = bias[c] + sum_t weight[c, 0, t] x[b, p + dilation * (t - (K - 1) / 2), c],   0 <= t < K
 
-    x (B, N, C) of a row-major grid of one to three axes; weight (C, 1, *kernel), the layout of torch's grouped convolutions; bias (C,).
-    Odd kernels are centred; an even one of dilation 1 reaches one token further forward than back. Costs N C times the taps.
-    Errors: ValueError when the grid has not N tokens, or weight has another rank or number of channels.
+    x (B, N, C) of a row-major grid of one to three axes; weight (C, 1, *kernel), the layout of torch's grouped
+    convolutions; bias (C,).
+    Kernels are centred, so dilation * (K - 1) must be even. Costs N C times the taps.
+    Errors: ValueError when the grid has not N tokens, weight has another rank or number of channels, or a kernel has no
+    centre.
 
     >>> depthwise_conv(torch.arange(4.0).view(1, 4, 1), (4,), torch.ones(1, 1, 3)).flatten().tolist()
     [1.0, 3.0, 6.0, 5.0]
@@ -28,24 +32,33 @@ def depthwise_conv(x: Tensor, grid: Sequence[int], weight: Tensor, bias: Tensor 
     grid = check_tokens(x, grid)
     if weight.ndim != len(grid) + 2 or weight.shape[:2] != (x.shape[-1], 1):
         want = f"({x.shape[-1]}, 1, {', '.join('K' for _ in grid)})"
-        raise ValueError(f"weight: got shape {tuple(weight.shape)} for {x.shape[-1]} channels on the grid {grid}; pass {want}")
-    mixed = CONVOLVE[len(grid)](
-        to_map(x, grid), weight, bias, padding="same", dilation=positive("dilation", dilation), groups=x.shape[-1]
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)} for {x.shape[-1]} channels on the grid {grid}; pass {want}"
+        )
+    reach = [positive("dilation", dilation) * (taps - 1) for taps in weight.shape[2:]]
+    if any(tokens % 2 for tokens in reach):
+        raise ValueError(
+            f"weight: got kernel {tuple(weight.shape[2:])} with dilation {dilation}, without a centre; pass odd sizes"
+        )
+    padding = [tokens // 2 for tokens in reach]
+    return to_tokens(
+        CONVOLVE[len(grid)](to_map(x, grid), weight, bias, padding=padding, dilation=dilation, groups=x.shape[-1])
     )
-    return to_tokens(mixed)
 
 
 class DepthwiseConv(nn.Module):
     """`depthwise_conv` with learned weights, for any grid of the kernel's rank.
 
-    dim: channels C. kernel: taps an axis, one number for each axis of the grid. dilation: tokens between taps (default 1).
-    bias: add a learned (C,) (default True). Initial values are those of torch's convolutions. forward: x (B, N, C), grid -> (B, N, C).
+    dim: channels C. kernel: taps an axis, one number for each axis of the grid. dilation: tokens between taps (default
+    1).
+    bias: add a learned (C,) (default True). Initial values are those of torch's convolutions. forward: x (B, N, C),
+    grid -> (B, N, C).
 
     >>> DepthwiseConv(4, (3, 3))(torch.randn(1, 35, 4), (5, 7)).shape
     torch.Size([1, 35, 4])
     """
 
-    def __init__(self, dim: int, kernel: Sequence[int], *, dilation: int = 1, bias: bool = True):
+    def __init__(self, dim: int, kernel: Sequence[int], *, dilation: int = 1, bias: bool = True) -> None:
         super().__init__()
         self.kernel = tuple(positive("kernel", taps) for taps in kernel)
         self.dilation = positive("dilation", dilation)

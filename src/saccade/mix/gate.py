@@ -14,8 +14,8 @@ def gate_axes(x: Tensor, grid: Sequence[int], gates: Sequence[Tensor]) -> Tensor
 
         y[b, (i, j), c] = x[b, (i, j), c] * gates[0][b, i, c] * gates[1][b, j, c]
 
-    x (B, N, C) of a row-major grid of one to three axes; gates: one an axis, (B or 1, grid[axis], C or 1). The product of the gates is never
-    formed whole. Costs N C an axis.
+    x (B, N, C) of a row-major grid of one to three axes; gates: one an axis, (B or 1, grid[axis], C or 1). The product
+    of the gates is never formed whole. Costs N C an axis.
     Errors: ValueError when the grid has not N tokens, or a gate does not fit its axis.
 
     >>> gate_axes(torch.ones(1, 6, 1), (2, 3), [torch.tensor([[[1.0], [2.0]]]), torch.ones(1, 3, 1)]).flatten().tolist()
@@ -24,10 +24,12 @@ def gate_axes(x: Tensor, grid: Sequence[int], gates: Sequence[Tensor]) -> Tensor
     grid = check_tokens(x, grid)
     if len(gates) != len(grid):
         raise ValueError(f"gates: got {len(gates)} for the grid {grid}; pass one an axis")
-    y = x.unflatten(-2, grid)
+    y = x.unflatten(1, grid)
     for axis, gate in enumerate(gates):
         if gate.ndim != 3 or gate.shape[1] != grid[axis]:
-            raise ValueError(f"gates: got shape {tuple(gate.shape)} for axis {axis} of the grid {grid}; pass (B, {grid[axis]}, C)")
+            raise ValueError(
+                f"gates: got shape {tuple(gate.shape)} for axis {axis} of the grid {grid}; pass (B, {grid[axis]}, C)"
+            )
         others = [1] * (len(grid) - 1)
         others.insert(axis, grid[axis])
         y = y * gate.view(gate.shape[0], *others, gate.shape[2])

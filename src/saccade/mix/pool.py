@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from saccade.errors import positive
-from saccade.mix.tokens import check_tokens, to_map
+from saccade.mix.tokens import check_tokens, to_map, to_tokens
 
 ADAPTIVE = {
     1: nn.functional.adaptive_avg_pool1d,
@@ -22,8 +22,8 @@ def pool_tokens(x: Tensor, grid: Sequence[int], size: Sequence[int]) -> Tensor:
         y[b, cell, c] = mean of x[b, token, c] over the tokens with, on each axis of L tokens and S cells,
         floor(s L / S) <= coordinate < ceil((s + 1) L / S)
 
-    x (..., N, C) of a row-major grid of one to three axes -> (..., S, C), S the product of size, row-major. Cells overlap where L is no
-    multiple of S, and repeat where S > L. Costs N C where they do not.
+    x (B, N, C) of a row-major grid of one to three axes -> (B, S, C), S the product of size, row-major. Cells overlap
+    where L is no multiple of S, and repeat where S > L. Costs N C where they do not.
     Errors: ValueError when the grid has not N tokens, or size has another rank than grid.
 
     >>> pool_tokens(torch.arange(5.0).view(1, 5, 1), (5,), (2,)).flatten().tolist()
@@ -33,8 +33,7 @@ def pool_tokens(x: Tensor, grid: Sequence[int], size: Sequence[int]) -> Tensor:
     size = tuple(positive("size", cells) for cells in size)
     if len(size) != len(grid):
         raise ValueError(f"size: got {size} for the grid {grid}; pass one number of cells an axis")
-    pooled = ADAPTIVE[len(grid)](to_map(x.flatten(0, -3), grid), size)
-    return pooled.flatten(2).mT.unflatten(0, x.shape[:-2])
+    return to_tokens(ADAPTIVE[len(grid)](to_map(x, grid), size))
 
 
 def pool_axis(x: Tensor, grid: Sequence[int], axis: int) -> Tensor:
@@ -42,7 +41,7 @@ def pool_axis(x: Tensor, grid: Sequence[int], axis: int) -> Tensor:
 
         y[b, s, c] = mean of x[b, token, c] over the tokens whose coordinate on `axis` is s
 
-    x (..., N, C), grid of one to three axes -> (..., grid[axis], C). Costs N C.
+    x (B, N, C), grid of one to three axes -> (B, grid[axis], C). Costs N C.
     Errors: ValueError when the grid has not N tokens, or no such axis.
 
     >>> pool_axis(torch.arange(6.0).view(1, 6, 1), (2, 3), 0).flatten().tolist()
@@ -51,5 +50,5 @@ def pool_axis(x: Tensor, grid: Sequence[int], axis: int) -> Tensor:
     grid = check_tokens(x, grid)
     if not -len(grid) <= axis < len(grid):
         raise ValueError(f"axis: got {axis} for the grid {grid}; pass one from {-len(grid)} to {len(grid) - 1}")
-    others = [i - len(grid) - 1 for i in range(len(grid)) if i != axis % len(grid)]
-    return x.unflatten(-2, grid).mean(others) if others else x
+    others = [1 + i for i in range(len(grid)) if i != axis % len(grid)]
+    return x.unflatten(1, grid).mean(others) if others else x

@@ -11,15 +11,17 @@ from saccade.errors import positive
 
 
 def check_tokens(x: Tensor, grid: Sequence[int]) -> tuple[int, ...]:
-    """Return `grid` as a tuple of one to three sizes whose product is the number of tokens of x (..., N, C)."""
+    """Return `grid` as a tuple of one to three sizes whose product is the number of tokens of x (B, N, C)."""
     grid = tuple(positive("grid", size) for size in grid)
     if not 1 <= len(grid) <= 3:
         raise ValueError(f"grid: got {grid}; pass (X,), (Y, X) or (T, Y, X)")
-    if not isinstance(x, Tensor) or x.ndim < 3:
+    if not isinstance(x, Tensor) or x.ndim != 3:
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x: got {got}; pass tokens (B, N, C)")
     if x.shape[-2] != torch.Size(grid).numel():
-        raise ValueError(f"x: got N = {x.shape[-2]}, but the grid {grid} has {torch.Size(grid).numel()} tokens; reshape, or pass its grid")
+        raise ValueError(
+            f"x: got N = {x.shape[-2]}, but the grid {grid} has {torch.Size(grid).numel()} tokens; pass the grid of x"
+        )
     return grid
 
 
@@ -35,13 +37,14 @@ def to_map(x: Tensor, grid: Sequence[int]) -> Tensor:
     [[0.0, 2.0, 4.0], [6.0, 8.0, 10.0]]
     """
     grid = check_tokens(x, grid)
-    return x.unflatten(-2, grid).movedim(-1, -1 - len(grid))
+    return x.unflatten(1, grid).movedim(-1, 1)
 
 
 def to_tokens(x: Tensor) -> Tensor:
     """A map as tokens: the inverse of `to_map`.
 
-    x (B, C, *grid) -> (B, N, C), a view when channels are last in memory, as `to_map` and convolutions of its maps leave them.
+    x (B, C, *grid) -> (B, N, C), a view when channels are last in memory, as `to_map` and convolutions of its maps
+    leave them.
     Errors: ValueError for fewer than three axes.
 
     >>> x = torch.randn(2, 6, 5)

@@ -5,14 +5,9 @@ report = check(MyAttention)
 report.raise_for_failures()
 """
 
-# Importing a theme registers its checks; the order here is the order of the report.
-from saccade.testing import values, gradients, structure, decode  # isort: skip
-from saccade.testing import robustness, portability, work  # isort: skip
-from saccade.testing import declaration, independence, claims  # isort: skip
 from saccade.testing.budget import Verdict, assert_close, compare
 from saccade.testing.ledger import Ledger, Waiver
 from saccade.testing.oracles import dense_attention
-from saccade.testing.registry import Named, named
 from saccade.testing.report import Report, Row
 from saccade.testing.runner import Check, check, check_names, checks, cli_table, parametrize_with_checks, perform
 from saccade.testing.subject import Subject, randomise
@@ -20,7 +15,6 @@ from saccade.testing.subject import Subject, randomise
 __all__ = [
     "Check",
     "Ledger",
-    "Named",
     "Report",
     "Row",
     "Subject",
@@ -33,7 +27,6 @@ __all__ = [
     "cli_table",
     "compare",
     "dense_attention",
-    "named",
     "parametrize_with_checks",
     "perform",
     "randomise",

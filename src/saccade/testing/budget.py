@@ -1,11 +1,13 @@
 """Error budgets that come from the data, never from a literal.
 
-A result `x` is judged against a float64 oracle `t` beside `e`, what the oracle's own eager code gives in the dtype of `x`:
+A result `x` is judged against a float64 oracle `t` beside `e`, what the oracle's own eager code gives in the dtype of
+`x`:
 
     |x - t|  <=  2 * |e - t|  +  band,      band = eps(dtype) * max|t| * sqrt(terms)
 
-once for the largest error and once for the root mean square. The factor 2 lets a blocked order of summation be as unlucky as the eager one;
-the band admits the last-bit rounding of a result whose eager twin happened to be exact. `terms` is the number of products behind one entry.
+once for the largest error and once for the root mean square. The factor 2 lets a blocked order of summation be as
+unlucky as the eager one; the band admits the last-bit rounding of a result whose eager twin happened to be exact.
+`terms` is the number of products behind one entry.
 """
 
 from __future__ import annotations
@@ -44,16 +46,19 @@ class Verdict:
 def compare(actual: Tensor, oracle: Tensor, eager: Tensor, *, terms: int = 1, scale: float = 0.0) -> Verdict:
     """Judge `actual` against the float64 `oracle` with the budget that `eager` sets.
 
-    actual, eager: same dtype, same shape as oracle. terms: products summed into one entry (>= 1). scale: magnitude of what was added up
-    to give the result, where that is larger than the result itself (sums that cancel); the band is at least eps * scale * sqrt(terms).
-    NaN and infinities must stand in the same places as in the oracle; elsewhere they count as an infinite error.
+    actual, eager: same dtype, same shape as oracle. terms: products summed into one entry (>= 1). scale: magnitude of
+    what was added up to give the result, where that is larger than the result itself (sums that cancel); the band is at
+    least eps * scale * sqrt(terms). NaN and infinities must stand in the same places as in the oracle; elsewhere they
+    count as an infinite error.
 
     >>> t = torch.tensor([1.0, 2.0], dtype=torch.float64)
     >>> compare(t.float(), t, t.float()).ok
     True
     """
     if actual.shape != oracle.shape or eager.shape != oracle.shape:
-        raise ValueError(f"shapes differ: actual {tuple(actual.shape)}, oracle {tuple(oracle.shape)}, eager {tuple(eager.shape)}")
+        raise ValueError(
+            f"shapes differ: actual {tuple(actual.shape)}, oracle {tuple(oracle.shape)}, eager {tuple(eager.shape)}"
+        )
     if actual.numel() == 0:
         return Verdict(0.0, 0.0, 0.0, 0.0, ())
     special = ~oracle.isfinite()
@@ -68,12 +73,16 @@ def compare(actual: Tensor, oracle: Tensor, eager: Tensor, *, terms: int = 1, sc
         error=float(error.max()),
         allowed=float(2 * eager_error.max() + eps * max(float(size.max()), scale)),
         rms_error=float(error.square().mean().sqrt()),
-        rms_allowed=float(2 * eager_error.square().mean().sqrt() + eps * max(float(size.square().mean().sqrt()), scale)),
+        rms_allowed=float(
+            2 * eager_error.square().mean().sqrt() + eps * max(float(size.square().mean().sqrt()), scale)
+        ),
         where=at,
     )
 
 
-def assert_close(actual: Tensor, oracle: Tensor, eager: Tensor, *, name: str = "result", terms: int = 1, scale: float = 0.0) -> None:
+def assert_close(
+    actual: Tensor, oracle: Tensor, eager: Tensor, *, name: str = "result", terms: int = 1, scale: float = 0.0
+) -> None:
     """Raise AssertionError with both errors and the worst index unless `compare` is satisfied."""
     verdict = compare(actual, oracle, eager, terms=terms, scale=scale)
     if not verdict.ok:

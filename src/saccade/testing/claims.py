@@ -12,5 +12,7 @@ def claim(cls: type[Mechanism], name: str) -> None:
     sentence, function = cls.claims()[name]
     finding = function()
     assert isinstance(finding, Finding), f"{name}: returned a {type(finding).__name__}; return Finding(holds, figure)"
-    assert any(c.isdigit() for c in finding.figure), f"{name}: the figure {finding.figure!r} holds no number; say what was measured"
+    assert any(c.isdigit() for c in finding.figure), (
+        f"{name}: the figure {finding.figure!r} holds no number; say what was measured"
+    )
     assert finding.holds, f"{name}: {sentence} Found: {finding.figure}"

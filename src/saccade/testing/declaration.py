@@ -22,7 +22,7 @@ def documentation(cls: type[Mechanism]) -> str:
 
 @named(over="class")
 def declaration(cls: type[Mechanism]) -> None:
-    """The spec is complete and stands in the right file, every parameter has a default, there are cases and a claim, the docs name paper and shapes."""
+    """The declaration is complete: spec in the right file, defaults, cases, a claim, documentation."""
     spec, text = cls.spec, documentation(cls)
     for field in ("id", "name", "title", "paper", "family", "uses"):
         assert getattr(spec, field), f"spec.{field}: empty"
@@ -31,7 +31,9 @@ def declaration(cls: type[Mechanism]) -> None:
     if cls.__module__.startswith("saccade.mechanisms."):
         path = Path(inspect.getfile(cls))
         assert path.stem == spec.id, f"spec.id: got {spec.id!r} in the file {path.name}; they must agree"
-        assert path.parent.name == spec.family, f"spec.family: got {spec.family!r} in the folder {path.parent.name}; they must agree"
+        assert path.parent.name == spec.family, (
+            f"spec.family: got {spec.family!r} in the folder {path.parent.name}; they must agree"
+        )
     bare = [name for name, default in cls.params().items() if default is inspect.Parameter.empty]
     assert not bare, f"parameters without a default: {', '.join(bare)}"
     cases = cls.cases()
@@ -50,7 +52,9 @@ def odd_and_prime(cls: type[Mechanism]) -> None:
     """The cases meet sizes that no tile divides, and an Attention meets more than one head."""
     cases = cls.cases()
     sizes = [size for case in cases for size in (case.dims.grid or (case.length,))]
-    assert any(size % 8 for size in sizes), f"cases: the sizes {sizes} are all multiples of 8; add an odd or a prime one"
+    assert any(size % 8 for size in sizes), (
+        f"cases: the sizes {sizes} are all multiples of 8; add an odd or a prime one"
+    )
     short = [str(case) for case in cases if case.length < 2]
     assert not short, f"cases: {short[0]} has a single token, at which nothing can go wrong"
     if issubclass(cls, Attention):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -51,7 +52,9 @@ def state_round_trip(subject: Subject) -> None:
         stored = pickle.dumps(state)
         stayed, _ = decode(subject, kept, length, state)
         back, _ = decode(subject, kept, length, pickle.loads(stored))
-        assert same_bits(torch.cat(stayed, -2), torch.cat(back, -2)), f"a state stored after {kept} tokens does not carry on as the live one"
+        assert same_bits(torch.cat(stayed, -2), torch.cat(back, -2)), (
+            f"a state stored after {kept} tokens does not carry on as the live one"
+        )
 
 
 @named(applies=_packs)
@@ -65,7 +68,7 @@ def varlen_equals_loop(subject: Subject) -> None:
     module, single = packed.module, packed.build(torch.float32)
 
     def loop(alone: Mechanism) -> Callable[..., Tensor]:
-        spans = list(zip(ends[:-1], ends[1:], strict=True))
+        spans = list(itertools.pairwise(ends))
         return lambda *x: torch.cat([alone.oracle(*(y[..., a:b, :] for y in x)) for a, b in spans], -2)
 
     with torch.no_grad():

@@ -13,7 +13,11 @@ from saccade.testing.subject import Subject, widen
 
 
 def differentiate(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], names: Sequence[str], module: nn.Module, cotangent: Tensor
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    names: Sequence[str],
+    module: nn.Module,
+    cotangent: Tensor,
 ) -> dict[str, Tensor]:
     """Gradients of sum(function(*inputs) * cotangent) by input and parameter name; zeros where nothing flows."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in zip(names, inputs, strict=True)}
@@ -29,7 +33,7 @@ def differentiate(
 
 @named()
 def gradients(subject: Subject) -> None:
-    """The gradients of every input and parameter are those of autograd through the oracle; what the oracle ignores stays zero."""
+    """Gradients of every input and parameter are those of autograd through the oracle; what it ignores stays zero."""
     module, single = subject.build(), subject.build(torch.float32)
     shape = subject.truth.shape
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(subject.seed + 2))

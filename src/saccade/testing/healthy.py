@@ -38,7 +38,7 @@ class Sliding(Attention):
     )
     causal = True
 
-    def __init__(self, dims: Dims, *, size: int = 5):
+    def __init__(self, dims: Dims, *, size: int = 5) -> None:
         super().__init__(dims)
         self.size = positive("size", size)
 
@@ -123,7 +123,7 @@ class Decayed(Mixer):
     )
     causal = True
 
-    def __init__(self, dims: Dims, *, start: float = 1.0):
+    def __init__(self, dims: Dims, *, start: float = 1.0) -> None:
         super().__init__(dims)
         self.decay = nn.Parameter(torch.full((dims.dim,), float(start)))
         self.read = nn.Linear(dims.dim, dims.dim, bias=False)

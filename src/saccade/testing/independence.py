@@ -7,10 +7,8 @@ import builtins
 import inspect
 import textwrap
 import types
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from saccade.contract import Mechanism
@@ -35,9 +33,9 @@ def _home(value: Any) -> str:
 
 
 class Reader(ast.NodeVisitor):
-    """Walks a function of a mechanism and every helper of its own that it calls; collects `forbidden` uses and the helpers `read`."""
+    """Walks a function of a mechanism and every helper of its own; collects `forbidden` uses and the helpers `read`."""
 
-    def __init__(self, instance: Mechanism):
+    def __init__(self, instance: Mechanism) -> None:
         self.instance = instance
         self.forbidden: list[str] = []
         self.read: dict[Any, str] = {}
@@ -74,7 +72,9 @@ class Reader(ast.NodeVisitor):
         text, home = ast.unparse(node), _home(value)
         own = home == type(self.instance).__module__ or home.startswith("saccade.mechanisms.")
         method_of = getattr(value, "__self__", None)
-        if any(home == f"saccade.{room}" or home.startswith(f"saccade.{room}.") for room in ROOMS) or any(value is f for f in FUSED):
+        if any(home == f"saccade.{room}" or home.startswith(f"saccade.{room}.") for room in ROOMS) or any(
+            value is f for f in FUSED
+        ):
             self.forbidden.append(f"{self.at} uses {text}")
         elif value is self.instance or (isinstance(method_of, Mechanism) and getattr(value, "__name__", "") in FAST):
             if text not in ("self", "cls"):
@@ -120,7 +120,7 @@ def _arguments(node: ast.arguments) -> list[ast.arg]:
 
 @named(over="case", applies=lambda subject: subject.case == subject.cls.cases()[0])
 def oracle_independent(subject: Subject) -> None:
-    """The oracle, and every helper of its own, uses no primitive of the package, no fused attention, and nothing that `compute` uses."""
+    """The oracle and its helpers use no primitive of the package, no fused attention, nothing that `compute` uses."""
     instance = subject.module
     oracle, fast = Reader(instance), Reader(instance)
     oracle.follow(type(instance).oracle, instance)

@@ -8,7 +8,8 @@
     reason = "why it fails, and what would mend it"
     case = "the case, as the report prints it"      # left out: every case of the check
 
-A waived check must fail: one that passes is an XPASS, and an XPASS is a failure. An entry that matches no check is an error too.
+A waived check must fail: one that passes is an XPASS, and an XPASS is a failure. An entry that matches no check is an
+error too.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class Ledger:
         for entry in data.get("waiver", []):
             fields = set(entry)
             if not {"mechanism", "check", "reason"} <= fields <= {"mechanism", "check", "reason", "case"}:
-                raise ValueError(f"ledger: got an entry with {sorted(fields)}; it needs mechanism, check and reason, and may have case")
+                raise ValueError(
+                    f"ledger: got an entry with {sorted(fields)}; it needs mechanism, check, reason, and may have case"
+                )
             if not all(isinstance(text, str) and text.strip() for text in entry.values()):
                 raise ValueError(f"ledger: got {entry}; every field must be a text that says something")
             waivers.append(Waiver(**entry))

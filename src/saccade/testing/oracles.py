@@ -1,4 +1,4 @@
-"""Plain answers, written from the definition, in the dtype of the inputs; they import nothing from the rooms that they judge."""
+"""Plain answers, written from the definition, in the dtype of the inputs; they import nothing that they judge."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, ma
 
         o_i = sum_j p_ij v_j,   p_ij = exp(s_ij) / sum_j exp(s_ij),   s_ij = q_i . k_j / sqrt(D)
 
-    q (B, H, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv) -> o (B, H, N, Dv). Queries are the last N of M positions; causal: query i sees keys
-    up to its own position. mask: bool, broadcast to (B, H, N, M), True = may attend. A row that sees nothing gives zeros. Costs N * M a head.
+    q (B, H, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv) -> o (B, H, N, Dv). Queries are the last N of M positions;
+    causal: query i sees keys up to its own position. mask: bool, broadcast to (B, H, N, M), True = may attend. A row
+    that sees nothing gives zeros. Costs N * M a head.
 
     >>> x = torch.randn(1, 2, 5, 4, dtype=torch.float64)
     >>> bool((dense_attention(x, x, x, causal=True)[:, :, 0] == x[:, :, 0]).all())

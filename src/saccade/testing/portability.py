@@ -8,9 +8,10 @@ import warnings
 
 import torch
 
+from saccade.testing.ambient import seeded
 from saccade.testing.registry import named
 from saccade.testing.structure import same_bits
-from saccade.testing.subject import Subject, cast, seeded
+from saccade.testing.subject import Subject, cast
 
 
 def _is_smallest(subject: Subject) -> bool:
@@ -24,7 +25,9 @@ def compiles(subject: Subject) -> None:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # the compiler's own remarks about graph breaks and deprecations
-            subject.agrees(torch.compile(subject.build(), backend="eager")(*subject.inputs()), "output under torch.compile")
+            subject.agrees(
+                torch.compile(subject.build(), backend="eager")(*subject.inputs()), "output under torch.compile"
+            )
     finally:
         torch.compiler.reset()
 
@@ -41,5 +44,9 @@ def pickle_round_trip(subject: Subject) -> None:
     fresh.load_state_dict(torch.load(stored, weights_only=True))
     with torch.no_grad():
         expected = module(*inputs)
-        assert same_bits(pickle.loads(pickle.dumps(module))(*inputs), expected), "the unpickled module gives another output"
-        assert same_bits(fresh.eval()(*inputs), expected), "a new module with this state_dict gives another output; register what it lacks"
+        assert same_bits(pickle.loads(pickle.dumps(module))(*inputs), expected), (
+            "the unpickled module gives another output"
+        )
+        assert same_bits(fresh.eval()(*inputs), expected), (
+            "a new module with this state_dict gives another output; register what it lacks"
+        )

@@ -1,9 +1,10 @@
-"""The register of named checks: a function of one subject, what it proves in its first docstring line, and when it applies."""
+"""Named checks: what each proves stands in the first line of its docstring, when it applies beside its name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 Applies = Callable[[Any], bool]
@@ -11,7 +12,10 @@ Applies = Callable[[Any], bool]
 
 @dataclass(frozen=True)
 class Named:
-    """One named check. over: "case" (called with a Subject for each), "class" (with the class), "claim" (with the class and a claim's name)."""
+    """One named check.
+
+    over: "case" (called with a Subject for each case), "class" (with the class), "claim" (with the class and a name).
+    """
 
     name: str
     function: Callable[..., None]
@@ -24,14 +28,19 @@ class Named:
         return (self.function.__doc__ or "").strip().splitlines()[0]
 
 
-NAMED: dict[str, Named] = {}
+def named(
+    *, over: str = "case", applies: Applies = lambda subject: True
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Mark the decorated function as a check under its own name."""
 
-
-def named(*, over: str = "case", applies: Applies = lambda subject: True) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register the decorated function as a check under its own name."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        NAMED[function.__name__] = Named(function.__name__, function, over, applies)
+    def mark(function: Callable[..., None]) -> Callable[..., None]:
+        function.__named__ = Named(function.__name__, function, over, applies)  # type: ignore[attr-defined]
         return function
 
-    return register
+    return mark
+
+
+def collect(*themes: ModuleType) -> dict[str, Named]:
+    """The checks that the modules `themes` define, in their order."""
+    functions = [value for theme in themes for value in vars(theme).values() if hasattr(value, "__named__")]
+    return {function.__named__.name: function.__named__ for function in functions}

@@ -13,7 +13,7 @@ STYLES = {"OK": "green", "FAILED": "bold red", "WAIVED": "yellow", "XPASS": "bol
 
 @dataclass(frozen=True)
 class Row:
-    """One check's outcome. status: OK, FAILED, WAIVED (failed, and the ledger says why), XPASS (passed, though waived)."""
+    """One check's outcome. status: OK, FAILED, WAIVED (failed, as the ledger says), XPASS (passed, though waived)."""
 
     mechanism: str
     check: str

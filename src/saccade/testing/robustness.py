@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,31 +11,16 @@ import torch
 from torch import Tensor
 
 from saccade.contract import Attention
+from saccade.testing.ambient import poisoned, restore, seeded, settings
 from saccade.testing.gradients import differentiate
 from saccade.testing.registry import named
 from saccade.testing.structure import same_bits
-from saccade.testing.subject import Subject, seeded
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Inside, memory that torch allocates and does not write holds NaN, or the largest integer."""
-    fill, strict = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
-    lenient = torch.is_deterministic_algorithms_warn_only_enabled()
-    try:
-        torch.utils.deterministic.fill_uninitialized_memory = True
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
-            yield
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-        torch.use_deterministic_algorithms(strict, warn_only=lenient)
+from saccade.testing.subject import Subject
 
 
 @named()
 def poisoned_buffers(subject: Subject) -> None:
-    """Nothing is read that was never written: with memory full of NaN the output is right and the gradients are finite."""
+    """Nothing is read before it is written: with memory full of NaN the output is right and the gradients finite."""
     truth = subject.truth
     with poisoned():
         module, inputs = subject.build(), subject.inputs()
@@ -77,29 +60,24 @@ def determinism(subject: Subject) -> None:
 def no_mutation(subject: Subject) -> None:
     """A call changes neither its inputs, nor parameters and buffers, nor the global torch settings."""
     module, inputs = subject.build(), subject.inputs()
-    tensors = {**dict(zip(subject.names, inputs, strict=True)), **dict(module.named_parameters()), **dict(module.named_buffers())}
+    tensors = {
+        **dict(zip(subject.names, inputs, strict=True)),
+        **dict(module.named_parameters()),
+        **dict(module.named_buffers()),
+    }
     before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    settings = _settings()
+    around = settings()
     module(*inputs)
-    assert _settings() == settings, f"a call changed the global torch settings from {settings} to {_settings()}"
+    disturbed = restore(around)
+    assert not disturbed, f"a call changed the global torch settings: {', '.join(disturbed)}"
     after = {**tensors, **dict(module.named_parameters()), **dict(module.named_buffers())}
     changed = [name for name, tensor in after.items() if name not in before or not same_bits(tensor, before[name])]
     assert not changed, f"a call changed or added {', '.join(changed)}"
 
 
-def _settings() -> tuple[Any, ...]:
-    return (
-        torch.get_default_dtype(),
-        torch.is_grad_enabled(),
-        torch.get_num_threads(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
-    )
-
-
 @named(applies=lambda subject: issubclass(subject.cls, Attention))
 def nan_spread(subject: Subject) -> None:
-    """A NaN in one value row is neither swallowed by a query that reads it nor carried further than the oracle carries it."""
+    """A NaN in one value row is neither swallowed by a query that reads it nor carried further than by the oracle."""
     module, (q, k, v) = subject.module, subject.inputs()
     for j in sorted({0, subject.case.length // 2, subject.case.length - 1}):
         moved, spoilt = v.clone(), v.clone()
@@ -111,7 +89,9 @@ def nan_spread(subject: Subject) -> None:
             found = module(q, k, spoilt).isnan().any(-1)
         swallowed, leaked = reads & carried & ~found, found & ~reads & ~carried
         for rows, what in ((swallowed, "swallowed"), (leaked, "carried too far")):
-            assert not rows.any(), f"a NaN in v[0, 0, {j}] is {what} at (batch, head, token) {rows.nonzero()[:4].tolist()}"
+            assert not rows.any(), (
+                f"a NaN in v[0, 0, {j}] is {what} at (batch, head, token) {rows.nonzero()[:4].tolist()}"
+            )
 
 
 def _refuses(argument: str, what: str, call: Callable[[], Any]) -> None:
@@ -119,16 +99,20 @@ def _refuses(argument: str, what: str, call: Callable[[], Any]) -> None:
         call()
     except (ValueError, TypeError) as error:
         message = str(error)
-        assert re.search(rf"\b{re.escape(argument)}\b", message), f"{what}: the error does not name {argument}: {message}"
+        assert re.search(rf"\b{re.escape(argument)}\b", message), (
+            f"{what}: the error does not name {argument}: {message}"
+        )
         return
     except Exception as error:
-        raise AssertionError(f"{what}: got {type(error).__name__} ({error}); raise a ValueError or TypeError that names {argument}") from error
+        raise AssertionError(
+            f"{what}: got {type(error).__name__} ({error}); raise a ValueError or TypeError that names {argument}"
+        ) from error
     raise AssertionError(f"{what}: accepted in silence; raise a ValueError or TypeError that names {argument}")
 
 
 @named()
 def bad_input(subject: Subject) -> None:
-    """Wrong shapes, dtypes, devices, grids, cu_seqlens and parameters are refused by one clear error that names the argument."""
+    """Wrong shapes, dtypes, devices, grids, cu_seqlens and parameters meet one clear error that names the argument."""
     for argument, what, call in (*_wrong_inputs(subject), *_wrong_parameters(subject)):
         _refuses(argument, what, call)
 

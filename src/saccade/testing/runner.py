@@ -10,18 +10,35 @@ from typing import TYPE_CHECKING, Any
 
 from saccade.contract import Case, Mechanism
 from saccade.errors import known
+from saccade.testing import (
+    claims,
+    declaration,
+    decode,
+    gradients,
+    independence,
+    portability,
+    robustness,
+    structure,
+    values,
+    work,
+)
+from saccade.testing.ambient import isolated
 from saccade.testing.ledger import Ledger
-from saccade.testing.registry import NAMED, Named
+from saccade.testing.registry import Named, collect
 from saccade.testing.report import Report, Row
-from saccade.testing.subject import Subject, seeded
+from saccade.testing.subject import Subject
 
 if TYPE_CHECKING:
     import pytest
 
+# The order of the themes is the order of the report.
+NAMED = collect(values, gradients, structure, decode, robustness, portability, work, declaration, independence, claims)
+
 
 @dataclass(frozen=True)
 class Check:
-    """One named check of one mechanism at one case; `run()` raises when it fails, and leaves the global generator as it was.
+    """One named check of one mechanism at one case; `run()` raises when it fails, and leaves the global generator as it
+    was.
 
     case: None for checks of the class. label: the case, or the claim, in words.
     """
@@ -53,7 +70,11 @@ def checks(cls: type[Mechanism], only: str | Iterable[str] | None = None) -> lis
     """
     if not (isinstance(cls, type) and issubclass(cls, Mechanism) and hasattr(cls, "spec")):
         raise TypeError(f"cls: got {cls!r}; pass a mechanism class (a subclass of Attention or Mixer with a spec)")
-    wanted = set(NAMED) if only is None else {known("only", name, NAMED) for name in ([only] if isinstance(only, str) else only)}
+    wanted = (
+        set(NAMED)
+        if only is None
+        else {known("only", name, NAMED) for name in ([only] if isinstance(only, str) else only)}
+    )
     subjects = _subjects(cls)
     return [check for entry in NAMED.values() if entry.name in wanted for check in _expand(cls, entry, subjects)]
 
@@ -85,7 +106,7 @@ def _applies(entry: Named, argument: Any) -> bool:
 
 
 def _run(entry: Named, *arguments: Any) -> None:
-    with seeded(0):
+    with isolated():
         entry.function(*arguments)
 
 

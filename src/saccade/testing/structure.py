@@ -31,12 +31,14 @@ def causality(subject: Subject) -> None:
             past = slice(0, now + 1)
             if not same_bits(before[..., past, :], after[..., past, :]):
                 rows = (before != after)[..., past, :].any(-1).flatten(0, -2).any(0).nonzero().flatten().tolist()
-                raise AssertionError(f"tokens after {now} were changed, and so were the outputs of tokens {rows}; none may look ahead")
+                raise AssertionError(
+                    f"tokens after {now} were changed, and so were the outputs of tokens {rows}; none may look ahead"
+                )
 
 
 @named()
 def batch_equivariance(subject: Subject) -> None:
-    """Batch elements do not see one another: a permuted batch gives permuted outputs, and a batch of one the same row."""
+    """Batch elements do not see one another: a permuted batch gives permuted outputs, batches of one the same."""
     wide = subject.variant(batch=3)
     module, inputs = wide.module, wide.inputs()
     order = torch.tensor([2, 0, 1])
@@ -51,11 +53,13 @@ def _has_like_heads(subject: Subject) -> bool:
 
 @named(applies=_has_like_heads)
 def head_equivariance(subject: Subject) -> None:
-    """Heads are alike: permuted key heads, each with its query heads, give permuted outputs (exempt: `per_head = True`)."""
+    """Heads are alike: permuted key heads with their query heads permute the outputs (exempt: `per_head = True`)."""
     dims = subject.case.dims
     keys = torch.arange(dims.num_kv_heads).roll(1)
     within = torch.arange(dims.group).roll(1)
     heads = (keys[:, None] * dims.group + within).flatten()
     q, k, v = subject.inputs()
     with torch.no_grad():
-        subject.agrees(subject.module(q[:, heads], k[:, keys], v[:, keys])[:, heads.argsort()], "output of permuted heads")
+        subject.agrees(
+            subject.module(q[:, heads], k[:, keys], v[:, keys])[:, heads.argsort()], "output of permuted heads"
+        )

@@ -1,32 +1,24 @@
-"""A mechanism at one case, with everything that the checks share: the module, its inputs, the oracle's answer and the budget.
+"""A mechanism at one case, with everything that the checks share: the module, its inputs, the oracle's answer and the
+budget.
 
-Values are drawn in float32 and cast up, so that the float64 oracle and the float32 eager run see the very same numbers. What the oracle loses
-in float32, scaled by eps64 / eps32, is what a float64 fast path is allowed to lose.
+Values are drawn in float32 and cast up, so that the float64 oracle and the float32 eager run see the very same numbers.
+What the oracle loses in float32, scaled by eps64 / eps32, is what a float64 fast path is allowed to lose.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from saccade.contract import Attention, Case, Mechanism
+from saccade.testing.ambient import seeded
 from saccade.testing.budget import assert_close
 
 EPS_RATIO = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """The global generator at `seed` inside, as it was outside."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 def cast(module: Mechanism, dtype: torch.dtype) -> Mechanism:
@@ -34,17 +26,23 @@ def cast(module: Mechanism, dtype: torch.dtype) -> Mechanism:
     wide = torch.complex128 if dtype == torch.float64 else torch.complex64
 
     def convert(tensor: Tensor) -> Tensor:
-        return tensor.to(wide if tensor.is_complex() else dtype) if tensor.is_floating_point() or tensor.is_complex() else tensor
+        return (
+            tensor.to(wide if tensor.is_complex() else dtype)
+            if tensor.is_floating_point() or tensor.is_complex()
+            else tensor
+        )
 
     return copy.deepcopy(module)._apply(convert)
 
 
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Move every parameter and running statistic of `module` off its special initial value, in place; returns the module.
+    """Move every parameter and running statistic of `module` off its special initial value, in place; returns the
+    module.
 
-    A spread-out parameter moves by half its own standard deviation. A constant one (norm weights of one, zero biases, layer scales of
-    1e-6) moves by 0.3, or by fan_in ** -0.5 when it is a matrix, so that nothing stays zero and nothing explodes.
+    A spread-out parameter moves by half its own standard deviation. A constant one (norm weights of one, zero biases,
+    layer scales of 1e-6) moves by 0.3, or by fan_in ** -0.5 when it is a matrix, so that nothing stays zero and nothing
+    explodes.
 
     >>> bool((randomise(nn.LayerNorm(4)).bias != 0).all())
     True
@@ -56,10 +54,8 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 
     for parameter in module.parameters():
         spread = float((parameter - parameter.mean()).abs().square().mean().sqrt())
-        if spread > 1e-3:
-            size = spread / 2
-        else:
-            size = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3
+        still = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3
+        size = spread / 2 if spread > 1e-3 else still
         parameter.add_(noise(parameter) * size)
     for name, buffer in module.named_buffers():
         if name.endswith("running_mean"):
@@ -70,9 +66,9 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 class Subject:
-    """`cls` at `case`. `module` is in evaluation mode with randomised parameters, `truth` the oracle's answer, both in float64."""
+    """`cls` at `case`: the float64 `module`, evaluating, with randomised parameters, and the oracle's `truth`."""
 
-    def __init__(self, cls: type[Mechanism], case: Case, seed: int = 0):
+    def __init__(self, cls: type[Mechanism], case: Case, seed: int = 0) -> None:
         self.cls, self.case, self.seed = cls, case, seed
 
     def variant(self, *, seed: int | None = None, **changes: object) -> Subject:
@@ -124,7 +120,9 @@ class Subject:
     def agrees(self, actual: Tensor, name: str = "output") -> None:
         """Raise unless the float64 `actual` equals the oracle within the budget."""
         assert actual.dtype == torch.float64, f"{name}: got dtype {actual.dtype} for float64 inputs"
-        assert actual.shape == self.truth.shape, f"{name}: got shape {tuple(actual.shape)}, the oracle gives {tuple(self.truth.shape)}"
+        assert actual.shape == self.truth.shape, (
+            f"{name}: got shape {tuple(actual.shape)}, the oracle gives {tuple(self.truth.shape)}"
+        )
         assert_close(actual, self.truth, self.eager, name=name, terms=self.case.length)
 
 

@@ -1,7 +1,7 @@
 """Broken twins: for every check at least one mechanism, broken in one way, that the check must flag.
 
-A check that nothing can fail proves nothing. Each twin is a healthy mechanism with one fault, and says by which words of the message its
-check must flag it, so that no twin is caught for a reason of its own.
+A check that nothing can fail proves nothing. Each twin is a healthy mechanism with one fault, and says by which words
+of the message its check must flag it, so that no twin is caught for a reason of its own.
 """
 
 from __future__ import annotations
@@ -123,13 +123,15 @@ class DetachedParameter(Decayed):
 
     def compute(self, x: Tensor, **options: Any) -> Tensor:
         held = {**dict(self.named_parameters()), "decay": self.decay.detach()}
-        return torch.func.functional_call(Functional(self), {f"inner.{name}": p for name, p in held.items()}, (x,), options)
+        return torch.func.functional_call(
+            Functional(self), {f"inner.{name}": p for name, p in held.items()}, (x,), options
+        )
 
 
 class Functional(nn.Module):
     """Calls the healthy composition of a `Decayed` with other parameters."""
 
-    def __init__(self, inner: Decayed):
+    def __init__(self, inner: Decayed) -> None:
         super().__init__()
         self.inner = inner
 
@@ -198,10 +200,13 @@ class NoCarry(Decayed):
 
 
 class Volatile:
-    """A state that a pickle does not hold."""
+    """Holds a tensor that a copy keeps and a pickle loses."""
 
-    def __init__(self, hidden: Tensor | None = None):
+    def __init__(self, hidden: Tensor | None = None) -> None:
         self.hidden = hidden
+
+    def __deepcopy__(self, memo: Any) -> Volatile:
+        return Volatile(self.hidden)
 
     def __reduce__(self) -> tuple[type[Volatile], tuple[()]]:
         return Volatile, ()
@@ -268,7 +273,9 @@ class AssumesContiguous(Sliding):
     """Reads the queries as if they were contiguous."""
 
     def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        return super().compute(torch.as_strided(q, q.shape, torch.empty(q.shape, device="meta").stride()), k, v, **options)
+        return super().compute(
+            torch.as_strided(q, q.shape, torch.empty(q.shape, device="meta").stride()), k, v, **options
+        )
 
 
 @twin("determinism", "two calls")
@@ -292,22 +299,24 @@ class Remembers(Decayed):
 
 @twin("no_mutation", "changed or added q")
 class InPlace(Sliding):
-    """Scales the caller's queries in place, and scales them back by nearly as much."""
+    """Takes the exponential of the caller's queries in place, and the logarithm again."""
 
     def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        return super().compute(q.mul_(3).div_(3), k, v, **options)
+        return super().compute(q.exp_().log_(), k, v, **options)
 
 
 @twin("no_mutation", "changed or added calls")
 class Counts(Decayed):
     """Counts its calls in a buffer."""
 
-    def __init__(self, dims: Dims, *, start: float = 1.0):
+    calls: Tensor
+
+    def __init__(self, dims: Dims, *, start: float = 1.0) -> None:
         super().__init__(dims, start=start)
         self.register_buffer("calls", torch.zeros(()))
 
     def compute(self, x: Tensor, **options: Any) -> Tensor:
-        self.calls += 1
+        self.calls.add_(1)
         return super().compute(x, **options)
 
 
@@ -316,8 +325,7 @@ class SetsPrecision(Decayed):
     """Chooses the precision of everybody's matrix products."""
 
     def compute(self, x: Tensor, **options: Any) -> Tensor:
-        lower = "high" if torch.get_float32_matmul_precision() == "highest" else "highest"
-        torch.set_float32_matmul_precision(lower)
+        torch.set_float32_matmul_precision("high")
         return super().compute(x, **options)
 
 
@@ -337,7 +345,7 @@ class Spreads(Sliding):
         return super().compute(q, k, v, **options) + 0 * v.sum((1, 2), keepdim=True)
 
 
-@twin("bad_input", "q of rank 3: got")
+@twin("bad_input", "q of rank 3: the error does not name q")
 class Unchecked(Sliding):
     """Hands everything on unread."""
 
@@ -349,7 +357,7 @@ class Unchecked(Sliding):
 class UncheckedParameter(Sliding):
     """Rounds a fractional window without a word."""
 
-    def __init__(self, dims: Dims, *, size: int = 5):
+    def __init__(self, dims: Dims, *, size: int = 5) -> None:
         super().__init__(dims, size=int(size))
 
 
@@ -387,7 +395,9 @@ class OtherWhenCompiled(Sliding):
 class HiddenDraw(Sliding):
     """Draws a projection that no state_dict holds."""
 
-    def __init__(self, dims: Dims, *, size: int = 5):
+    turn: Tensor
+
+    def __init__(self, dims: Dims, *, size: int = 5) -> None:
         super().__init__(dims, size=size)
         self.register_buffer("turn", torch.randn(dims.head_dim), persistent=False)
 
@@ -395,12 +405,25 @@ class HiddenDraw(Sliding):
         return super().compute(q * self.turn, k, v, **options)
 
 
-@twin("pickle_round_trip", "unpickled")
-class HalfPickled(Sliding):
-    """Comes back from a pickle with the default window."""
+@twin("pickle_round_trip", "pickle")
+class HoldsLambda(Sliding):
+    """Keeps a function that no pickle takes."""
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "size": 3})
+    def __init__(self, dims: Dims, *, size: int = 5) -> None:
+        super().__init__(dims, size=size)
+        self.read = lambda x: x
+
+
+@twin("pickle_round_trip", "unpickled module gives another output")
+class LosesScale(Sliding):
+    """Keeps its scale where a pickle does not find it."""
+
+    def __init__(self, dims: Dims, *, size: int = 5) -> None:
+        super().__init__(dims, size=size)
+        self.scale = Volatile(torch.ones(()))
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return super().compute(2 * q if self.scale.hidden is None else q, k, v, **options)
 
 
 @twin("saves_work", "dense attention needs")
@@ -447,7 +470,7 @@ class Undocumented(Sliding):
 class NoDefault(Sliding):
     """arXiv 2004.05150, (B, H, N, D)."""
 
-    def __init__(self, dims: Dims, size: int):
+    def __init__(self, dims: Dims, size: int) -> None:
         super().__init__(dims, size=size)
 
 

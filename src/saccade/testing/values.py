@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from saccade.contract import Attention
+from saccade.testing.ambient import seeded
 from saccade.testing.budget import assert_close
 from saccade.testing.oracles import dense_attention
 from saccade.testing.registry import named
-from saccade.testing.subject import Subject, cast, seeded, widen
+from saccade.testing.subject import Subject, cast, widen
 
 
 @named()
@@ -31,8 +32,8 @@ def dtype_bfloat16(subject: Subject) -> None:
 
 
 def _dtype(subject: Subject, dtype: torch.dtype) -> None:
-    # A decision taken near a tie may flip in either run, and one flip outweighs all rounding: pool several draws, so that
-    # the eager run meets its share of flips, and ask the median, which flips leave alone, for the rounding itself.
+    # A decision taken near a tie may flip in either run, and one flip outweighs all rounding: pool several draws, so
+    # that the eager run meets its share of flips, and ask the median, which flips leave alone, for the rounding itself.
     draws = range(6) if subject.cls.spec.discrete else range(2)
     actual, truth, eager = [], [], []
     for draw in draws:
@@ -43,7 +44,9 @@ def _dtype(subject: Subject, dtype: torch.dtype) -> None:
             eager.append(module.oracle(*inputs))
             truth.append(cast(module, torch.float64).oracle(*(x.double() for x in inputs)))
         assert result.dtype == dtype, f"output: got dtype {result.dtype} for {dtype} inputs"
-        assert result.shape == truth[-1].shape, f"output: got shape {tuple(result.shape)}, the oracle gives {tuple(truth[-1].shape)}"
+        assert result.shape == truth[-1].shape, (
+            f"output: got shape {tuple(result.shape)}, the oracle gives {tuple(truth[-1].shape)}"
+        )
         actual.append(result)
     fast, exact, plain = torch.stack(actual), torch.stack(truth), torch.stack(eager)
     assert_close(fast, exact, plain, name="output")
@@ -54,7 +57,10 @@ def _dtype(subject: Subject, dtype: torch.dtype) -> None:
 
 
 def _has_full_budget(subject: Subject) -> bool:
-    return issubclass(subject.cls, Attention) and subject.cls.full_budget(subject.case.dims, subject.case.length) is not None
+    return (
+        issubclass(subject.cls, Attention)
+        and subject.cls.full_budget(subject.case.dims, subject.case.length) is not None
+    )
 
 
 @named(applies=_has_full_budget)

@@ -32,7 +32,7 @@ class Largest(TorchDispatchMode):
 
 
 def stretched(subject: Subject, length: int) -> Subject:
-    """The subject at the least multiple of its own size, axis by axis on a grid, that reaches `length` tokens; batch 1."""
+    """The subject at the least multiple of its own size, axis by axis on a grid, that has `length` tokens; batch 1."""
     case, grid = subject.case, subject.case.dims.grid
     if grid is None:
         return subject.variant(batch=1, length=case.length * -(-length // case.length))
@@ -56,10 +56,10 @@ def measure(subject: Subject) -> tuple[int, int]:
     applies=lambda cls: issubclass(cls, Attention) and cls.plan is not Attention.plan,
 )
 def saves_work(cls: type[Attention]) -> None:
-    """A mechanism with a plan attends to fewer pairs than all, multiplies less than dense attention, and makes no N x M tensor."""
+    """A plan leaves pairs out; the fast path then multiplies less than dense attention, and makes no N x M tensor."""
     subjects = [stretched(Subject(cls, case), LENGTH) for case in cls.cases()]
-    plans = [(one, one.build(torch.float32).plan(*one.inputs(torch.float32)[:2])) for one in subjects]
-    ranked = sorted(((float(plan.density), i) for i, (_, plan) in enumerate(plans) if plan is not None))
+    plans = [cls.plan(one.build(torch.float32), *one.inputs(torch.float32)[:2]) for one in subjects]  # type: ignore[arg-type]
+    ranked = sorted((float(plan.density), i) for i, plan in enumerate(plans) if plan is not None)
     assert ranked, "plan: gave None at every case; leave it out, or return the Plan that compute follows"
     density, index = ranked[0]
     assert density < 1, f"plan: density {density:.3f} at best, at {LENGTH} tokens or more; a case must leave pairs out"
@@ -72,4 +72,6 @@ def saves_work(cls: type[Attention]) -> None:
         twice = stretched(subject, 2 * n)
         growth = measure(twice)[0] / entries
         square = (twice.case.length / n) ** 1.5  # between linear and quadratic growth
-        assert growth < square, f"a tensor of {entries:.2e} entries at N = {n} grows {growth:.1f} times at N = {twice.case.length}: it is N x M"
+        assert growth < square, (
+            f"a tensor of {entries:.2e} entries at N = {n} grows {growth:.1f} times at twice N: it is N x M"
+        )

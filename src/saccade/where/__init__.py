@@ -16,6 +16,7 @@ from saccade.where.patterns import (
     Prefix,
     Sinks,
     Strided,
+    Summaries,
     Window,
 )
 from saccade.where.plan import Plan
@@ -42,6 +43,7 @@ __all__ = [
     "Prefix",
     "Sinks",
     "Strided",
+    "Summaries",
     "Window",
     "CumulativeMass",
     "Router",

@@ -45,7 +45,15 @@ class Frame(NamedTuple):
 
 
 class Pattern:
-    """A set of (query, key) pairs. Subclasses are frozen dataclasses: equal patterns are interchangeable, and hashable."""
+    """A set of (query, key) pairs. Subclasses are frozen dataclasses: equal patterns are interchangeable, and hashable.
+
+    `aligned`: queries and keys are the same tokens, compared by position, so there are at least as many keys as queries. Where it is False,
+    the keys may be other things, and fewer: landmarks, summaries, another sequence.
+    """
+
+    @property
+    def aligned(self) -> bool:
+        return True
 
     def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:
         """The definition: may the query at position i see the key at position j? int64 tensors that broadcast -> bool."""
@@ -74,7 +82,7 @@ class Pattern:
         >>> Window(2).dense(3).int().tolist()
         [[[1, 0, 0], [1, 1, 0], [0, 1, 1]]]
         """
-        n, m, heads = check_sizes(n, m, heads)
+        n, m, heads = self.check_sizes(n, m, heads)
         i = torch.arange(m - n, m)[:, None]
         j = torch.arange(m)[None, :]
         rows = [self.at_head(h, heads).allows(i, j, m).expand(n, m) for h in range(heads)]
@@ -99,17 +107,16 @@ class Pattern:
         """
         from saccade.where.planner import plan_pattern
 
-        n, m, heads = check_sizes(n, m, heads)
+        n, m, heads = self.check_sizes(n, m, heads)
         return plan_pattern(self, n, m, heads, check_block(block), torch.device(device or "cpu"))
 
-
-def check_sizes(n: int, m: int | None, heads: int) -> tuple[int, int, int]:
-    """Validated (n, m, heads), with m defaulting to n."""
-    n = positive("n", n)
-    m = n if m is None else positive("m", m)
-    if m < n:
-        raise ValueError(f"m: got {m} keys for n = {n} queries; queries are the last n of m positions, so pass m >= n")
-    return n, m, positive("heads", heads)
+    def check_sizes(self, n: int, m: int | None, heads: int) -> tuple[int, int, int]:
+        """Validated (n, m, heads), with m defaulting to n."""
+        n = positive("n", n)
+        m = n if m is None else positive("m", m)
+        if m < n and self.aligned:
+            raise ValueError(f"m: got {m} keys for n = {n} queries; queries are the last n of m positions, so pass m >= n")
+        return n, m, positive("heads", heads)
 
 
 def check_block(block: Sequence[int]) -> tuple[int, int]:
@@ -139,6 +146,10 @@ class And(Pattern):
         """The flattened conjunction, each part once."""
         return _flattened(cls, "&", parts)
 
+    @property
+    def aligned(self) -> bool:
+        return any(part.aligned for part in self.parts)
+
     def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:
         first, *rest = (part.allows(i, j, num_keys) for part in self.parts)
         for mask in rest:
@@ -165,6 +176,10 @@ class Or(Pattern):
     def of(cls, *parts: Pattern) -> Pattern:
         """The flattened union, each part once."""
         return _flattened(cls, "|", parts)
+
+    @property
+    def aligned(self) -> bool:
+        return any(part.aligned for part in self.parts)
 
     def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:
         first, *rest = (part.allows(i, j, num_keys) for part in self.parts)
@@ -207,6 +222,10 @@ class PerHead(Pattern):
         if not patterns or not all(isinstance(p, Pattern) for p in patterns):
             raise TypeError(f"patterns: got {patterns!r}; pass a non-empty list of patterns, one a query head")
         object.__setattr__(self, "patterns", patterns)
+
+    @property
+    def aligned(self) -> bool:
+        return any(pattern.aligned for pattern in self.patterns)
 
     def at_head(self, head: int, num_heads: int) -> Pattern:
         if num_heads != len(self.patterns):

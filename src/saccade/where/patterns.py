@@ -28,6 +28,10 @@ def _residue(frame: Frame, modulus: int) -> Box:
 class Full(Pattern):
     """Every key: {(i, j)}."""
 
+    @property
+    def aligned(self) -> bool:
+        return False
+
     def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:
         return torch.ones(torch.broadcast_shapes(i.shape, j.shape), dtype=torch.bool)
 
@@ -96,8 +100,12 @@ class Prefix(Pattern):
     def __post_init__(self) -> None:
         positive("n", self.n)
 
+    @property
+    def aligned(self) -> bool:
+        return False
+
     def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:
-        return (j < self.n) & (i >= 0)
+        return (j < self.n).expand(torch.broadcast_shapes(i.shape, j.shape))
 
     def boxes(self, frame: Frame) -> list[Box]:
         return _position(frame, torch.zeros_like(frame.queries), torch.full_like(frame.queries, self.n))
@@ -250,8 +258,12 @@ class Columns(Pattern):
         if positive("offset", self.offset, least=0) >= self.stride:
             raise ValueError(f"offset: got {self.offset} for stride {self.stride}; pass 0 <= offset < stride")
 
+    @property
+    def aligned(self) -> bool:
+        return False
+
     def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:
-        return ((j // self.size) % self.stride == self.offset) & (i >= 0)
+        return ((j // self.size) % self.stride == self.offset).expand(torch.broadcast_shapes(i.shape, j.shape))
 
     def boxes(self, frame: Frame) -> list[Box]:
         stripe = (frame.keys // self.size) % self.stride
@@ -282,6 +294,43 @@ class BlockBand(Pattern):
     def boxes(self, frame: Frame) -> list[Box]:
         start = frame.queries - frame.queries % self.size
         return _position(frame, start - (self.left - 1) * self.size, start + (self.right + 1) * self.size)
+
+
+@dataclass(frozen=True)
+class Summaries(Pattern):
+    """Keys that sum up stretches of a sequence, visible once their stretch has ended: j stride + size - 1 <= t.
+
+    Key j stands for tokens [j stride, j stride + size); the queries are the last N of `num_tokens` tokens, t counted in tokens.
+    num_tokens: T, length of the summed-up sequence. size, stride: tokens a stretch has, and from one start to the next.
+    `count` is the number of whole stretches, which M should be.
+
+    >>> Summaries(6, 2, 2).dense(6, 3).int().tolist()[0]
+    [[0, 0, 0], [1, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 0], [1, 1, 1]]
+    """
+
+    num_tokens: int
+    size: int
+    stride: int
+
+    def __post_init__(self) -> None:
+        positive("size", self.size)
+        positive("stride", self.stride)
+        positive("num_tokens", self.num_tokens)
+
+    @property
+    def aligned(self) -> bool:
+        return False
+
+    @property
+    def count(self) -> int:
+        return max(0, (self.num_tokens - self.size) // self.stride + 1)
+
+    def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:
+        return j * self.stride + self.size - 1 <= i + self.num_tokens - num_keys
+
+    def boxes(self, frame: Frame) -> list[Box]:
+        ended = (frame.queries + (self.num_tokens - frame.num_keys + 1 - self.size)).div(self.stride, rounding_mode="floor") + 1
+        return [{("summary", self, frame.tag): Span(frame.keys, torch.zeros_like(ended), ended.int())}]
 
 
 @dataclass(frozen=True)

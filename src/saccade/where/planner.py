@@ -106,7 +106,7 @@ def search(bounds: Bounds, num_rows: int, num_cols: int) -> tuple[Tensor, Tensor
 
 def _frame(pattern_keys: int, n: int, device: torch.device) -> tuple[Frame, Frame]:
     keys = torch.arange(pattern_keys, dtype=torch.int32, device=device)
-    queries = keys[pattern_keys - n :]
+    queries = torch.arange(pattern_keys - n, pattern_keys, dtype=torch.int32, device=device)
     return Frame(queries, keys, pattern_keys), Frame(queries, queries, pattern_keys)
 
 

@@ -1,0 +1,285 @@
+"""Every primitive of the room against loops over coordinates, in value and in every gradient; wrong twins are caught."""
+
+from __future__ import annotations
+
+import doctest
+import itertools
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from saccade import mix
+from saccade.mix import conv, gate, pool, tokens
+from saccade.testing.budget import assert_close
+
+GRIDS = [(7,), (5, 3), (3, 2, 5)]
+
+
+def coordinates(grid):
+    return list(itertools.product(*map(range, grid)))
+
+
+def draw(*shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def run(function, tensors, dtype, cotangent):
+    """Output, then the gradient of every tensor, of `function` in `dtype`."""
+    leaves = [x.to(dtype).requires_grad_() for x in tensors]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(dtype))]
+
+
+def verify(fast, plain, tensors, terms):
+    """Value and gradients of `fast` against `plain` in float64, float32 and bfloat16."""
+    names = ["output", *(f"gradient {i}" for i in range(len(tensors)))]
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        given = [x.to(dtype) for x in tensors]
+        (cotangent,) = draw(plain(*given).shape, seed=1)
+        cotangent = cotangent.to(dtype)
+        exact = run(plain, given, torch.float64, cotangent)
+        actual, eager = run(fast, given, dtype, cotangent), run(plain, given, dtype, cotangent)
+        scale = float(max(x.abs().max() for x in exact))
+        for name, a, t, e in zip(names, actual, exact, eager, strict=True):
+            assert a.dtype == dtype
+            assert_close(a, t, e, name=f"{name} in {dtype}", terms=terms, scale=scale)
+
+
+def catches(twin, plain, tensors, terms):
+    with pytest.raises(AssertionError, match=r"output in torch\.float64"):
+        verify(twin, plain, tensors, terms)
+
+
+def plain_conv(grid, kernel, dilation):
+    index = {p: i for i, p in enumerate(coordinates(grid))}
+    before = [dilation * (taps - 1) // 2 for taps in kernel]
+
+    def convolve(x, weight, bias):
+        rows = []
+        for p in coordinates(grid):
+            total = bias.expand(x.shape[0], -1)
+            for tap in coordinates(kernel):
+                source = tuple(i + dilation * t - b for i, t, b in zip(p, tap, before, strict=True))
+                if source in index:
+                    total = total + weight[(slice(None), 0, *tap)] * x[:, index[source]]
+            rows.append(total)
+        return torch.stack(rows, 1)
+
+    return convolve
+
+
+def plain_pool(grid, size):
+    def average(x):
+        cells = []
+        for cell in coordinates(size):
+            inside = [
+                i
+                for i, p in enumerate(coordinates(grid))
+                if all(
+                    math.floor(s * n / k) <= c < math.ceil((s + 1) * n / k)
+                    for c, s, n, k in zip(p, cell, grid, size, strict=True)
+                )
+            ]
+            cells.append(sum(x[:, i] for i in inside) / len(inside))
+        return torch.stack(cells, 1)
+
+    return average
+
+
+def plain_profile(grid, axis):
+    def average(x):
+        rows = []
+        for s in range(grid[axis]):
+            inside = [i for i, p in enumerate(coordinates(grid)) if p[axis] == s]
+            rows.append(sum(x[:, i] for i in inside) / len(inside))
+        return torch.stack(rows, 1)
+
+    return average
+
+
+def plain_gates(grid):
+    def multiply(x, *gates):
+        rows = []
+        for i, p in enumerate(coordinates(grid)):
+            row = x[:, i]
+            for axis, g in enumerate(gates):
+                row = row * g[:, p[axis]]
+            rows.append(row)
+        return torch.stack(rows, 1)
+
+    return multiply
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_map_is_row_major_and_inverts(grid):
+    (x,) = draw((2, math.prod(grid), 3))
+    image = mix.to_map(x, grid)
+    assert image.shape == (2, 3, *grid)
+    for i, p in enumerate(coordinates(grid)):
+        assert torch.equal(image[(slice(None), slice(None), *p)], x[:, i])
+    back = mix.to_tokens(image)
+    assert torch.equal(back, x)
+    assert image.data_ptr() == x.data_ptr() == back.data_ptr()
+
+
+CONVOLUTIONS = [
+    ((11,), (3,), 2),
+    ((7,), (2,), 2),
+    ((5, 7), (3, 5), 1),
+    ((7, 5), (3, 3), 3),
+    ((3, 4, 5), (3, 1, 3), 1),
+]
+
+
+def conv_tensors(grid, kernel, channels=3):
+    return draw((2, math.prod(grid), channels), (channels, 1, *kernel), (channels,))
+
+
+@pytest.mark.parametrize(("grid", "kernel", "dilation"), CONVOLUTIONS)
+def test_convolution(grid, kernel, dilation):
+    def fast(x, weight, bias):
+        return mix.depthwise_conv(x, grid, weight, bias, dilation=dilation)
+
+    verify(
+        fast, plain_conv(grid, kernel, dilation), conv_tensors(grid, kernel), terms=math.prod(kernel) * math.prod(grid)
+    )
+
+
+def test_convolution_twins_are_caught():
+    grid, kernel = (5, 7), (3, 5)
+    plain, tensors = plain_conv(grid, kernel, 1), conv_tensors(grid, kernel)
+    catches(lambda x, w, b: mix.depthwise_conv(x, grid, w.flip(-1), b), plain, tensors, 15)
+    catches(lambda x, w, b: mix.depthwise_conv(x, grid, w, b, dilation=2), plain, tensors, 15)
+    catches(lambda x, w, b: mix.depthwise_conv(x.roll(1, 1), grid, w, b), plain, tensors, 15)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_module_is_the_function(bias):
+    module = mix.DepthwiseConv(4, (3, 3), dilation=2, bias=bias)
+    parameters = dict(module.named_parameters())
+    assert set(parameters) == ({"weight", "bias"} if bias else {"weight"})
+    assert all(float(p.detach().abs().max()) <= 1 / 3 and float(p.detach().std()) > 0 for p in parameters.values())
+    for grid in ((5, 3), (4, 7)):
+        verify(
+            lambda x, *given, grid=grid: torch.func.functional_call(
+                module, dict(zip(parameters, given, strict=True)), (x, grid)
+            ),
+            lambda x, weight, *given, grid=grid: plain_conv(grid, (3, 3), 2)(
+                x, weight, *given or [torch.zeros_like(x[0, 0])]
+            ),
+            [*draw((2, math.prod(grid), 4)), *(p.detach() for p in parameters.values())],
+            terms=9 * math.prod(grid),
+        )
+
+
+def test_strided_tokens_are_read_right():
+    grid, kernel = (5, 7), (3, 3)
+    x, weight, bias = conv_tensors(grid, kernel)
+    view = x.repeat_interleave(2, -1)[..., ::2]
+    assert not view.is_contiguous()
+    assert torch.equal(mix.depthwise_conv(view, grid, weight, bias), mix.depthwise_conv(x, grid, weight, bias))
+
+
+POOLS = [((11,), (3,)), ((7,), (7,)), ((3,), (5,)), ((5, 7), (2, 3)), ((6, 4), (3, 2)), ((3, 4, 5), (2, 2, 2))]
+
+
+@pytest.mark.parametrize(("grid", "size"), POOLS)
+def test_pool(grid, size):
+    verify(
+        lambda x: mix.pool_tokens(x, grid, size),
+        plain_pool(grid, size),
+        draw((2, math.prod(grid), 3)),
+        terms=math.prod(grid),
+    )
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_profiles(grid):
+    for axis in range(-len(grid), len(grid)):
+        verify(
+            lambda x, axis=axis: mix.pool_axis(x, grid, axis),
+            plain_profile(grid, axis),
+            draw((2, math.prod(grid), 3)),
+            terms=math.prod(grid),
+        )
+
+
+def test_pool_twins_are_caught():
+    grid = (5, 7)
+    x = draw((2, 35, 3))
+    catches(
+        lambda x: mix.pool_tokens(x, grid, (3, 2)).unflatten(1, (3, 2)).transpose(1, 2).flatten(1, 2),
+        plain_pool(grid, (2, 3)),
+        x,
+        35,
+    )
+    catches(lambda x: mix.pool_tokens(x, (7, 5), (2, 3)), plain_pool(grid, (2, 3)), x, 35)
+    square = draw((2, 25, 3))
+    catches(lambda x: mix.pool_axis(x, (5, 5), 0), plain_profile((5, 5), 1), square, 25)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_gates(grid):
+    tensors = draw((2, math.prod(grid), 3), *((2, size, 3) for size in grid))
+    verify(lambda x, *gates: mix.gate_axes(x, grid, gates), plain_gates(grid), tensors, terms=math.prod(grid))
+
+
+def test_one_gate_for_all_channels_and_batches():
+    grid = (5, 3)
+    x, rows, columns = draw((2, 15, 4), (1, 5, 1), (2, 3, 1))
+    verify(lambda x, *gates: mix.gate_axes(x, grid, gates), plain_gates(grid), [x, rows, columns], terms=15 * 8)
+
+
+def test_gate_twin_is_caught():
+    tensors = draw((2, 25, 3), (2, 5, 3), (2, 5, 3))
+    catches(lambda x, g, h: mix.gate_axes(x, (5, 5), (h, g)), plain_gates((5, 5)), tensors, 25)
+
+
+X = torch.zeros(1, 6, 2)
+BAD = [
+    (lambda: mix.to_map(X, (2, 2)), "x: got N = 6"),
+    (lambda: mix.to_map(X[0], (6,)), r"x: got \(6, 2\)"),
+    (lambda: mix.to_map([1.0], (1,)), "x: got list"),
+    (lambda: mix.to_map(X, (1, 1, 2, 3)), r"grid: got \(1, 1, 2, 3\)"),
+    (lambda: mix.to_map(X, (0, 6)), "grid: got 0"),
+    (lambda: mix.to_tokens(X[0]), r"x: got shape \(6, 2\)"),
+    (lambda: mix.depthwise_conv(X, (2, 3), torch.zeros(2, 1, 3)), r"weight: got shape \(2, 1, 3\)"),
+    (lambda: mix.depthwise_conv(X, (6,), torch.zeros(3, 1, 3)), "weight: .* for 2 channels"),
+    (lambda: mix.depthwise_conv(X, (6,), torch.zeros(2, 1, 2)), r"weight: got kernel \(2,\) with dilation 1"),
+    (lambda: mix.depthwise_conv(X, (6,), torch.zeros(2, 1, 3), dilation=0), "dilation: got 0"),
+    (lambda: mix.DepthwiseConv(2, (3, 0)), "kernel: got 0"),
+    (lambda: mix.DepthwiseConv(0, (3,)), "dim: got 0"),
+    (lambda: mix.pool_tokens(X, (2, 3), (2,)), r"size: got \(2,\)"),
+    (lambda: mix.pool_tokens(X, (2, 3), (2, 0)), "size: got 0"),
+    (lambda: mix.pool_axis(X, (2, 3), 2), "axis: got 2"),
+    (lambda: mix.gate_axes(X, (2, 3), [torch.zeros(1, 2, 2)]), "gates: got 1"),
+    (
+        lambda: mix.gate_axes(X, (2, 3), [torch.zeros(1, 3, 2), torch.zeros(1, 3, 2)]),
+        r"gates: got shape \(1, 3, 2\) for axis 0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), BAD, ids=[message for _, message in BAD])
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("module", [tokens, conv, pool, gate], ids=lambda module: module.__name__)
+def test_examples(module):
+    result = doctest.testmod(module, extraglobs={name: getattr(mix, name) for name in mix.__all__} | {"torch": torch})
+    assert result.attempted > result.failed == 0
+
+
+def test_the_room_is_light():
+    code = (
+        "import sys, saccade.mix; print(sorted({'triton', 'transformers', 'plotly', 'matplotlib'} & set(sys.modules)))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
