@@ -1,4 +1,4 @@
-"""Checks of arguments that every public call shares: one clear error that names the argument, what it got, and what would do."""
+"""Checks of arguments that every public call shares: one clear error names the argument, what it got, what would do."""
 
 from __future__ import annotations
 
@@ -47,13 +47,21 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         if tensor.device != q.device:
             raise ValueError(f"{name}: got device {tensor.device} beside q on {q.device}; move them to one device")
         if tensor.shape[0] != q.shape[0]:
-            raise ValueError(f"{name}: got batch {tensor.shape[0]} beside q's {q.shape[0]}; expand it to the same batch")
+            raise ValueError(
+                f"{name}: got batch {tensor.shape[0]} beside q's {q.shape[0]}; expand it to the same batch"
+            )
     if k.shape[3] != q.shape[3]:
-        raise ValueError(f"k: got {k.shape[3]} channels beside q's {q.shape[3]}; queries and keys need the same head_dim")
+        raise ValueError(
+            f"k: got {k.shape[3]} channels beside q's {q.shape[3]}; queries and keys need the same head_dim"
+        )
     if v.shape[1:3] != k.shape[1:3]:
-        raise ValueError(f"v: got (heads, tokens) {tuple(v.shape[1:3])} beside k's {tuple(k.shape[1:3])}; they must agree")
+        raise ValueError(
+            f"v: got (heads, tokens) {tuple(v.shape[1:3])} beside k's {tuple(k.shape[1:3])}; they must agree"
+        )
     if q.shape[1] % k.shape[1]:
-        raise ValueError(f"k: got {k.shape[1]} heads beside q's {q.shape[1]}; query heads must be a multiple of key heads")
+        raise ValueError(
+            f"k: got {k.shape[1]} heads beside q's {q.shape[1]}; query heads must be a multiple of key heads"
+        )
 
 
 def check_cu_seqlens(cu_seqlens: Any, total: int, batch: int) -> Tensor:

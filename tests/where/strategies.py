@@ -59,7 +59,8 @@ def sequences(total: int) -> st.SearchStrategy[Pattern]:
     def grow(inner: st.SearchStrategy[Pattern]) -> st.SearchStrategy[Pattern]:
         both = st.builds(lambda a, b: a & b, inner, inner)
         either = st.builds(lambda a, b: a | b, inner, inner)
-        packed = st.builds(Packed, st.sampled_from([Causal(), Window(2) | Sinks(1), Strided(2) & Causal(), Blocks(3)]), documents(total))
+        within = st.sampled_from([Causal(), Window(2) | Sinks(1), Strided(2) & Causal(), Blocks(3)])
+        packed = st.builds(Packed, within, documents(total))
         return st.one_of(both, either, packed)
 
     return st.recursive(leaves(total), grow, max_leaves=4)

@@ -102,7 +102,7 @@ def test_combinations_spread_over_heads():
     ("make", "error", "message"),
     [
         (lambda: Window(0), ValueError, r"size: got 0; pass an integer >= 1"),
-        (lambda: Window(2.5), TypeError, r"size: got 2.5 \(float\)"),
+        (lambda: Window(2.5), TypeError, r"size: got 2.5 \(float\)"),  # type: ignore[arg-type]
         (lambda: Window(True), TypeError, r"size: got True \(bool\)"),
         (lambda: Band(-1, 2), ValueError, r"left: got -1"),
         (lambda: Dilated(3, 0), ValueError, r"dilation: got 0"),
@@ -116,14 +116,14 @@ def test_combinations_spread_over_heads():
         (lambda: Neighborhood((8, 8), 3, stride=4), ValueError, r"stride: got 4 with kernel 3"),
         (lambda: Neighborhood((8, 8), (3, 3, 3)), ValueError, r"kernel: got \(3, 3, 3\) for a grid of 2 axes"),
         (lambda: Neighborhood((2, 2, 2, 2), 1), ValueError, r"grid: .* one to three lengths"),
-        (lambda: Neighborhood((4, 4), 3, causal=1), ValueError, r"causal: got 1"),
+        (lambda: Neighborhood((4, 4), 3, causal=1), ValueError, r"causal: got 1"),  # type: ignore[arg-type]
         (lambda: Neighborhood((4, 4), 3).dense(15), ValueError, r"grid: \(4, 4\) has 16 tokens, but there are 15 keys"),
         (lambda: PerHead([]), TypeError, r"patterns: got \(\)"),
         (lambda: PerHead([Causal()]).dense(4, heads=2), ValueError, r"heads: got 2 for a PerHead of 1 patterns"),
-        (lambda: Causal() & 3, TypeError, r"&: got 3 \(int\)"),
+        (lambda: Causal() & 3, TypeError, r"&: got 3 \(int\)"),  # type: ignore[operator]
         (lambda: Causal().dense(0), ValueError, r"n: got 0"),
         (lambda: Causal().dense(4, 3), ValueError, r"m: got 3 keys for n = 4 queries"),
-        (lambda: Causal().plan(4, block=3), TypeError, r"block: got 3"),
+        (lambda: Causal().plan(4, block=3), TypeError, r"block: got 3"),  # type: ignore[arg-type]
         (lambda: Causal().plan(4, block=(0, 4)), ValueError, r"block: got 0"),
     ],
 )

@@ -14,8 +14,6 @@ from saccade.where import Boxes, Causal, Neighborhood, PerHead, Plan, Sinks, Str
 from saccade.where.draw import tile_map
 
 
-
-
 @given(problems(), blocks)
 def test_plan_is_the_pattern(problem, block):
     pattern, n, m, heads = problem
@@ -45,7 +43,7 @@ def test_density_counts_what_dense_shows(problem, block):
 
 @given(problems(), blocks, st.randoms(use_true_random=False))
 def test_a_wrong_list_is_caught(problem, block, random):
-    """The broken twin: drop one listed tile, or call a partial one full, and the comparison with the definition fails."""
+    """The broken twin: drop a listed tile, or call a partial one full, and the comparison with the definition fails."""
     pattern, n, m, heads = problem
     plan = pattern.plan(n, m, heads, block=block)
     if plan.num_tiles == 0:
@@ -86,6 +84,9 @@ def test_chosen_tiles_and_tokens(n, more, block, with_tokens, seed):
     tokens = torch.randint(-1, m, (3, num_rows, 3), generator=random) if with_tokens else None
     group_of = torch.tensor([[0, 1], [2, 1]])
     plan = plan_chosen(pattern, chosen, group_of, n, m, block, tokens=tokens).verify()
+    marks = torch.zeros(3, num_rows, num_cols + 1, dtype=torch.bool)  # the last column takes the -1s
+    marks = marks.scatter_(2, chosen % (num_cols + 1), True)[..., :-1]
+    assert plan_chosen(pattern, marks, group_of, n, m, block, tokens=tokens).dense().equal(plan.dense())
     expected = torch.zeros(3, n, m, dtype=torch.bool)
     for g in range(3):
         for i in range(n):

@@ -1,4 +1,4 @@
-"""Box tables: what a kernel knows of a pattern. Per query row the bounds of its boxes, per key its coordinates, nothing else."""
+"""Box tables, all that a kernel knows of a pattern: per query row the bounds of its boxes, per key its coordinates."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ LEAST, MOST = -(2**31), 2**31 - 1
 class Boxes:
     """S unions of at most T boxes over A axes, in the plan's token order.
 
-    coord: (A, M) int32, the coordinates of each key. lo, hi: (S, T, A, N) int32; query i is allowed key j by union s when, for some box t,
-    lo[s, t, a, i] <= coord[a, j] < hi[s, t, a, i] on every axis a. An axis that a box leaves free spans all integers; a box that a union
-    lacks is empty. A = 0 allows every pair.
+    coord: (A, M) int32, the coordinates of each key. lo, hi: (S, T, A, N) int32; query i is allowed key j by union s
+    when, for some box t, lo[s, t, a, i] <= coord[a, j] < hi[s, t, a, i] on every axis a. An axis that a box leaves free
+    spans all integers; a box that a union lacks is empty. A = 0 allows every pair.
     """
 
     coord: Tensor
@@ -56,7 +56,10 @@ class Boxes:
         return self.coord.shape[1]
 
     def allowed(self, union: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-        """Mask of P tiles: union (P,), rows (P, bq), cols (P, bk) -> bool (P, bq, bk). Rows and columns beyond the end are False."""
+        """Mask of P tiles: union (P,), rows (P, bq), cols (P, bk) -> bool (P, bq, bk).
+
+        Rows and columns beyond the end are False.
+        """
         inside = (rows < self.num_queries)[:, :, None] & (cols < self.num_keys)[:, None, :]
         rows, cols = rows.clamp(max=self.num_queries - 1), cols.clamp(max=self.num_keys - 1)
         if not self.coord.shape[0]:

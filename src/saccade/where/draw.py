@@ -12,9 +12,9 @@ MOST_CELLS = 1024  # tiles a side beyond which neighbouring tiles share a cell
 
 
 def tile_map(plan: Plan, *, head: int = 0, batch: int = 0) -> torch.Tensor:
-    """(rows, cols) float: 1 where a tile is full, 1/2 where it is partial, 0 where it is not listed; single keys count as partial.
+    """(rows, cols) float: 1 where a tile is full, 1/2 where it is partial, 0 where it is not listed.
 
-    At most MOST_CELLS cells a side: of the tiles that share a cell the fullest counts.
+    Single keys count as partial. At most MOST_CELLS cells a side: of the tiles that share a cell the fullest counts.
     """
     if plan.transposed:
         return tile_map(plan.transpose(), head=head, batch=batch).T
@@ -48,7 +48,8 @@ def draw_plan(plan: Plan, path: Path, *, head: int = 0, batch: int = 0) -> Path:
     axes = figure.add_subplot()
     cells = tile_map(plan, head=head, batch=batch)
     extent = (0, plan.num_keys, plan.num_queries, 0)
-    axes.imshow(cells.numpy(), cmap=ListedColormap(["#f4f4f2", "#8fb3d9", "#1f4e79"]), vmin=0, vmax=1, extent=extent, interpolation="nearest", aspect="auto")
+    colours = ListedColormap(["#f4f4f2", "#8fb3d9", "#1f4e79"])
+    axes.imshow(cells.numpy(), cmap=colours, vmin=0, vmax=1, extent=extent, interpolation="nearest", aspect="auto")
     axes.set_xlabel("key" if plan.k_order is None else "key (plan order)")
     axes.set_ylabel("query" if plan.q_order is None else "query (plan order)")
     axes.set_title(f"{plan.block[0]} x {plan.block[1]} tiles, density {plan.density:.1%}", fontsize=10)

@@ -1,12 +1,13 @@
 """The algebra of patterns: which keys may each query see?
 
-Every static pattern is a union of boxes. Give each key a few integer coordinates c_a(j) (its position, its row and column on a grid, its
-residue, its document); a box admits the pairs
+Every static pattern is a union of boxes. Give each key a few integer coordinates c_a(j) (its position, its row and
+column on a grid, its residue, its document); a box admits the pairs
 
     (i, j)  with  lo_a(i) <= c_a(j) < hi_a(i)   on every axis a,
 
-and a pattern is the union of a few boxes. `&` intersects boxes, `|` appends them. `dense` evaluates the definition and is the truth that
-everything else is compared with; `plan` derives tile lists from the boxes by interval arithmetic and never forms an N x M array.
+and a pattern is the union of a few boxes. `&` intersects boxes, `|` appends them. `dense` evaluates the definition and
+is the truth that everything else is compared with; `plan` derives tile lists from the boxes by interval arithmetic and
+never forms an N x M array.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ class Span(NamedTuple):
     hi: Tensor
 
 
-Box = dict[Hashable, Span]  # the key names the coordinate: equal keys mean equal coordinates, so that spans can be intersected
+# The key names the coordinate: equal keys mean equal coordinates, so that spans can be intersected.
+Box = dict[Hashable, Span]
 
 
 class Frame(NamedTuple):
-    """Where queries and keys stand: positions (N,) and (M,), int32, in a sequence of `num_keys`; `tag` tells frames apart."""
+    """Where queries and keys stand: positions (N,) and (M,), int32, among `num_keys`; `tag` tells frames apart."""
 
     queries: Tensor
     keys: Tensor
@@ -47,8 +49,8 @@ class Frame(NamedTuple):
 class Pattern:
     """A set of (query, key) pairs. Subclasses are frozen dataclasses: equal patterns are interchangeable, and hashable.
 
-    `aligned`: queries and keys are the same tokens, compared by position, so there are at least as many keys as queries. Where it is False,
-    the keys may be other things, and fewer: landmarks, summaries, another sequence.
+    `aligned`: queries and keys are the same tokens, compared by position, so there are at least as many keys as
+    queries. Where it is False, the keys may be other things, and fewer: landmarks, summaries, another sequence.
     """
 
     @property
@@ -56,7 +58,7 @@ class Pattern:
         return True
 
     def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:
-        """The definition: may the query at position i see the key at position j? int64 tensors that broadcast -> bool."""
+        """The definition: may the query at position i see the key at j? int64 tensors that broadcast -> bool."""
         raise NotImplementedError
 
     def boxes(self, frame: Frame) -> list[Box]:
@@ -98,8 +100,9 @@ class Pattern:
     ) -> Plan:
         """Tile lists and box tables for this pattern; see `Plan`.
 
-        n: queries, the last n of m. m: keys (default n). heads: query heads. block: tokens a tile has on the query and the key
-        side. device: where the tables are made (default: CPU). Cost: time and memory proportional to n + m and the listed tiles.
+        n: queries, the last n of m. m: keys (default n). heads: query heads. block: tokens a tile has on the query and
+        the key side. device: where the tables are made (default: CPU). Cost: time and memory proportional to n + m and
+        the listed tiles.
 
         >>> from saccade.where import Window
         >>> Window(128).plan(1024, block=(128, 128)).num_tiles
@@ -115,7 +118,7 @@ class Pattern:
         n = positive("n", n)
         m = n if m is None else positive("m", m)
         if m < n and self.aligned:
-            raise ValueError(f"m: got {m} keys for n = {n} queries; queries are the last n of m positions, so pass m >= n")
+            raise ValueError(f"m: got {m} keys for n = {n} queries, which are the last n of m positions; pass m >= n")
         return n, m, positive("heads", heads)
 
 
@@ -130,8 +133,10 @@ def intersect(one: Box, two: Box) -> Box:
     """The box of the pairs in both."""
     merged = dict(one)
     for key, span in two.items():
-        old = merged.get(key)
-        merged[key] = span if old is None else Span(span.coord, torch.maximum(old.lo, span.lo), torch.minimum(old.hi, span.hi))
+        if key in one:
+            lo, hi = torch.maximum(one[key].lo, span.lo), torch.minimum(one[key].hi, span.hi)
+            span = Span(span.coord, lo, hi)
+        merged[key] = span
     return merged
 
 
@@ -217,7 +222,7 @@ class PerHead(Pattern):
 
     patterns: tuple[Pattern, ...]
 
-    def __init__(self, patterns: Sequence[Pattern]):
+    def __init__(self, patterns: Sequence[Pattern]) -> None:
         patterns = tuple(patterns)
         if not patterns or not all(isinstance(p, Pattern) for p in patterns):
             raise TypeError(f"patterns: got {patterns!r}; pass a non-empty list of patterns, one a query head")
@@ -229,7 +234,8 @@ class PerHead(Pattern):
 
     def at_head(self, head: int, num_heads: int) -> Pattern:
         if num_heads != len(self.patterns):
-            raise ValueError(f"heads: got {num_heads} for a PerHead of {len(self.patterns)} patterns; they must be equal")
+            given = len(self.patterns)
+            raise ValueError(f"heads: got {num_heads} for a PerHead of {given} patterns; they must be equal")
         return self.patterns[head].at_head(head, num_heads)
 
     def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:

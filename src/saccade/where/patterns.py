@@ -1,6 +1,6 @@
-"""The named patterns. Each states its set twice: `allows` is the definition, `boxes` the intervals that plans are made of.
+"""The named patterns, each stated twice: `allows` is the definition, `boxes` the intervals that plans are made of.
 
-Positions are absolute: with N queries and M keys, query row r stands at position i = M - N + r. A size counts the query itself.
+Positions are absolute: of N queries and M keys, query row r stands at position i = M - N + r. A size counts the query.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Causal(Pattern):
 class Band(Pattern):
     """A band around the diagonal: i - left <= j <= i + right.
 
-    left, right: tokens beside the query on either side, >= 0; the query itself is always in, so the band is left + 1 + right wide.
+    left, right: tokens beside the query on either side, >= 0; with the query itself the band is left + 1 + right wide.
     """
 
     left: int
@@ -148,15 +148,17 @@ class Documents(Pattern):
 
     cu_seqlens: tuple[int, ...]
 
-    def __init__(self, cu_seqlens: Tensor | Sequence[int]):
-        given = cu_seqlens if isinstance(cu_seqlens, Tensor) else torch.tensor([positive("cu_seqlens", int(c), least=0) for c in cu_seqlens])
-        total = int(given[-1]) if given.numel() else 0
-        object.__setattr__(self, "cu_seqlens", tuple(check_cu_seqlens(given, total, 1).tolist()))
+    def __init__(self, cu_seqlens: Tensor | Sequence[int]) -> None:
+        if not isinstance(cu_seqlens, Tensor):
+            cu_seqlens = torch.tensor([positive("cu_seqlens", int(c), least=0) for c in cu_seqlens])
+        total = int(cu_seqlens[-1]) if cu_seqlens.numel() else 0
+        object.__setattr__(self, "cu_seqlens", tuple(check_cu_seqlens(cu_seqlens, total, 1).tolist()))
 
     def document(self, position: Tensor, num_keys: int) -> Tensor:
         """The number of the document that holds each position."""
-        if num_keys != self.cu_seqlens[-1]:
-            raise ValueError(f"cu_seqlens: ends at {self.cu_seqlens[-1]}, but there are {num_keys} keys; it must end at their number")
+        end = self.cu_seqlens[-1]
+        if num_keys != end:
+            raise ValueError(f"cu_seqlens: ends at {end}, but there are {num_keys} keys; it must end at their number")
         bounds = torch.tensor(self.cu_seqlens[1:], dtype=position.dtype, device=position.device)
         return torch.searchsorted(bounds, position.contiguous(), right=True)
 
@@ -174,7 +176,7 @@ class Documents(Pattern):
 
 @dataclass(frozen=True)
 class Packed(Pattern):
-    """`pattern` inside each of several packed sequences, with positions that start anew in each; equals a loop over them.
+    """`pattern` inside each of several packed sequences, positions starting anew in each; equals a loop over them.
 
     >>> from saccade.where import Sinks
     >>> Packed(Sinks(1), Documents([0, 1, 3])).dense(3).int().tolist()
@@ -196,7 +198,7 @@ class Packed(Pattern):
         return (doc_i == doc_j) & self.pattern.allows(i, j, num_keys)
 
     def boxes(self, frame: Frame) -> list[Box]:
-        (doc_i, i), (_, j) = self._local(frame.queries, frame.num_keys), self._local(frame.keys, frame.num_keys)
+        (_, i), (_, j) = self._local(frame.queries, frame.num_keys), self._local(frame.keys, frame.num_keys)
         local = Frame(i, j, frame.num_keys, tag=(frame.tag, self.documents))
         (own,) = self.documents.boxes(frame)
         return [intersect(own, box) for box in self.pattern.boxes(local)]
@@ -243,7 +245,9 @@ class Strided(Pattern):
 
 @dataclass(frozen=True)
 class Columns(Pattern):
-    """Every stride-th block of keys, whatever the query: (j // size) % stride == offset. Vertical stripes of width `size`.
+    """Every stride-th block of keys, whatever the query: (j // size) % stride == offset.
+
+    These are vertical stripes of width `size`.
 
     size: tokens a block. stride: blocks from one stripe to the next. offset: the first stripe's block, in [0, stride).
     """
@@ -300,7 +304,8 @@ class BlockBand(Pattern):
 class Summaries(Pattern):
     """Keys that sum up stretches of a sequence, visible once their stretch has ended: j stride + size - 1 <= t.
 
-    Key j stands for tokens [j stride, j stride + size); the queries are the last N of `num_tokens` tokens, t counted in tokens.
+    Key j stands for tokens [j stride, j stride + size); the queries are the last N tokens, and t counts in tokens.
+
     num_tokens: T, length of the summed-up sequence. size, stride: tokens a stretch has, and from one start to the next.
     `count` is the number of whole stretches, which M should be.
 
@@ -329,7 +334,8 @@ class Summaries(Pattern):
         return j * self.stride + self.size - 1 <= i + self.num_tokens - num_keys
 
     def boxes(self, frame: Frame) -> list[Box]:
-        ended = (frame.queries + (self.num_tokens - frame.num_keys + 1 - self.size)).div(self.stride, rounding_mode="floor") + 1
+        begun = frame.queries + (self.num_tokens - frame.num_keys + 1 - self.size)
+        ended = begun.div(self.stride, rounding_mode="floor") + 1
         return [{("summary", self, frame.tag): Span(frame.keys, torch.zeros_like(ended), ended.int())}]
 
 
@@ -337,13 +343,14 @@ class Summaries(Pattern):
 class Neighborhood(Pattern):
     """Neighbourhood attention on a grid of 1-3 axes: the `kernel` nearest positions on each axis, clamped inside.
 
-    On an axis of length L, window w, not causal: start = clamp(leader - w // 2, 0, L - w), keys start .. start + w - 1, always w of
-    them; an even window has w // 2 to the left and w // 2 - 1 to the right. Causal: keys max(0, leader - w + 1) .. i. With stride s the
-    queries of a group i // s share the window of their leader, min(s (i // s) + s // 2, L - 1) (causal: s (i // s) + s - 1). With
-    dilation d the rule holds inside each residue class i mod d, with that class's own length.
+    On an axis of length L, window w, not causal: start = clamp(leader - w // 2, 0, L - w), keys start .. start + w - 1,
+    always w of them; an even window has w // 2 to the left and w // 2 - 1 to the right. Causal: keys
+    max(0, leader - w + 1) .. i. With stride s the queries of a group i // s share the window of their leader,
+    min(s (i // s) + s // 2, L - 1) (causal: s (i // s) + s - 1). With dilation d the rule holds inside each residue
+    class i mod d, with that class's own length.
 
-    grid: (T, Y, X), (Y, X) or (X,), row-major, N = M = the product. kernel, stride, dilation, causal: one value or one an axis.
-    Needs kernel * dilation <= length and stride <= kernel on every axis.
+    grid: (T, Y, X), (Y, X) or (X,), row-major, N = M = the product. kernel, stride, dilation, causal: one value or one
+    an axis. Needs kernel * dilation <= length and stride <= kernel on every axis.
     Papers: arXiv 2204.07143 (clamping), 2209.15001 (dilation), 2504.16922 (stride, causal axes).
     """
 
@@ -360,7 +367,7 @@ class Neighborhood(Pattern):
         stride: int | Sequence[int] = 1,
         dilation: int | Sequence[int] = 1,
         causal: bool | Sequence[bool] = False,
-    ):
+    ) -> None:
         if not isinstance(grid, (tuple, list)) or not 1 <= len(grid) <= 3:
             raise ValueError(f"grid: got {grid!r}; pass one to three lengths, (T, Y, X), (Y, X) or (X,)")
         lengths = tuple(positive("grid", length) for length in grid)
@@ -368,7 +375,8 @@ class Neighborhood(Pattern):
         def per_axis(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
             values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * len(lengths)
             if len(values) != len(lengths):
-                raise ValueError(f"{name}: got {value!r} for a grid of {len(lengths)} axes; pass one value, or one an axis")
+                axes = len(lengths)
+                raise ValueError(f"{name}: got {value!r} for a grid of {axes} axes; pass one value, or one an axis")
             return tuple(positive(name, item) for item in values)
 
         object.__setattr__(self, "grid", lengths)
@@ -380,9 +388,15 @@ class Neighborhood(Pattern):
         object.__setattr__(self, "causal", flags)
         for length, w, s, d in zip(self.grid, self.kernel, self.stride, self.dilation, strict=True):
             if w * d > length:
-                raise ValueError(f"kernel: got {w} with dilation {d} on an axis of {length}; kernel * dilation must fit, pass at most {length // d}")
+                raise ValueError(
+                    f"kernel: got {w} with dilation {d} on an axis of {length}; kernel * dilation must fit, "
+                    f"pass at most {length // d}"
+                )
             if s > w:
-                raise ValueError(f"stride: got {s} with kernel {w}; a stride beyond the kernel would leave queries outside their window")
+                raise ValueError(
+                    f"stride: got {s} with kernel {w}; a stride beyond the kernel would leave queries outside their "
+                    f"window, pass at most {w}"
+                )
 
     def _axes(self, position: Tensor, num_keys: int) -> list[Tensor]:
         total = torch.Size(self.grid).numel()
@@ -416,7 +430,8 @@ class Neighborhood(Pattern):
 
     def boxes(self, frame: Frame) -> list[Box]:
         box: Box = {}
-        for axis, (a, b) in enumerate(zip(self._axes(frame.queries, frame.num_keys), self._axes(frame.keys, frame.num_keys), strict=True)):
+        queries, keys = self._axes(frame.queries, frame.num_keys), self._axes(frame.keys, frame.num_keys)
+        for axis, (a, b) in enumerate(zip(queries, keys, strict=True)):
             d = self.dilation[axis]
             box[self.axis_key(axis, "step", frame.tag)] = Span(b // d, *self._interval(axis, a))
             if d > 1:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,14 +18,15 @@ from saccade.where.boxes import Boxes
 class Plan:
     """Which tiles of the N x M score matrix to compute, and what to mask inside them.
 
-    Query row i attends key j when its group lists (tile of i, j's tile) or (tile of i, j), and the boxes allow (i, j). Full tiles need no
-    mask. Listed single keys (`tokens`) come on top of the tiles; a key listed twice counts twice.
+    Query row i attends key j when its group lists (tile of i, j's tile) or (tile of i, j), and the boxes allow (i, j).
+    Full tiles need no mask. Listed single keys (`tokens`) come on top of the tiles; a key listed twice counts twice.
 
     boxes: box tables (unions S). group_of: (1, H) or (B, H) int64, the list group g of each batch entry and query head.
     union_of: (G,) int64, the union of boxes that each group obeys. block: (bq, bk) tokens a tile.
-    indptr: (G * rows + 1,) int64, indices: (num_tiles,) int32: CSR lists of key tiles per (group, query tile), full tiles first, each part
-    ascending; num_full: (G * rows,) int32. token_indptr, token_indices, token_log_weights: CSR lists of single keys, or None.
-    bits: (partial tiles in list order, bq, bk) bool in place of the boxes for what no box describes, or None.
+    indptr: (G * rows + 1,) int64, indices: (num_tiles,) int32: CSR lists of key tiles per (group, query tile), full
+    tiles first, each part ascending; num_full: (G * rows,) int32. token_indptr, token_indices, token_log_weights: CSR
+    lists of single keys, or None. bits: (partial tiles in list order, bq, bk) bool in place of the boxes for what no
+    box describes, or None.
     q_order, k_order: (N,), (M,) int64, the plan's token order (position p holds token order[p]), or None.
     causal: no listed pair looks ahead, so density counts against the causal triangle.
     transposed: the lists run per key tile over query tiles instead (dk and dv want that).
@@ -48,13 +50,11 @@ class Plan:
     causal: bool = False
     transposed: bool = False
 
-    # -- making ----------------------------------------------------------------------------------------------------------------------
-
     @classmethod
-    def empty(cls, boxes: Boxes, group_of: Tensor, block: tuple[int, int], **rest: object) -> Plan:
+    def empty(cls, boxes: Boxes, group_of: Tensor, block: tuple[int, int], **rest: Any) -> Plan:
         """A plan that lists no tile."""
         none = torch.zeros(0, dtype=torch.int64, device=group_of.device)
-        return cls(boxes, group_of, none, block, torch.zeros(1, dtype=torch.int64, device=group_of.device), none.int(), none.int(), **rest)  # type: ignore[arg-type]
+        return cls(boxes, group_of, none, block, none.new_zeros(1), none.int(), none.int(), **rest)
 
     @classmethod
     def from_mask(cls, mask: Tensor, block: tuple[int, int] = (64, 64)) -> Plan:
@@ -66,7 +66,8 @@ class Plan:
             raise ValueError(f"mask: got {mask.dtype} of shape {tuple(mask.shape)}; pass bool (heads, queries, keys)")
         heads, n, m = mask.shape
         bq, bk = block
-        tiled = torch.nn.functional.pad(mask, (0, -m % bk, 0, -n % bq)).unflatten(2, (-1, bk)).unflatten(1, (-1, bq)).transpose(2, 3)
+        padded = torch.nn.functional.pad(mask, (0, -m % bk, 0, -n % bq))
+        tiled = padded.unflatten(2, (-1, bk)).unflatten(1, (-1, bq)).transpose(2, 3)
         group, row, col = torch.nonzero(tiled.any((3, 4)), as_tuple=True)
         bits = tiled[group, row, col]
         plan = cls.empty(Boxes.of([[{}]], n, m, mask.device), torch.arange(heads, device=mask.device)[None], block)
@@ -80,7 +81,10 @@ class Plan:
         return replace(plan, bits=bits[keep][at])
 
     def listing(self, rows: Tensor, cols: Tensor, full: Tensor, *, union_of: Tensor) -> Plan:
-        """This plan with the given tile pairs; rows count on through the groups. A tile that juts out over the last key is never full."""
+        """This plan with the given tile pairs; rows count on through the groups.
+
+        A tile that juts out over the last key is never full.
+        """
         full = full & ~self._ragged(cols)
         code = (rows * 2 + ~full) * self.num_col_tiles + cols
         code = code.sort().values
@@ -93,15 +97,17 @@ class Plan:
         return replace(self, indptr=indptr, indices=cols.int(), num_full=num_full, union_of=union_of)
 
     def with_tokens(self, tokens: Tensor, log_weights: Tensor | None = None) -> Plan:
-        """This plan with single keys on top: tokens (G, rows, K) int, -1 for none; log_weights like tokens, added to the scores."""
+        """This plan with single keys on top: tokens (G, rows, K) int, -1 for none, or marks (G, rows, M) bool.
+
+        log_weights: like tokens, added to the scores.
+        """
         flat = tokens.flatten(0, 1)
-        listed = flat >= 0
+        listed = flat if flat.dtype == torch.bool else flat >= 0
         indptr = torch.zeros(len(flat) + 1, dtype=torch.int64, device=tokens.device)
         indptr[1:] = listed.sum(1).cumsum(0)
+        indices = listed.nonzero()[:, 1] if flat.dtype == torch.bool else flat[listed]
         weights = None if log_weights is None else log_weights.flatten(0, 1)[listed]
-        return replace(self, token_indptr=indptr, token_indices=flat[listed].int(), token_log_weights=weights)
-
-    # -- sizes -----------------------------------------------------------------------------------------------------------------------
+        return replace(self, token_indptr=indptr, token_indices=indices.int(), token_log_weights=weights)
 
     @property
     def num_queries(self) -> int:
@@ -159,12 +165,10 @@ class Plan:
         own = {name: t.to(device) for name, t in self.tensors().items() if "." not in name}
         return replace(self, boxes=boxes, **own)  # type: ignore[arg-type]
 
-    # -- reading ---------------------------------------------------------------------------------------------------------------------
-
     def rows(self) -> Tensor:
         """The list (group and row tile) of each entry of `indices`: int64 (num_tiles,)."""
-        counts = self.indptr.diff()
-        return torch.repeat_interleave(torch.arange(len(counts), device=self.device), counts, output_size=len(self.indices))
+        lists = torch.arange(len(self.indptr) - 1, device=self.device)
+        return torch.repeat_interleave(lists, self.indptr.diff(), output_size=len(self.indices))
 
     def is_full(self) -> Tensor:
         """Which entries of `indices` are full tiles: bool (num_tiles,)."""
@@ -177,7 +181,8 @@ class Plan:
         partial = torch.nonzero(~self.is_full())[:, 0]
         rows = self.rows()
         for at, part in enumerate(partial.split(max(1, chunk // (bq * bk)))):
-            group, row, col = rows[part] // self.num_row_tiles, rows[part] % self.num_row_tiles, self.indices[part].long()
+            group, row = rows[part] // self.num_row_tiles, rows[part] % self.num_row_tiles
+            col = self.indices[part].long()
             if self.transposed:
                 row, col = col, row
             if self.bits is not None:
@@ -192,7 +197,8 @@ class Plan:
 
     def _token_masks(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Listed single keys: (group (K,), query tile (K,), key (K,), mask (K, bq))."""
-        assert self.token_indptr is not None and self.token_indices is not None
+        assert self.token_indptr is not None
+        assert self.token_indices is not None
         counts = self.token_indptr.diff()
         lists = torch.repeat_interleave(torch.arange(len(counts), device=self.device), counts)
         if self.transposed:
@@ -203,9 +209,10 @@ class Plan:
         return group, row, key, mask[:, :, 0]
 
     def dense(self) -> Tensor:
-        """The mask that the lists spell out, in the tokens' own order: bool (H, N, M), or (B, H, N, M) when batches differ.
+        """The mask that the lists spell out, in the tokens' own order.
 
-        For tests and drawings: it forms the N x M array. A transposed plan gives the transposed mask.
+        bool (H, N, M), or (B, H, N, M) when batches differ; a transposed plan gives the transposed mask. For tests and
+        drawings: it forms the N x M array.
         """
         bq, bk = self.block
         nq, nk = -(-self.num_queries // bq), -(-self.num_keys // bk)
@@ -244,7 +251,10 @@ class Plan:
         height = torch.full((self.num_row_tiles,), bq, device=self.device)
         col_height = torch.full((self.num_col_tiles,), bq, device=self.device)
         (col_height if self.transposed else height)[-1] -= -self.num_queries % bq
-        heights = col_height[self.indices.long()[full]] if self.transposed else height[(rows % self.num_row_tiles)[full]]
+        if self.transposed:
+            heights = col_height[self.indices.long()[full]]
+        else:
+            heights = height[(rows % self.num_row_tiles)[full]]
         count.index_add_(0, rows[full] // self.num_row_tiles, heights * self.block[1])
         for group, _, _, mask in self.masks():
             count.index_add_(0, group, mask.sum((1, 2)))
@@ -259,8 +269,6 @@ class Plan:
         n, m = self.num_queries, self.num_keys
         admissible = n * m - n * (n - 1) // 2 if self.causal else n * m
         return self.num_attended / admissible
-
-    # -- turning and judging --------------------------------------------------------------------------------------------------------------
 
     def transpose(self) -> Plan:
         """The same pairs, listed per key tile over query tiles; transposing twice gives this plan back, bit for bit."""
@@ -288,9 +296,9 @@ class Plan:
         assert self.token_indptr is not None
         counts = self.token_indptr.diff()
         lists = torch.repeat_interleave(torch.arange(len(counts), device=self.device), counts)
-        here, there = (self.num_keys, turned.num_col_tiles) if self.transposed else (self.num_row_tiles, self.num_keys)
+        here, there = self.num_row_tiles, self.num_keys
         if self.transposed:
-            there = turned.num_row_tiles
+            here, there = self.num_keys, turned.num_row_tiles
         group, row, col = lists // here, lists % here, self.token_indices.long()
         lists = group * there + col
         at = torch.argsort(lists * here + row, stable=True)
@@ -300,51 +308,52 @@ class Plan:
         return replace(turned, token_indptr=indptr, token_indices=row[at].int(), token_log_weights=weights)
 
     def verify(self) -> Plan:
-        """Return this plan if it is well formed, else raise ValueError that names the table and what is wrong with it."""
+        """Return this plan if it is well formed, else raise ValueError naming the table and what is wrong with it."""
         lists = self.num_groups * self.num_row_tiles
-
-        def demand(ok: bool | Tensor, table: str, what: str) -> None:
-            if not bool(ok):
-                raise ValueError(f"{table}: {what}")
-
-        demand(self.indptr.shape == (lists + 1,), "indptr", f"has shape {tuple(self.indptr.shape)}, needs ({lists + 1},)")
-        demand(self.indptr[0] == 0 and self.indptr[-1] == len(self.indices), "indptr", f"must run from 0 to {len(self.indices)}")
-        demand((self.indptr.diff() >= 0).all(), "indptr", "must not decrease")
-        demand(self.num_full.shape == (lists,), "num_full", f"has shape {tuple(self.num_full.shape)}, needs ({lists},)")
-        demand(((self.num_full >= 0) & (self.num_full <= self.indptr.diff())).all(), "num_full", "exceeds the length of its list")
-        demand(((self.indices >= 0) & (self.indices < self.num_col_tiles)).all(), "indices", f"must lie in [0, {self.num_col_tiles})")
+        _demand_shape(self.indptr, (lists + 1,), "indptr")
+        ends = self.indptr[0] == 0 and self.indptr[-1] == len(self.indices)
+        _demand(ends, "indptr", f"must run from 0 to {len(self.indices)}")
+        lengths = self.indptr.diff()
+        _demand((lengths >= 0).all(), "indptr", "must not decrease")
+        _demand_shape(self.num_full, (lists,), "num_full")
+        some = (self.num_full >= 0) & (self.num_full <= lengths)
+        _demand(some.all(), "num_full", "exceeds the length of its list")
+        _demand_below(self.indices, self.num_col_tiles, "indices")
         full = self.is_full()
         code = (self.rows() * 2 + ~full) * self.num_col_tiles + self.indices
-        demand((code.diff() > 0).all(), "indices", "full tiles first, each part ascending, no repeats")
+        _demand((code.diff() > 0).all(), "indices", "full tiles first, each part ascending, no repeats")
         tile = self.rows() * self.num_col_tiles + self.indices
-        demand(len(tile.unique()) == len(tile), "indices", "a tile is listed both full and partial")
-        demand(((self.group_of >= 0) & (self.group_of < self.num_groups)).all(), "group_of", f"must lie in [0, {self.num_groups})")
-        demand(((self.union_of >= 0) & (self.union_of < self.boxes.lo.shape[0])).all(), "union_of", "names a union that the boxes lack")
+        _demand(len(tile.unique()) == len(tile), "indices", "a tile is listed both full and partial")
+        _demand_below(self.group_of, self.num_groups, "group_of")
+        _demand_below(self.union_of, self.boxes.lo.shape[0], "union_of")
         cols = (self.rows() % self.num_row_tiles if self.transposed else self.indices)[full]
-        demand(~self._ragged(cols).any(), "num_full", "a tile beyond the last key is called full")
+        _demand(~self._ragged(cols).any(), "num_full", "a tile beyond the last key is called full")
         if self.bits is not None:
-            demand(self.bits.shape == (int((~full).sum()), *self.block), "bits", "needs one (bq, bk) mask a partial tile")
-        for name, permutation, size in (("q_order", self.q_order, self.num_queries), ("k_order", self.k_order, self.num_keys)):
-            if permutation is not None:
-                demand(permutation.sort().values.equal(torch.arange(size, device=self.device)), name, f"is no permutation of {size} tokens")
-        self._verify_tokens(demand)
-        self._verify_full(demand)
+            masks = (int((~full).sum()), *self.block)
+            _demand(self.bits.shape == masks, "bits", "needs one (bq, bk) mask a partial tile")
+        _demand_permutation(self.q_order, self.num_queries, "q_order")
+        _demand_permutation(self.k_order, self.num_keys, "k_order")
+        self._verify_tokens()
+        self._verify_full()
         return self
 
-    def _verify_tokens(self, demand) -> None:  # noqa: ANN001
+    def _verify_tokens(self) -> None:
         if self.token_indices is None:
-            demand(self.token_log_weights is None, "token_log_weights", "given without tokens")
+            _demand(self.token_log_weights is None, "token_log_weights", "given without tokens")
             return
         lists = self.num_groups * (self.num_keys if self.transposed else self.num_row_tiles)
-        most = self.num_col_tiles if self.transposed else self.num_keys
-        ptr = self.token_indptr
-        demand(ptr is not None and ptr.shape == (lists + 1,), "token_indptr", f"needs shape ({lists + 1},)")
-        demand(ptr[0] == 0 and ptr[-1] == len(self.token_indices) and (ptr.diff() >= 0).all(), "token_indptr", "must rise from 0 to the number of tokens")
-        demand(((self.token_indices >= 0) & (self.token_indices < most)).all(), "token_indices", f"must lie in [0, {most})")
+        starts = self.token_indptr
+        if starts is None:
+            raise ValueError(f"token_indptr: needs shape ({lists + 1},)")
+        _demand_shape(starts, (lists + 1,), "token_indptr")
+        rises = starts[0] == 0 and starts[-1] == len(self.token_indices) and (starts.diff() >= 0).all()
+        _demand(rises, "token_indptr", "must rise from 0 to the number of tokens")
+        _demand_below(self.token_indices, self.num_col_tiles if self.transposed else self.num_keys, "token_indices")
         if self.token_log_weights is not None:
-            demand(self.token_log_weights.shape == self.token_indices.shape, "token_log_weights", "needs one weight a token")
+            same = self.token_log_weights.shape == self.token_indices.shape
+            _demand(same, "token_log_weights", "needs one weight a token")
 
-    def _verify_full(self, demand) -> None:  # noqa: ANN001
+    def _verify_full(self) -> None:
         from saccade.where.planner import tile_bounds
 
         if self.bits is not None:
@@ -355,14 +364,38 @@ class Plan:
             row, cols = cols, row
         for union in range(self.boxes.lo.shape[0]):
             at = full & (self.union_of[group] == union)
-            demand(tile_bounds(self.boxes, union, self.block).classify(row[at], cols[at])[1].all(), "num_full", "a tile is called full that its boxes cut")
+            _, uncut = tile_bounds(self.boxes, union, self.block).classify(row[at], cols[at])
+            _demand(uncut.all(), "num_full", "a tile is called full that its boxes cut")
 
     def draw(self, path: str | Path, *, head: int = 0, batch: int = 0) -> Path:
-        """Draw the tiles of one head, full dark and partial light, into an image file (needs matplotlib: `pip install saccade[bench]`)."""
+        """Draw the tiles of one head, full dark and partial light, into an image file.
+
+        Needs matplotlib: `pip install saccade[bench]`.
+        """
         from saccade.where.draw import draw_plan
 
         return draw_plan(self, Path(path), head=head, batch=batch)
 
     def __repr__(self) -> str:
         size = f"{self.num_queries} x {self.num_keys}, heads {self.num_heads}, block {self.block}"
-        return f"Plan({size}, groups {self.num_groups}, tiles {self.num_tiles}{', transposed' if self.transposed else ''})"
+        turned = ", transposed" if self.transposed else ""
+        return f"Plan({size}, groups {self.num_groups}, tiles {self.num_tiles}{turned})"
+
+
+def _demand(ok: bool | Tensor, table: str, what: str) -> None:
+    if not bool(ok):
+        raise ValueError(f"{table}: {what}")
+
+
+def _demand_shape(values: Tensor, shape: tuple[int, ...], table: str) -> None:
+    _demand(values.shape == shape, table, f"has shape {tuple(values.shape)}, needs {shape}")
+
+
+def _demand_below(values: Tensor, end: int, table: str) -> None:
+    _demand(((values >= 0) & (values < end)).all(), table, f"must lie in [0, {end})")
+
+
+def _demand_permutation(order: Tensor | None, size: int, table: str) -> None:
+    if order is not None:
+        every = torch.arange(size, device=order.device)
+        _demand(order.sort().values.equal(every), table, f"is no permutation of {size} tokens")

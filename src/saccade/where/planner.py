@@ -1,8 +1,9 @@
 """Planning: from boxes to tile lists by interval arithmetic, coarse to fine.
 
-A tile pair is empty when on some axis the keys' coordinates miss every bound of its queries, full when on all axes they lie within every
-bound, partial otherwise. Bounds of whole groups of tiles answer the same question for all their pairs at once, so the search starts from
-few coarse pairs and opens only those that are not empty: its cost follows the tiles that are listed, not the pairs that there are.
+A tile pair is empty when on some axis the keys' coordinates miss every bound of its queries, full when on all axes they
+lie within every bound, partial otherwise. Bounds of whole groups of tiles answer the same question for all their pairs
+at once, so the search starts from few coarse pairs and opens only those that are not empty: its cost follows the tiles
+that are listed, not the pairs that there are.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from saccade.where.boxes import LEAST, MOST, Boxes
 from saccade.where.layout import order, sort_axes
-from saccade.where.pattern import Frame, Pattern, Span
+from saccade.where.pattern import Box, Frame, Pattern, Span
 from saccade.where.plan import Plan
 
 FANOUT = 8  # tiles a coarser tile holds on either side
@@ -88,7 +89,8 @@ def search(bounds: Bounds, num_rows: int, num_cols: int) -> tuple[Tensor, Tensor
         levels.append((finer.coarser(), -(-r // FANOUT), -(-c // FANOUT)))
     device = bounds.c_min.device
     _, r, c = levels[-1]
-    rows, cols = (x.flatten() for x in torch.meshgrid(torch.arange(r, device=device), torch.arange(c, device=device), indexing="ij"))
+    rows = torch.arange(r, device=device).repeat_interleave(c)
+    cols = torch.arange(c, device=device).repeat(r)
     full = torch.zeros_like(rows, dtype=torch.bool)
     inner = torch.arange(FANOUT, device=device)
     for depth, (level, r, c) in enumerate(reversed(levels)):
@@ -110,7 +112,9 @@ def _frame(pattern_keys: int, n: int, device: torch.device) -> tuple[Frame, Fram
     return Frame(queries, keys, pattern_keys), Frame(queries, queries, pattern_keys)
 
 
-def tables(pattern: Pattern, n: int, m: int, heads: int, block: tuple[int, int], device: torch.device, *, sort: bool) -> tuple[Boxes, Tensor, Plan]:
+def tables(
+    pattern: Pattern, n: int, m: int, heads: int, block: tuple[int, int], device: torch.device, *, sort: bool
+) -> tuple[Boxes, Tensor, Plan]:
     """Box tables of a pattern, the union that each head follows (heads,), and a plan that lists nothing yet."""
     distinct: dict[Pattern, int] = {}
     follows = [distinct.setdefault(pattern.at_head(h, heads), len(distinct)) for h in range(heads)]
@@ -122,14 +126,17 @@ def tables(pattern: Pattern, n: int, m: int, heads: int, block: tuple[int, int],
         k_order = order(sort_axes(unions, frame, block[1]))
         q_order = order(sort_axes(unions, query_frame, block[0])) if k_order is not None else None
     if k_order is not None:
-        unions = [[{key: Span(s.coord[k_order], s.lo[q_order], s.hi[q_order]) for key, s in box.items()} for box in union] for union in unions]
+        unions = [
+            [{key: Span(s.coord[k_order], s.lo[q_order], s.hi[q_order]) for key, s in box.items()} for box in union]
+            for union in unions
+        ]
     boxes = Boxes.of(unions, n, m, device)
     group_of = torch.tensor([follows], dtype=torch.int64, device=device)
     return boxes, group_of[0], Plan.empty(boxes, group_of, block, q_order=q_order, k_order=k_order, causal=causal)
 
 
-def _is_causal(union: list, frame: Frame) -> bool:
-    def within(box: dict) -> bool:
+def _is_causal(union: list[Box], frame: Frame) -> bool:
+    def within(box: Box) -> bool:
         span = box.get(("position", frame.tag))
         return span is not None and bool((span.hi <= frame.queries + 1).all())
 
@@ -143,12 +150,18 @@ def plan_pattern(pattern: Pattern, n: int, m: int, heads: int, block: tuple[int,
     rows, cols, full = [], [], []
     for union in range(boxes.lo.shape[0]):
         r, c, f = search(tile_bounds(boxes, union, block), num_rows, num_cols)
-        rows.append(r + union * num_rows), cols.append(c), full.append(f)
-    return plan.listing(torch.cat(rows), torch.cat(cols), torch.cat(full), union_of=torch.arange(len(rows), device=device))
+        rows.append(r + union * num_rows)
+        cols.append(c)
+        full.append(f)
+    union_of = torch.arange(len(rows), device=device)
+    return plan.listing(torch.cat(rows), torch.cat(cols), torch.cat(full), union_of=union_of)
 
 
 def tile_pairs(pattern: Pattern, n: int, m: int, block: tuple[int, int], device: torch.device) -> Tensor:
-    """Which tiles a pattern touches, in the tokens' own order: bool (rows, cols), for routers, which score every one of them anyway."""
+    """Which tiles a pattern touches, in the tokens' own order: bool (rows, cols).
+
+    For routers, which score every one of them anyway.
+    """
     boxes, _, plan = tables(pattern, n, m, 1, block, device, sort=False)
     touched = torch.zeros(plan.num_row_tiles, plan.num_col_tiles, dtype=torch.bool, device=device)
     rows, cols, _ = search(tile_bounds(boxes, 0, block), *touched.shape)
@@ -169,20 +182,25 @@ def plan_chosen(
 ) -> Plan:
     """The plan of a routed pattern: of the tiles that `pattern` admits, those that the data chose.
 
-    pattern: the same for every head. chosen: (G, rows, K) int, key tiles of each query tile, -1 for none, in any order, repeats ignored.
-    group_of: (B, H) or (1, H) int, the list group of each batch entry and query head. tokens: (G, rows, K') int, single keys of each query
-    tile, -1 for none; a repeat counts again. token_log_weights: like tokens, added to the scores (log 1/p of a sampled key).
+    pattern: the same for every head. chosen: key tiles of each query tile, as numbers (G, rows, K) int, -1 for none, in
+    any order, repeats ignored, or as marks (G, rows, cols) bool. group_of: (B, H) or (1, H) int, the list group of each
+    batch entry and query head. tokens: single keys of each query tile, (G, rows, K') int, -1 for none, where a repeat
+    counts again, or marks (G, rows, M) bool. token_log_weights: like tokens, added to the scores (sampled: log 1/p).
     """
     device = chosen.device
     boxes, _, plan = tables(pattern, n, m, 1, block, device, sort=False)
     plan = replace(plan, group_of=group_of)
     num_groups, num_rows, _ = chosen.shape
     if num_rows != plan.num_row_tiles:
-        raise ValueError(f"chosen: got {num_rows} query tiles; {n} queries in tiles of {block[0]} make {plan.num_row_tiles}")
-    group, row, slot = torch.nonzero((chosen >= 0), as_tuple=True)
-    col = chosen[group, row, slot].long()
+        raise ValueError(
+            f"chosen: got {num_rows} query tiles; {n} queries in tiles of {block[0]} make {plan.num_row_tiles}"
+        )
+    marked = chosen.dtype == torch.bool
+    group, row, slot = torch.nonzero(chosen if marked else chosen >= 0, as_tuple=True)
+    col = slot if marked else chosen[group, row, slot].long()
     code = torch.unique((group * num_rows + row) * plan.num_col_tiles + col)
     row, col = code // plan.num_col_tiles, code % plan.num_col_tiles
     some, full = tile_bounds(boxes, 0, block).classify(row % num_rows, col)
-    plan = plan.listing(row[some], col[some], full[some], union_of=torch.zeros(num_groups, dtype=torch.int64, device=device))
+    union_of = torch.zeros(num_groups, dtype=torch.int64, device=device)
+    plan = plan.listing(row[some], col[some], full[some], union_of=union_of)
     return plan if tokens is None else plan.with_tokens(tokens, token_log_weights)

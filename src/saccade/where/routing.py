@@ -1,4 +1,6 @@
-"""Routing: where the data decide. An estimator scores (query tile, key tile) pairs cheaply, a selector keeps some, a pattern bounds both.
+"""Routing: where the data decide.
+
+An estimator scores (query tile, key tile) pairs cheaply, a selector keeps some, a pattern bounds both.
 
     scores = estimator(q, k)            (B, H or Hkv, rows, cols), one value a tile pair
     chosen = selector(scores, must)     per query tile a few key tiles, the mandatory ones among them
@@ -10,7 +12,7 @@ A router is these three; what it returns is a `Plan` like any other.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -26,13 +28,16 @@ Estimator = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
 
 
 class Selector(Protocol):
-    """scores (..., C), -inf where nothing may be chosen; must: bool, broadcasts over scores -> int64 (..., K) tiles, -1 for none."""
+    """scores (..., C), -inf where nothing may be chosen; must: bool, broadcasts over scores -> marks, bool (..., C)."""
 
     def __call__(self, scores: Tensor, must: Tensor) -> Tensor: ...
 
 
 def pool(x: Tensor, size: int) -> Tensor:
-    """Means over consecutive blocks of tokens: (B, H, N, D) -> (B, H, ceil(N / size), D); the last block may be short."""
+    """Means over consecutive blocks of tokens, the last of which may be short.
+
+    (B, H, N, D) -> (B, H, ceil(N / size), D).
+    """
     short = -x.shape[2] % size
     sums = torch.nn.functional.pad(x, (0, 0, 0, short)).unflatten(2, (-1, size)).sum(3)
     count = torch.full((sums.shape[2], 1), size, dtype=x.dtype, device=x.device)
@@ -57,7 +62,7 @@ class TopK:
 
     def __call__(self, scores: Tensor, must: Tensor) -> Tensor:
         best = scores.masked_fill(must & (scores > -torch.inf), torch.inf).topk(min(self.k, scores.shape[-1]))
-        return best.indices.masked_fill(best.values == -torch.inf, -1)
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best.indices, best.values > -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class CumulativeMass:
         weights, at = scores.softmax(-1).nan_to_num(0).sort(-1, descending=True)
         before = weights.cumsum(-1) - weights
         keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, at, before < self.mass)
-        return _listed((keep | must) & (scores > -torch.inf))
+        return (keep | must) & (scores > -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -85,21 +90,16 @@ class Threshold:
 
     def __call__(self, scores: Tensor, must: Tensor) -> Tensor:
         keep = scores.softmax(-1).nan_to_num(0) >= self.least
-        return _listed((keep | must) & (scores > -torch.inf))
-
-
-def _listed(keep: Tensor) -> Tensor:
-    """bool (..., C) -> the true columns, ascending, -1 after the last."""
-    order = torch.argsort(~keep, dim=-1, stable=True)[..., : max(1, int(keep.sum(-1).max()))]
-    return order.masked_fill(~keep.gather(-1, order), -1)
+        return (keep | must) & (scores > -torch.inf)
 
 
 @dataclass(frozen=True)
 class Router:
     """Estimator, selector and the pattern that bounds them.
 
-    block: (query tokens, key tokens) of a tile. pattern: what may be attended at all (default Full). must: tiles that this pattern touches are
-    always kept (default none). candidates: tiles that this pattern touches may be chosen (default: what `pattern` touches).
+    block: (query tokens, key tokens) of a tile. pattern: what may be attended at all (default Full). must: tiles that
+    this pattern touches are always kept (default none). candidates: tiles that this pattern touches may be chosen
+    (default: what `pattern` touches).
 
     >>> from saccade.where import Causal, Blocks
     >>> router = Router(pooled_scores, TopK(2), block=(16, 16), pattern=Causal(), must=Blocks(16) & Causal())
@@ -111,7 +111,7 @@ class Router:
     estimator: Estimator
     selector: Selector
     block: tuple[int, int] = (64, 64)
-    pattern: Pattern = Full()
+    pattern: Pattern = field(default_factory=Full)
     must: Pattern | None = None
     candidates: Pattern | None = None
 
@@ -119,9 +119,13 @@ class Router:
         """The plan for q (B, H, N, D), k (B, Hkv, M, D); scores of Hkv heads are shared by the query heads of each."""
         (batch, heads, n, _), m, block = q.shape, k.shape[2], check_block(self.block)
         allowed = tile_pairs(self.pattern, n, m, block, q.device)
-        must = torch.zeros_like(allowed) if self.must is None else tile_pairs(self.must, n, m, block, q.device) & allowed
-        some = allowed if self.candidates is None else (tile_pairs(self.candidates, n, m, block, q.device) & allowed) | must
+        must, some = torch.zeros_like(allowed), allowed
+        if self.must is not None:
+            must = tile_pairs(self.must, n, m, block, q.device) & allowed
+        if self.candidates is not None:
+            some = (tile_pairs(self.candidates, n, m, block, q.device) & allowed) | must
         scores = self.estimator(q.detach(), k.detach(), block).masked_fill(~some, -torch.inf)
         chosen = self.selector(scores, must)
         lists = torch.arange(batch * chosen.shape[1], device=q.device).view(batch, -1)
-        return plan_chosen(self.pattern, chosen.flatten(0, 1), lists.repeat_interleave(heads // chosen.shape[1], 1), n, m, block)
+        group_of = lists.repeat_interleave(heads // chosen.shape[1], 1)
+        return plan_chosen(self.pattern, chosen.flatten(0, 1), group_of, n, m, block)
