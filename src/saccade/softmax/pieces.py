@@ -1,13 +1,13 @@
 """From a Plan to pieces of work: which queries meet which keys, as small dense products.
 
-A row of long lists is a piece: its query tile against all its key tiles, in one slice where these adjoin. Where query tiles are so small that
-a product with one of them would starve the processor, the lists are read the other way round: a key tile gathers its queries. Lists of
-single keys are batched, many query tiles a piece. Whatever the way, a piece is (queries, keys, mask), and its partial result merges with
-the others by its log-sum-exp.
-"""
+A row of long lists is a piece: its query tile against all its key tiles, in one slice where these adjoin. Where query
+tiles are so small that a product with one of them would starve the processor, the lists are read the other way round: a
+key tile gathers its queries. Lists of single keys are batched, many query tiles a piece. Whatever the way, a piece is
+(queries, keys, mask), and its partial result merges with the others by its log-sum-exp."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -25,7 +25,9 @@ KEPT_MASKS = 2**26  # mask entries that a schedule remembers
 
 @dataclass(frozen=True)
 class Batch:
-    """Heads that follow the same lists: `pairs` over (batch, key head), `members` over the query heads of a pair; slices both."""
+    """Heads that follow the same lists: `pairs` over (batch, key head), `members` over the query heads of a pair;
+    slices both.
+    """
 
     group: int
     pairs: slice
@@ -36,9 +38,8 @@ class Batch:
 class Piece:
     """One product. rows: queries, a slice or int64 (R, bq); keys: a slice or int64 (R, L), -1 for padding.
 
-    alone: no other piece has these rows. cut: some pair is masked, or weighted. bits: the mask where boxes do not give it, bool (bq, L).
-    log_weights: (R, L), added to the scores, or None.
-    """
+    alone: no other piece has these rows. cut: some pair is masked, or weighted. bits: the mask where boxes do not give
+    it, bool (bq, L). log_weights: (R, L), added to the scores, or None."""
 
     rows: slice | Tensor
     keys: slice | Tensor
@@ -132,8 +133,6 @@ class Schedule:
         self._masks[key] = mask
         return mask
 
-    # -- the three ways to cut a plan -----------------------------------------------------------------------------------------------
-
     def _by_row(self, group: int, heads: int) -> Iterator[Piece]:
         plan, (bq, bk) = self.plan, self.plan.block
         num_rows, n, m = plan.num_row_tiles, plan.num_queries, plan.num_keys
@@ -161,8 +160,10 @@ class Schedule:
                 keys = _keys(part, single, bk, m, plan.device)
                 log_weights = None
                 if len(single) and weights is not None:
-                    log_weights = torch.nn.functional.pad(weights.float(), (_width(keys) - len(single), 0))[None]
-                yield Piece(rows, keys, len(parts) == 1, bool(len(single)) or not cut.isdisjoint(part), own, log_weights)
+                    log_weights = torch.nn.functional.pad(weights, (_width(keys) - len(single), 0))[None]
+                yield Piece(
+                    rows, keys, len(parts) == 1, bool(len(single)) or not cut.isdisjoint(part), own, log_weights
+                )
 
     def _by_column(self, group: int, heads: int) -> Iterator[Piece]:
         plan, (bq, bk) = self.plan.derived.setdefault("transposed", self.plan.transpose()), self.plan.block
@@ -183,7 +184,9 @@ class Schedule:
                     inside = rows < plan.num_queries
                     bits = None
                     if cut and plan.bits is not None:
-                        bits = plan.bits[partial : partial + len(some)].flatten(0, 1)[inside][:, : keys.stop - keys.start]
+                        bits = plan.bits[partial : partial + len(some)].flatten(0, 1)[inside][
+                            :, : keys.stop - keys.start
+                        ]
                     partial += len(some) * cut
                     yield Piece(rows[inside][None], keys, False, cut, bits)
 
@@ -248,8 +251,7 @@ def _keys(tiles: list[int], tokens: Tensor, bk: int, m: int, device: torch.devic
 
 def _batches(group_of: Tensor, num_kv_heads: int) -> Iterator[Batch]:
     """Heads by list group, as regular slices, so that they are read and written in place."""
-    batch, num_heads = group_of.shape
-    ratio = num_heads // num_kv_heads
+    ratio = group_of.shape[1] // num_kv_heads
     lists: dict[int, dict[int, list[int]]] = {}
     for at, group in enumerate(group_of.flatten().tolist()):
         lists.setdefault(group, {}).setdefault(at // ratio, []).append(at % ratio)
@@ -268,5 +270,5 @@ def _batches(group_of: Tensor, num_kv_heads: int) -> Iterator[Batch]:
 def _slice(numbers: list[int]) -> slice | None:
     """The slice that lists ascending numbers, if they are evenly spaced."""
     step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
-    even = all(b - a == step for a, b in zip(numbers, numbers[1:], strict=False))
+    even = all(b - a == step for a, b in itertools.pairwise(numbers))
     return slice(numbers[0], numbers[-1] + 1, step) if even else None

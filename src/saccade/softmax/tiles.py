@@ -1,12 +1,13 @@
 """The tiles backend: sparse attention in plain torch that saves the time its plan saves, forward and backward.
 
-For every piece of a plan (`pieces.py`) one dense product of few queries with few keys. Query heads that share a key head and a list are
-rows of one product, so keys and values are never repeated; adjoining key tiles are read in place. Cost: listed tiles x D, memory one piece
-of scores. Reads the plan's lists on the host, so on a GPU it synchronises; kernels serve better there.
-"""
+For every piece of a plan (`pieces.py`) one dense product of few queries with few keys. Query heads that share a key
+head and a list are rows of one product, so keys and values are never repeated; adjoining key tiles are read in place.
+Cost: listed tiles x D, memory one piece of scores. Reads the plan's lists on the host, so on a GPU it synchronises;
+kernels serve better there."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from saccade.softmax.merge import absorb
 from saccade.softmax.pieces import Batch, Piece, Schedule, positions
 from saccade.softmax.problem import Problem
 
@@ -47,17 +49,18 @@ def run(problem: Problem) -> tuple[Tensor, Tensor | None]:
         back = torch.argsort(plan.q_order)
         o, lse = o[:, :, back], lse[:, :, back]
     if problem.sink is not None:
-        with_sink = torch.logaddexp(lse, problem.sink.to(lse.dtype)[:, None])
-        o, lse = o * torch.exp(lse - with_sink)[..., None].to(o.dtype), with_sink
+        o, lse = absorb(o, lse, problem.sink)
     return o.to(problem.q.dtype), lse if softmax else None
 
 
 class Bias:
     """A bias function of positions, evaluated for one piece at a time."""
 
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], plan: Any, num_heads: int):
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], plan: Any, num_heads: int) -> None:
         self.function = function
-        self.parameters = [p for p in function.parameters() if p.requires_grad] if isinstance(function, torch.nn.Module) else []
+        self.parameters = (
+            [p for p in function.parameters() if p.requires_grad] if isinstance(function, torch.nn.Module) else []
+        )
         n, m = plan.num_queries, plan.num_keys
         self.q_pos = (torch.arange(n, device=plan.device) if plan.q_order is None else plan.q_order) + (m - n)
         self.k_pos = torch.arange(m, device=plan.device) if plan.k_order is None else plan.k_order
@@ -106,7 +109,9 @@ def _take_keys(x: Tensor, keys: slice | Tensor) -> Tensor:
 
 
 def _add_keys(x: Tensor, keys: slice | Tensor, left: Tensor | None, right: Tensor) -> None:
-    """x[keys] += left^T right, with left (P * R, Q, L), right (P * R, Q, C), or += right (P * R, L, C); repeated keys add up."""
+    """x[keys] += left^T right, with left (P * R, Q, L), right (P * R, Q, C), or += right (P * R, L, C); repeated keys
+    add up.
+    """
     if isinstance(keys, Tensor):
         right = right if left is None else torch.bmm(left.transpose(1, 2), right)
         x.index_add_(1, keys.clamp(min=0).flatten(), right.reshape(len(x), -1, x.shape[2]))
@@ -119,7 +124,7 @@ def _add_keys(x: Tensor, keys: slice | Tensor, left: Tensor | None, right: Tenso
 class _Scratch:
     """Buffers that pieces share, so that no piece waits for fresh pages."""
 
-    def __init__(self, like: Tensor):
+    def __init__(self, like: Tensor) -> None:
         self.like, self.flat = like, [like.new_empty(0), like.new_empty(0)]
 
     def __call__(self, which: int, *shape: int) -> Tensor:
@@ -132,12 +137,15 @@ class _Scratch:
 class Softmax:
     """The softmax of a piece: partial (o, lse), and gradients from the final lse."""
 
-    def __init__(self, problem: Problem, schedule: Schedule, bias: Bias | None):
+    def __init__(self, problem: Problem, schedule: Schedule, bias: Bias | None) -> None:
         self.scale, self.softcap, self.bias, self.schedule = problem.scale, problem.softcap, bias, schedule
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Look for NaN and infinity once: where there are none, masks may be added and kernels that add them be used."""
-        self.clean = all(bool(x.sum().isfinite()) for x in (q, k, v))  # a sum that overflows errs on the careful side
+        """Look for NaN and infinity once: where there are none, masks may be added, and kernels that do so used."""
+        sizes = [float(torch.linalg.vector_norm(x.detach(), torch.inf)) for x in (q, k, v)]
+        most = torch.finfo(q.dtype).max  # no score may overflow either: -inf is a mask only beside a finite score
+        largest = sizes[0] * sizes[1] * q.shape[-1] * max(1.0, abs(self.scale))
+        self.clean = math.isfinite(sizes[2]) and largest < most
         self.scratch = _Scratch(q)
         self.fused = self.clean and self.softcap is None and q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
 
@@ -148,18 +156,20 @@ class Softmax:
             return None, None
         return mask.added[None, :, None], None if mask.blind is None else mask.blind[:, None]
 
-    def with_bias(self, batch: Batch, piece: Piece, mask: Tensor | None, shape: tuple[int, int], bias: Tensor | None) -> Tensor | None:
+    def with_bias(
+        self, batch: Batch, piece: Piece, mask: Tensor | None, shape: tuple[int, int], bias: Tensor | None
+    ) -> Tensor | None:
         """Mask plus bias."""
         if bias is None:
             return mask
         assert self.bias is not None
-        if bias.shape[1] > 1:
-            bias = bias[:, self.bias.heads(batch, *shape)].transpose(0, 1)  # (P, R, G, bq, L)
-        else:
-            bias = bias[None]
+        per_head = bias.shape[1] > 1  # (P, R, G, bq, L), or one for all
+        bias = bias[:, self.bias.heads(batch, *shape)].transpose(0, 1) if per_head else bias[None]
         return bias if mask is None else bias + mask
 
-    def forward(self, batch: Batch, piece: Piece, shape: tuple[int, int], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, batch: Batch, piece: Piece, shape: tuple[int, int], q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """q (P * R, G, bq, D), k (P * R, L, D), v (P * R, L, Dv) -> o (P * R, G, bq, Dv), lse (P * R, G, bq)."""
         mask, blind = self.mask(batch, piece, q)
         bias = None if self.bias is None else self.bias.of(piece).to(q.dtype)
@@ -175,7 +185,9 @@ class Softmax:
         o = self._values(p, v, mask).div_(total.clamp(min=torch.finfo(s.dtype).tiny))
         return o.view(*q.shape[:3], -1), (top + total.log()).view(q.shape[:3])
 
-    def _fused(self, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, blind: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _fused(
+        self, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, blind: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """The same by PyTorch's own flash kernel for the CPU, which takes a mask to add."""
         heads = q.shape[1]
         if added is not None:
@@ -220,14 +232,27 @@ class Softmax:
         seen = torch.ones_like(p)
         if mask is not None:
             self._mask_out(seen, mask, 0.0, len(v))
-        up, down, neither = (torch.bmm(seen, kind.to(p.dtype)) > 0 for kind in (v == torch.inf, v == -torch.inf, v.isnan()))
+        up, down, neither = (
+            torch.bmm(seen, kind.to(p.dtype)) > 0 for kind in (v == torch.inf, v == -torch.inf, v.isnan())
+        )
         o = o.masked_fill(up, torch.inf).masked_fill(down, -torch.inf)
         return o.masked_fill(neither | (up & down), torch.nan)
 
     def backward(
-        self, batch: Batch, piece: Piece, shape: tuple[int, int], q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, grad: Tensor
+        self,
+        batch: Batch,
+        piece: Piece,
+        shape: tuple[int, int],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        grad: Tensor,
     ) -> tuple[Tensor, list[tuple[Tensor | None, Tensor]], list[Tensor]]:
-        """dq like q; for k and for v a product (left, right) whose left^T right is their gradient; gradients of the bias."""
+        """dq like q; for k and for v a product (left, right) whose left^T right is their gradient; gradients of the
+        bias.
+        """
         mask, _ = self.mask(batch, piece, q)
         with torch.enable_grad():
             bias = None if self.bias is None else self.bias.of(piece).to(q.dtype)
@@ -248,7 +273,9 @@ class Softmax:
         dq = torch.bmm(ds, k).mul_(self.scale).view(q.shape)
         return dq, [(ds, flat * self.scale), (p, grad)], parameters
 
-    def _bias_gradient(self, batch: Batch, shape: tuple[int, int], bias: Tensor | None, ds: Tensor, heads: int) -> list[Tensor]:
+    def _bias_gradient(
+        self, batch: Batch, shape: tuple[int, int], bias: Tensor | None, ds: Tensor, heads: int
+    ) -> list[Tensor]:
         if bias is None or self.bias is None or not bias.requires_grad:
             return []
         apart = ds.view(-1, bias.shape[0], heads, *bias.shape[2:])  # (P, R, G, bq, L)
@@ -264,7 +291,7 @@ class Softmax:
 class Normalized:
     """Any other normaliser of a whole row; its gradient is autograd's, one piece at a time."""
 
-    def __init__(self, problem: Problem, schedule: Schedule, bias: Bias | None):
+    def __init__(self, problem: Problem, schedule: Schedule, bias: Bias | None) -> None:
         self.problem, self.schedule, self.bias = problem, schedule, bias
         self.softmax = Softmax(problem, schedule, bias)
 
@@ -281,25 +308,41 @@ class Normalized:
         s = s if self.problem.softcap is None else self.problem.softcap * torch.tanh(s / self.problem.softcap)
         s = s.view(-1, 1, q.shape[1], q.shape[2], k.shape[1])
         s = s if added is None else s + added
-        s = s if mask is None else (s + mask.masked_fill(mask == -torch.inf, 0)).masked_fill(mask == -torch.inf, -torch.inf)
+        s = (
+            s
+            if mask is None
+            else (s + mask.masked_fill(mask == -torch.inf, 0)).masked_fill(mask == -torch.inf, -torch.inf)
+        )
         p = self.problem.normalizer(s).flatten(2, 3).flatten(0, 1)
         return self.softmax._values(p, v, mask).view(*q.shape[:3], -1)
 
-    def forward(self, batch: Batch, piece: Piece, shape: tuple[int, int], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, batch: Batch, piece: Piece, shape: tuple[int, int], q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """See `Softmax.forward`; there is no lse."""
         return self.output(batch, piece, shape, q, k, v), q.new_zeros(q.shape[:3])
 
     def backward(
-        self, batch: Batch, piece: Piece, shape: tuple[int, int], q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, grad: Tensor
+        self,
+        batch: Batch,
+        piece: Piece,
+        shape: tuple[int, int],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        grad: Tensor,
     ) -> tuple[Tensor, list[tuple[Tensor | None, Tensor]], list[Tensor]]:
         """See `Softmax.backward`."""
         parameters = self.bias.parameters if self.bias else []
         with torch.enable_grad():
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
             o = self.output(batch, piece, shape, q, k, v)
-            found = torch.autograd.grad(o, [q, k, v, *parameters], grad.view_as(o), allow_unused=True)
-        found = [torch.zeros_like(x) if g is None else g for x, g in zip([q, k, v, *parameters], found, strict=True)]
-        return found[0], [(None, found[1]), (None, found[2])], found[3:]
+            wanted = [q, k, v, *parameters]
+            found = torch.autograd.grad(o, wanted, grad.view_as(o), allow_unused=True)
+        dq, dk, dv, *rest = (torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True))
+        return dq, [(None, dk), (None, dv)], rest
 
 
 class _Pieces(torch.autograd.Function):
@@ -321,7 +364,9 @@ class _Pieces(torch.autograd.Function):
             k_, v_ = k3[batch.pairs], v3[batch.pairs]
             for piece in schedule.pieces(batch):
                 rows, keys = piece.rows, piece.keys
-                part, part_lse = rule.forward(batch, piece, shape, _take_rows(q_, rows), _take_keys(k_, keys), _take_keys(v_, keys))
+                part, part_lse = rule.forward(
+                    batch, piece, shape, _take_rows(q_, rows), _take_keys(k_, keys), _take_keys(v_, keys)
+                )
                 part_lse = part_lse[..., None]
                 if not piece.alone:
                     old = _take_rows(lse_, rows)

@@ -1,0 +1,179 @@
+"""One call of `attend`, checked and complete: what every backend is given."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.errors import check_cu_seqlens, check_qkv
+from saccade.softmax.normalizers import NORMALIZERS, Normalizer, Softmax
+from saccade.where import Causal, Documents, Full, Packed, Pattern, Plan, Router
+
+Bias = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """o_i = sum_j p_ij v_j over the keys that `where` admits, p = normalizer(softcap(scale q_i . k_j) + bias_ij).
+
+    q (B, H, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv). where: a pattern or a plan. bias: (q positions (n,), k
+    positions (m,)) -> (H or 1, n, m). sink: (H,), one more logit a head in the denominator. needs_lse: lse is asked
+    for."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    where: Pattern | Plan
+    scale: float
+    bias: Bias | None = None
+    sink: Tensor | None = None
+    softcap: float | None = None
+    normalizer: Normalizer = Softmax()  # noqa: RUF009  frozen, and without a field that could change
+    needs_lse: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        where: Pattern | Plan | Router | None = None,
+        *,
+        scale: float | None = None,
+        bias: Bias | None = None,
+        sink: Tensor | None = None,
+        softcap: float | None = None,
+        normalizer: str | Normalizer = "softmax",
+        cu_seqlens: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Problem:
+        """The arguments of `attend`, checked; routers have decided, packed sequences are part of `where`."""
+        check_qkv(q, k, v)
+        (_, heads, n, d), m = q.shape, k.shape[2]
+        normalizer = _normalizer(normalizer)
+        is_softmax = isinstance(normalizer, Softmax)
+        if scale is not None and not _is_number(scale):
+            raise ValueError(f"scale: got {scale!r}; pass a finite number, or None for D**-0.5")
+        if softcap is not None and not (_is_number(softcap) and softcap > 0):
+            raise ValueError(f"softcap: got {softcap!r}; pass a finite number > 0, or None for no cap")
+        if bias is not None:
+            _check_bias(bias, q, k)
+        if sink is not None:
+            _check_sink(sink, q, is_softmax)
+        if return_lse and not is_softmax:
+            raise ValueError(f"return_lse: {normalizer.name} has no log-sum-exp; use normalizer='softmax'")
+        where = _where(where, q, k)
+        if cu_seqlens is not None:
+            where = _packed(where, check_cu_seqlens(cu_seqlens, m, len(q)), n, m, heads)
+        if isinstance(where, Pattern):
+            where.check_sizes(n, m, heads)
+            where.at_head(0, heads)  # a PerHead of another number of heads says so
+        return cls(q, k, v, where, d**-0.5 if scale is None else scale, bias, sink, softcap, normalizer, return_lse)
+
+    @property
+    def is_full(self) -> bool:
+        """Every query sees every key."""
+        return self.where == Full()
+
+    @property
+    def is_causal(self) -> bool:
+        """Every query sees the keys up to its own position, and that is all that `where` says."""
+        return self.where == Causal()
+
+    def plan(self, block: tuple[int, int]) -> Plan:
+        """The plan of this problem; a pattern is planned once for tiles of `block`, a plan keeps its own."""
+        if isinstance(self.where, Plan):
+            return self.where
+        return plan_of(self.where, self.q.shape[2], self.k.shape[2], self.q.shape[1], block, self.q.device)
+
+
+@functools.lru_cache(maxsize=64)
+def plan_of(pattern: Pattern, n: int, m: int, heads: int, block: tuple[int, int], device: torch.device) -> Plan:
+    """`pattern.plan(...)`, remembered: patterns are equal by value, and layers share theirs."""
+    return pattern.plan(n, m, heads, block, device)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_bias(bias: Any, q: Tensor, k: Tensor) -> None:
+    form = "a function (q positions (n,), k positions (m,)) -> (H or 1, n, m)"
+    if not callable(bias):
+        raise TypeError(
+            f"bias: got {type(bias).__name__}; pass {form}, such as RelativeTable, Alibi or FromCoordinates"
+        )
+    last = torch.full((1,), k.shape[2] - 1, device=q.device)
+    found = bias(last, last)
+    if found.shape not in ((1, 1, 1), (q.shape[1], 1, 1)):
+        raise ValueError(
+            f"bias: got {tuple(found.shape)} for one query and one key; pass {form} for {q.shape[1]} heads"
+        )
+    if found.requires_grad and not isinstance(bias, torch.nn.Module):
+        raise TypeError(
+            "bias: got a plain function whose values ask for gradients; pass a Module, whose parameters are known"
+        )
+
+
+def _normalizer(given: str | Normalizer) -> Normalizer:
+    if isinstance(given, str) and given in NORMALIZERS:
+        return NORMALIZERS[given]()
+    if isinstance(given, str | type) or not callable(given) or not hasattr(given, "name"):
+        choices = ", ".join(NORMALIZERS)
+        raise ValueError(f"normalizer: got {given!r}; choose one of {choices}, or pass an object such as Entmax(2.0)")
+    return given
+
+
+def _check_sink(sink: Any, q: Tensor, is_softmax: bool) -> None:
+    if not isinstance(sink, Tensor) or sink.shape != q.shape[1:2] or not sink.is_floating_point():
+        got = f"{sink.dtype} of shape {tuple(sink.shape)}" if isinstance(sink, Tensor) else type(sink).__name__
+        raise ValueError(f"sink: got {got}; pass one floating-point logit a query head, shape ({q.shape[1]},)")
+    if sink.device != q.device:
+        raise ValueError(f"sink: got device {sink.device} beside q on {q.device}; move it there")
+    if not is_softmax:
+        raise ValueError("sink: a sink is a logit of the softmax; use normalizer='softmax' or leave it out")
+
+
+def _where(where: Pattern | Plan | Router | None, q: Tensor, k: Tensor) -> Pattern | Plan:
+    if where is None:
+        return Full()
+    if isinstance(where, Router):
+        return where.route(q, k)
+    if isinstance(where, Pattern):
+        return where
+    if not isinstance(where, Plan):
+        raise TypeError(f"where: got {where!r} ({type(where).__name__}); pass a pattern, a Plan, a Router or None")
+    planned, given = (where.num_queries, where.num_keys, where.num_heads), (q.shape[2], k.shape[2], q.shape[1])
+    if planned != given:
+        raise ValueError(
+            f"where: got a plan for (queries, keys, heads) {planned} beside tensors of {given}; plan for these sizes"
+        )
+    if where.group_of.shape[0] not in (1, len(q)):
+        raise ValueError(f"where: got a plan for a batch of {where.group_of.shape[0]} beside q's {len(q)}")
+    if where.device != q.device:
+        raise ValueError(f"where: got a plan on {where.device} beside q on {q.device}; move it with plan.to(device)")
+    if where.transposed:
+        raise ValueError("where: got a transposed plan, which lists queries per key; pass the plan itself")
+    return where
+
+
+def _packed(where: Pattern | Plan, cu_seqlens: Tensor, n: int, m: int, num_heads: int) -> Pattern:
+    if isinstance(where, Plan):
+        raise ValueError(
+            "cu_seqlens: got together with a plan; a plan knows its sequences, so plan Packed(pattern, documents)"
+        )
+    if n != m:
+        raise ValueError(
+            f"cu_seqlens: got N = {n} queries and M = {m} keys; packed sequences attend to themselves, so N = M"
+        )
+    first = torch.zeros(1, dtype=torch.int64)
+    for pattern in {where.at_head(h, num_heads) for h in range(num_heads)}:
+        for length in set(cu_seqlens.diff().tolist()):
+            pattern.allows(first, first, length)  # a pattern made for one length (a grid, documents) says so
+    return Packed(where, Documents(cu_seqlens))
