@@ -1,0 +1,188 @@
+"""Prefix scans of a user's monoid, and the monoids that published mixers run on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Element = tuple[Tensor, ...]
+Combine = Callable[[Element, Element], Element]
+
+
+def associative_scan(
+    combine: Combine,
+    elements: Sequence[Tensor],
+    *,
+    dim: int,
+    reverse: bool = False,
+    initial: Sequence[Tensor] | None = None,
+) -> Element:
+    """All prefixes of an associative product, in logarithmic depth.
+
+        y_0 = e_0,    y_t = combine(y_{t-1}, e_t),    each e_t a tuple of tensors
+
+    Pairs of neighbours are combined, the half as long sequence of pairs is scanned the same way, and every even
+    position takes one more step from the odd one before it (Blelloch 1990). Any length; y_t never reads an e_s with
+    s > t, so that a changed future leaves the past bitwise alone.
+
+    combine: (a, b) -> tuple, a the earlier; associative, elementwise along `dim`, keeping every shape and dtype.
+    elements: tensors that share the size N >= 1 of `dim`.
+    dim: the scanned dimension of every tensor; a negative one counts from the end of each.
+    reverse: scan from the last position to the first, "earlier" then meaning "of higher index" (default False).
+    initial: an element of size 1 along `dim` that goes before all others and is not returned (default None).
+    Returns a tuple like `elements`. Differentiable by autograd. Costs fewer than 2 N combinations in at most
+    2 log2(N) + 1 calls.
+    Errors: TypeError for what is not tensors; ValueError for sizes along `dim` that differ or are zero, an initial
+    element that does not fit, or a `combine` that changes a shape or dtype.
+
+    >>> a, b = torch.tensor([0.5, 0.5, 0.5]), torch.tensor([1.0, 1.0, 1.0])
+    >>> associative_scan(affine, (a, b), dim=0)[1].tolist()
+    [1.0, 1.5, 1.75]
+    """
+    whole = _check("elements", elements, dim)
+    if initial is not None:
+        before = _check("initial", initial, dim)
+        got, want = ([_what(e) for e in x] for x in (before, [e.narrow(dim, 0, 1) for e in whole]))
+        if got != want:
+            raise ValueError(f"initial: got {got}; pass {want}, one position of elements")
+    if reverse:
+        whole = tuple(e.flip(dim) for e in whole)
+    if initial is not None:
+        led = _combined(combine, before, tuple(e.narrow(dim, 0, 1) for e in whole))
+        rest = tuple(e.narrow(dim, 1, e.shape[dim] - 1) for e in whole)
+        whole = tuple(torch.cat(both, dim) for both in zip(led, rest, strict=True))
+    scanned = _scan(combine, whole, dim)
+    return tuple(e.flip(dim) for e in scanned) if reverse else scanned
+
+
+def _scan(combine: Combine, elements: Element, dim: int) -> Element:
+    length = elements[0].shape[dim]
+    if length == 1:
+        return elements
+    pairs = length // 2
+    even, odd = (tuple(_every_other(e, dim, start) for e in elements) for start in (0, 1))
+    odd = _scan(combine, _combined(combine, tuple(e.narrow(dim, 0, pairs) for e in even), odd), dim)
+    first = tuple(e.narrow(dim, 0, 1) for e in even)
+    if length > 2:
+        steps = even[0].shape[dim] - 1
+        later = _combined(
+            combine, tuple(e.narrow(dim, 0, steps) for e in odd), tuple(e.narrow(dim, 1, steps) for e in even)
+        )
+        first = tuple(torch.cat(both, dim) for both in zip(first, later, strict=True))
+    return tuple(_interleave(e, o, dim) for e, o in zip(first, odd, strict=True))
+
+
+def _every_other(x: Tensor, dim: int, start: int) -> Tensor:
+    return x[(slice(None),) * (dim % x.ndim) + (slice(start, None, 2),)]
+
+
+def _interleave(even: Tensor, odd: Tensor, dim: int) -> Tensor:
+    dim, pairs = dim % even.ndim, odd.shape[dim]
+    mixed = torch.stack((even.narrow(dim, 0, pairs), odd), dim + 1).flatten(dim, dim + 1)
+    return mixed if even.shape[dim] == pairs else torch.cat((mixed, even.narrow(dim, pairs, 1)), dim)
+
+
+def _combined(combine: Combine, earlier: Element, later: Element) -> Element:
+    result = combine(earlier, later)
+    same = isinstance(result, tuple) and [(r.shape, r.dtype) for r in result] == [(e.shape, e.dtype) for e in later]
+    if not same:
+        got = [_what(r) for r in result] if isinstance(result, tuple) else type(result).__name__
+        raise ValueError(
+            f"combine: gave {got} from {[_what(e) for e in later]}; it must return a tuple of the same shapes and "
+            "dtypes, so expand broadcast elements beforehand"
+        )
+    return result
+
+
+def _check(name: str, elements: Sequence[Tensor], dim: int) -> Element:
+    if isinstance(elements, Tensor) or not all(isinstance(e, Tensor) for e in elements):
+        raise TypeError(f"{name}: got {type(elements).__name__}; pass a tuple of tensors")
+    elements = tuple(elements)
+    if not elements:
+        raise ValueError(f"{name}: got an empty tuple; pass at least one tensor")
+    for i, e in enumerate(elements):
+        if not -e.ndim <= dim < e.ndim:
+            raise ValueError(f"dim: got {dim}, which {name}[{i}] of shape {tuple(e.shape)} has not")
+    sizes = [e.shape[dim] for e in elements]
+    if len(set(sizes)) > 1 or sizes[0] == 0:
+        raise ValueError(f"{name}: got sizes {sizes} along dim {dim}; pass one size of at least 1")
+    return elements
+
+
+def _what(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+
+
+def affine(earlier: Element, later: Element) -> Element:
+    """Elements (a, b) of h_t = a_t * h_{t-1} + b_t, elementwise.
+
+        (a1, b1), (a2, b2) -> (a1 a2, a2 b1 + b2)
+
+    a: any shape that broadcasts to b's; b: the shape of h; both real or complex. The second tensor of the scan is h,
+    from h = 0 before the first token; the first is the decay since then. With `initial=(ones, h0)` h starts at h0.
+    S5 (arXiv 2208.04933), HGRN, RAT.
+    """
+    (a1, b1), (a2, b2) = earlier, later
+    return a1 * a2, a2 * b1 + b2
+
+
+def matrix_affine(earlier: Element, later: Element) -> Element:
+    """Elements (A, b) of h_t = A_t h_{t-1} + b_t with small matrices.
+
+        (A1, b1), (A2, b2) -> (A2 A1, A2 b1 + b2)
+
+    A (..., S, S), b (..., S, E). Titans' momentum and memory (arXiv 2501.00663, eq. 13 and 14) are the rows of one h:
+    S = 2, A = [[eta, 0], [eta, 1 - alpha]], b = [u, u] with u the step of the token.
+    """
+    (a1, b1), (a2, b2) = earlier, later
+    return a2 @ a1, a2 @ b1 + b2
+
+
+def softmax_monoid(earlier: Element, later: Element) -> Element:
+    """Elements (m, u, w) of a running softmax average w / u (Aaren, arXiv 2405.13956, section 3.2).
+
+        m = max(m1, m2),  u = u1 e^{m1 - m} + u2 e^{m2 - m},  w = w1 e^{m1 - m} + w2 e^{m2 - m}
+
+    m, u (...), w of the same shape or with one more dimension for the channels of a value. A token of score s and
+    value v is (s, 1, v); (-inf, 0, 0) is the identity, and stands for a token that is masked. Log-sum-exp of the scores
+    is m + log u. No exponent is positive, and -inf against -inf gives zero weight, not NaN. Gradients run through u and
+    w alone: u e^m and w e^m, all that has a meaning, do not depend on which m was taken out.
+    """
+    (m1, u1, w1), (m2, u2, w2) = earlier, later
+    m = torch.maximum(m1, m2).detach()
+    finite = m.clamp_min(torch.finfo(m.dtype).min)
+    e1, e2 = (m1 - finite).exp(), (m2 - finite).exp()
+    f1, f2 = (e1.unsqueeze(-1), e2.unsqueeze(-1)) if w1.ndim > m.ndim else (e1, e2)
+    return m, u1 * e1 + u2 * e2, w1 * f1 + w2 * f2
+
+
+def check_monoid(combine: Combine, elements: Sequence[Tensor], *, dim: int) -> float:
+    """The associativity that `associative_scan` takes on trust, measured on every three neighbours.
+
+        (a b) c  =  a (b c)
+
+    combine, elements, dim: as for `associative_scan`, N >= 3. Returns the largest difference relative to the largest
+    entry of its tensor.
+    Errors: ValueError when it exceeds the square root of the dtype's eps.
+
+    >>> check_monoid(affine, (torch.rand(5), torch.rand(5)), dim=0) < 1e-6
+    True
+    """
+    whole = _check("elements", elements, dim)
+    count = whole[0].shape[dim] - 2
+    if count < 1:
+        raise ValueError(f"elements: got {count + 2} along dim {dim}; associativity takes at least 3")
+    a, b, c = (tuple(e.narrow(dim, start, count) for e in whole) for start in range(3))
+    left = _combined(combine, _combined(combine, a, b), c)
+    right = _combined(combine, a, _combined(combine, b, c))
+    worst = 0.0
+    for i, (x, y) in enumerate(zip(left, right, strict=True)):
+        error = float((x - y).abs().max() / x.abs().max().clamp_min(torch.finfo(x.dtype).tiny))
+        if not error <= torch.finfo(x.dtype).eps ** 0.5:
+            raise ValueError(
+                f"combine: is not associative; tensor {i} of (a b) c and a (b c) differ by {error:.3g}, relatively"
+            )
+        worst = max(worst, error)
+    return worst

@@ -1,0 +1,323 @@
+"""Linear attention: softmax's exp(q . k) replaced by phi(q) . phi(k), so that all past keys fit one matrix."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from saccade.errors import check_cu_seqlens, check_qkv, known, positive
+from saccade.scan.chunks import Stretch, grouped, weigh
+from saccade.scan.features import LogFeatures, Map, feature_map_of
+from saccade.scan.normalizers import Normalizer, Read, normalizer_of
+from saccade.scan.state import State, chain
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    feature_map: str | Map | tuple[Map, Map] | LogFeatures | None = None,
+    normalizer: str | Normalizer | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    state: State | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    chunk: int = 64,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, State]:
+    """Attention by a memory that every key is added to and every query reads.
+
+        S_t = exp(g_t) S_(t-1) + phi(k_t) v_t^T,   o_t = scale phi(q_t)^T S_t        (causal)
+        S = sum_j phi(k_j) v_j^T,                  o_i = scale phi(q_i)^T S          (not causal)
+
+    q (B, H, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv) -> o (B, H, N, Dv) in q's dtype; causal needs M = N. Query head
+    h reads key head h // (H // Hkv). arXiv 2006.16236 (no decay), 2307.08621 (constant), 2312.06635 (vector gate).
+
+    log_decay: g <= 0, down to -inf (forget everything); (heads,) constant, (B, heads, N), or (B, heads, N, F) with one
+        decay a channel of phi(k); heads is Hkv or H, and H costs one memory a query head (default None: none).
+    feature_map: phi: a callable, a pair (queries, keys), a `LogFeatures`, or a name from `features.FEATURE_MAPS`
+        (default None: the identity). It sees float32, or float64 for float64.
+    normalizer: a `Normalizer` or its name (default None: o as above).
+    scale: default None: 1.
+    state: what earlier tokens left, as an earlier call returned it (default None: nothing).
+    return_state: also return the `State` after the last token. Its memory is (B, heads, F, Dv), with a last column for
+        the sum of phi(k) under any normalizer and a last row for sums over v under those that count; its transition
+        is the sum of the decays. Under cu_seqlens B is the number of sequences, here and in `state`.
+    cu_seqlens: int32, sequences packed into batch 1, each with a memory of its own.
+    chunk: tokens handled at once by matrix products; changes the speed, and no result beyond rounding.
+    backend: "reference" (token by token), "chunked", or "auto" (chunked).
+
+    Computed in float32 (float64 for float64), whatever autocast says. A vector gate is split at the middle of ever
+    smaller blocks, so that every exponent is a sum of decays and none is positive. Costs N F Dv + N chunk (F + Dv)
+    multiply-adds; memory N (F + Dv + chunk) + N / chunk F Dv with gradients, less without.
+    Errors: ValueError and TypeError name the argument; a decay without `causal` is refused, for nothing says which
+    token is the older one.
+
+    >>> o = linear_attention(torch.ones(1, 1, 3, 1), torch.ones(1, 1, 3, 1), torch.ones(1, 1, 3, 1))
+    >>> o.flatten().tolist()
+    [1.0, 2.0, 3.0]
+    """
+    check_qkv(q, k, v)
+    positive("chunk", chunk)
+    scan = SCANS[known("backend", backend, SCANS)]
+    phi, policy = feature_map_of(feature_map), normalizer_of(normalizer)
+    if causal and q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"k: got {k.shape[2]} tokens beside q's {q.shape[2]}; causal pairs them one to one, "
+            "so pass what came earlier as `state`"
+        )
+    if log_decay is not None and not causal:
+        raise ValueError("log_decay: got one with causal=False; a decay needs an order in time, so drop one of the two")
+    _check_policy(policy, phi, log_decay)
+
+    def one(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: State | None) -> tuple[Tensor, State]:
+        return _dense(q, k, v, log_decay, state, phi, policy, causal, scale, scan, chunk)
+
+    with full_precision(q):
+        if cu_seqlens is None:
+            o, after = one(q, k, v, log_decay, state)
+        else:
+            if q.shape[2] != k.shape[2]:
+                raise ValueError(f"cu_seqlens: got q with {q.shape[2]} tokens and k with {k.shape[2]}; they share it")
+            o, after = each_sequence(one, q, (k, v), (log_decay,), state, cu_seqlens)
+    return (o, after) if return_state else o
+
+
+def full_precision(like: Tensor) -> contextlib.AbstractContextManager:
+    """A context in which autocast leaves matrix products on the device of `like` alone."""
+    device = like.device.type
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def working_dtype(like: Tensor) -> torch.dtype:
+    """float64 for float64, otherwise float32."""
+    return torch.promote_types(like.dtype, torch.float32)
+
+
+def each_sequence(
+    one: Callable[..., tuple[Tensor, State]],
+    q: Tensor,
+    tokens: tuple[Tensor, ...],
+    gates: tuple[Tensor | None, ...],
+    state: State | None,
+    cu_seqlens: Tensor,
+) -> tuple[Tensor, State]:
+    """`one(q, *tokens, *gates, state)` of every packed sequence; outputs joined by token, states by batch.
+
+    All tensors have their tokens at dim 2; a gate of one dim is a constant and passed on whole.
+    """
+    ends = check_cu_seqlens(cu_seqlens, q.shape[2], q.shape[0]).tolist()
+    if state is not None and state.memory.shape[0] != len(ends) - 1:
+        raise ValueError(f"state: got {state.memory.shape[0]} memories for {len(ends) - 1} sequences; pass one each")
+    states = [None] * (len(ends) - 1) if state is None else list(state.unbind())
+    outputs, after = [], []
+    for (start, stop), before in zip(itertools.pairwise(ends), states, strict=True):
+        parts = [t if t is None or t.ndim == 1 else t[:, :, start:stop] for t in (q, *tokens, *gates)]
+        o, left = one(*parts, before)
+        outputs.append(o)
+        after.append(left)
+    return torch.cat(outputs, 2), State.cat(after)
+
+
+def check_log_decay(log_decay: Tensor, rows: tuple[int, int, int], groups: int, features: int) -> None:
+    """Refuse a decay unless (heads,), (B, heads, N) or (B, heads, N, features); rows (B, H, N), heads groups or H."""
+    if not isinstance(log_decay, Tensor) or not log_decay.is_floating_point():
+        got = log_decay.dtype if isinstance(log_decay, Tensor) else type(log_decay).__name__
+        raise TypeError(f"log_decay: got {got}; pass a floating-point tensor of natural logs <= 0")
+    batch, heads, tokens = rows
+    for count in (groups, heads):
+        if tuple(log_decay.shape) in ((count,), (batch, count, tokens), (batch, count, tokens, features)):
+            return
+    each = f"{heads}" if heads == groups else f"{groups} or {heads}"
+    raise ValueError(
+        f"log_decay: got shape {tuple(log_decay.shape)}; pass (heads,), ({batch}, heads, {tokens}) or "
+        f"({batch}, heads, {tokens}, {features}) with {each} heads"
+    )
+
+
+def initial_memory(state: State | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """The memory of `state` in the dtype of `like` after a check of its shape; zeros when there is none."""
+    if state is None:
+        return like.new_zeros(shape)
+    if tuple(state.memory.shape) != shape:
+        raise ValueError(
+            f"state: got a memory {tuple(state.memory.shape)}, these inputs and options keep one of {shape}; "
+            "pass a state that a call with the same options returned"
+        )
+    return state.memory.to(like.dtype)
+
+
+def _check_policy(policy: Normalizer | None, phi: tuple[Map, Map] | LogFeatures, log_decay: Tensor | None) -> None:
+    if policy is None or not policy.counts:
+        return
+    name = type(policy).__name__
+    if isinstance(phi, LogFeatures):
+        raise ValueError(
+            f"normalizer: {name} weighs keys against their number, which has no log scale; pass plain features"
+        )
+    if isinstance(log_decay, Tensor) and log_decay.ndim == 4:
+        raise ValueError(
+            f"normalizer: {name} counts tokens, and a decay a channel counts them differently; pass (B, H, N)"
+        )
+
+
+def scan_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, memory: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Outputs and last memory of the recurrence, chunk by chunk; shapes as for `scan_tokens`."""
+    groups, outputs = k.shape[1], []
+    memory = memory.unflatten(1, (groups, -1))
+    for stretch in Stretch.cover(q.shape[2], chunk, groups):
+        queries, keys, values = stretch.cut(q), stretch.cut(k), stretch.cut(v)
+        decay = stretch.decay(g)
+        added = decay.to_end(keys).mT @ values
+        before = []
+        kept = itertools.repeat(None) if decay.total is None else _each_chunk(decay.total, added.shape[2])
+        for left, more in zip(kept, added.unbind(2), strict=False):
+            before.append(memory)
+            memory = (memory if left is None else left * memory) + more
+        o = weigh(decay.scores(queries, keys), values)
+        outputs.append(stretch.join(o + grouped(decay.from_start(queries), torch.stack(before, 2))))
+    return torch.cat(outputs, 2), memory.flatten(1, 2)
+
+
+def _each_chunk(x: Tensor, count: int) -> tuple[Tensor, ...]:
+    return x.expand(-1, -1, count, *x.shape[3:]).unbind(2)
+
+
+def scan_tokens(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, memory: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """The recurrence itself, one token after another.
+
+    q (B, H, N, F), k (B, Hkv, N, F), v (B, Hkv, N, Dv), g None, (1, heads, 1), (B, heads, N) or (B, heads, N, F),
+    memory (B, heads, F, Dv) with heads Hkv or H -> o (B, H, N, Dv) and the last memory. `chunk` is ignored.
+    """
+    heads, outputs = memory.shape[1], []
+    k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+    if g is not None:
+        g = g.exp().expand(-1, -1, q.shape[2], *g.shape[3:])
+    for t in range(q.shape[2]):
+        if g is not None:
+            memory = memory * (g[:, :, t, :, None] if g.ndim == 4 else g[:, :, t, None, None])
+        memory = memory + k[:, :, t, :, None] * v[:, :, t, None, :]
+        outputs.append((q[:, :, t].unflatten(1, (heads, -1)) @ memory).flatten(1, 2))
+    return torch.stack(outputs, 2), memory
+
+
+Scan = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Tensor, int], tuple[Tensor, Tensor]]
+SCANS: dict[str, Scan] = {"auto": scan_chunks, "reference": scan_tokens, "chunked": scan_chunks}
+
+
+def _dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: State | None,
+    phi: tuple[Map, Map] | LogFeatures,
+    policy: Normalizer | None,
+    causal: bool,
+    scale: float | None,
+    scan: Scan,
+    chunk: int,
+) -> tuple[Tensor, State]:
+    """`linear_attention` of sequences of one length, with its defaults resolved."""
+    dtype, (batch, heads), groups = q.dtype, q.shape[:2], k.shape[1]
+    q, k, v = (x.to(working_dtype(q)) for x in (q, k, v))
+    if isinstance(phi, LogFeatures):
+        q, k = phi.log_query(q), phi.log_key(k)
+    else:
+        q, k = phi[0](q), phi[1](k)
+        if state is not None and state.shift is not None:
+            raise ValueError(
+                "state: got one with a log scale, which plain features have not; pass the feature_map that made it"
+            )
+    features = k.shape[-1]
+    if q.shape[-1] != features:
+        raise ValueError(
+            f"feature_map: got {q.shape[-1]} features for queries and {features} for keys; "
+            "a query reads what a key writes"
+        )
+    g = None
+    if log_decay is not None:
+        check_log_decay(log_decay, (batch, heads, q.shape[2]), groups, features)
+        g = log_decay.to(v.dtype)
+        g = g[None, :, None] if g.ndim == 1 else g
+    kept = groups if g is None else g.shape[1]
+    if policy is not None:
+        v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    counts = policy is not None and policy.counts
+    memory = initial_memory(state, (batch, kept, features + counts, v.shape[-1]), v)
+    before = State(memory) if state is None else State(memory, state.transition, state.shift)
+    transition = None if g is None else _total(g, batch, q.shape[2])
+
+    undo, shift = None, None
+    if isinstance(phi, LogFeatures):
+        ceiling = q.detach().amax(-1, keepdim=True)
+        q = (q - ceiling).exp()
+        running, step = _running_scale(k, None if state is None else before, causal)
+        k = (k - running).exp()
+        if causal:
+            # The scale rises with the keys, which is one more decay of the memory.
+            step = step.repeat_interleave(kept // groups, 1)
+            g = step if g is None else g + (step[..., None] if g.ndim == 4 else step)
+        undo = ceiling + running.repeat_interleave(heads // groups, 1)
+        shift = running[:, :, -1:].repeat_interleave(kept // groups, 1)
+    if scale is not None:
+        q = q * scale
+
+    total = None
+    if causal:
+        o, memory = scan(q, k, v, g, before.memory[:, :, :features], chunk)
+        if counts:
+            ones = torch.ones_like(v[..., :1])
+            total, last = scan(
+                ones.repeat_interleave(kept // groups, 1), ones, v, g, before.memory[:, :, features:], chunk
+            )
+            memory = torch.cat([memory, last], 2)
+        after = State(memory, chain(before.transition, transition), shift)
+    else:
+        memory = k.mT @ v
+        if counts:
+            memory = torch.cat([memory, v.sum(2, keepdim=True)], 2)
+        after = before.compose(State(memory, None, shift)) if state is not None else State(memory, None, shift)
+        o = grouped(q.unflatten(1, (groups, -1)), after.memory[:, :, None, :features]).flatten(1, 2)
+        total = after.memory[:, :, features:] if counts else None
+    if undo is not None and (policy is None or not policy.scale_free):
+        o = o * undo.exp()
+    if policy is not None:
+        if total is not None:
+            total = total.repeat_interleave(heads // kept, 1)
+        sums = () if total is None else total.split([v.shape[-1] - 1, 1], -1)
+        o = policy(Read(*o.split([v.shape[-1] - 1, 1], -1), *sums))
+    return o.to(dtype), after
+
+
+def _total(g: Tensor, batch: int, tokens: int) -> Tensor:
+    """The sum of the decays as a transition, (B, heads, 1, 1) or (B, heads, F, 1)."""
+    total = g * tokens if g.shape[2] == 1 else g.sum(2, keepdim=True)
+    return total.mT.expand(batch, -1, -1, -1) if g.ndim == 4 else total[..., None].expand(batch, -1, -1, -1)
+
+
+def _running_scale(f: Tensor, before: State | None, causal: bool) -> tuple[Tensor, Tensor]:
+    """The scale of every key, (B, Hkv, N, 1), or one for all, (B, Hkv, 1, 1); and the rise before it as a decay.
+
+    f (B, Hkv, N, F): logarithms of features. The scale is a constant to autograd, for it cancels.
+    """
+    peak = f.detach().amax(-1)
+    if before is None:
+        prior = peak[:, :, :1]
+    elif before.shift is None:
+        prior = torch.zeros_like(peak[:, :, :1])
+    else:
+        prior = before.shift.detach().unflatten(1, (f.shape[1], -1))[:, :, 0, :, 0]
+    if not causal:
+        return torch.maximum(prior, peak.amax(2, keepdim=True))[..., None], prior
+    running = torch.maximum(prior, peak.cummax(2).values)
+    return running[..., None], torch.cat([prior, running[:, :, :-1]], 2) - running

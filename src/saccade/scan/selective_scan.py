@@ -1,0 +1,199 @@
+"""The selective state-space recurrence of Mamba, one small state a channel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from saccade.errors import positive
+from saccade.scan.state import State
+
+
+def selective_scan(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    state: State | None = None,
+    return_state: bool = False,
+    chunk: int = 64,
+) -> Any:
+    """Mamba's recurrence with input-dependent steps, readings and writings (arXiv 2312.00752, eq. 2a, 2b and 4).
+
+        h_t = exp(delta_t A) * h_{t-1} + delta_t x_t B_t         h_0 = 0, or the state given
+        y_t = Re(C_t . h_t) + D x_t                              and y_t silu(z_t) where z is given
+
+    A is discretised exactly (zero-order hold), B by the Euler step delta B that Mamba's code takes in place of the
+    paper's (exp(delta A) - 1) / A * B. A complex A gives the plain real part; to stand for conjugate pairs, as Mamba's
+    code does, pass 2 C. Tokens come before channels, as everywhere in this package; Mamba's code has channels first.
+
+    x: (batch, N, channels). delta: like x, >= 0 after bias and softplus. A: (channels, S), real part <= 0, real or
+    complex. B, C: (batch, N, S), or (batch, N, G, S) in G groups, channel c reading group c // (channels // G); real or
+    complex. D: (channels,), the direct term (default None). z: like x, a gate (default None). delta_bias: (channels,),
+    added to delta (default None). delta_softplus: delta becomes softplus(delta) (default False). state: what earlier
+    tokens left, memory (batch, channels, S, 1) (default None: zero). return_state: also return the `State` after the
+    last token (default False). chunk: tokens expanded at a time (default 64); changes cost, not values.
+
+    Returns y like x, or (y, state). Half precision is computed in float32, and the state is kept there. Costs
+    N channels S steps; expands to (batch, chunk, channels, S) at most, in the backward pass too, which recomputes each
+    chunk from the state at its start. No exponent is positive, so nothing overflows however strong the decay.
+    Errors: TypeError for other than floating-point tensors; ValueError for shapes that do not fit, or an A that grows.
+
+    >>> x, A = torch.ones(1, 3, 1), torch.full((1, 1), -0.5)
+    >>> y, state = selective_scan(x, x, A, x, x, return_state=True)
+    >>> [round(v, 3) for v in y.flatten().tolist()], tuple(state.memory.shape)
+    ([1.0, 1.607, 1.974], (1, 1, 1, 1))
+    """
+    groups = _check(x, delta, A, B, C, D, z, delta_bias, state)
+    positive("chunk", chunk)
+    batch, length, channels = x.shape
+    wide = torch.promote_types(x.dtype, torch.float32)
+    for tensor in (A, B, C) if state is None else (A, B, C, state.memory):
+        wide = torch.promote_types(wide, tensor.dtype)
+    real = wide.to_real()
+    step = delta.to(real)
+    if delta_bias is not None:
+        step = step + delta_bias.to(real)
+    if delta_softplus:
+        step = F.softplus(step)
+    rate = A.to(torch.promote_types(A.dtype, real))
+
+    def grouped(tensor: Tensor) -> Tensor:
+        return tensor.to(real).unflatten(-1, (groups, -1))
+
+    tokens, steps, rates = grouped(x), grouped(step), rate.unflatten(0, (groups, -1))
+    write, read = (t.to(wide) if t.ndim == 4 else t.to(wide).unsqueeze(2) for t in (B, C))
+    h = torch.zeros(batch, groups, channels // groups, A.shape[1], dtype=wide, device=x.device)
+    if state is not None:
+        h = _memory(state).to(wide).squeeze(-1).unflatten(1, (groups, -1))
+    parts = []
+    for start in range(0, length, chunk):
+        piece = [t[:, start : start + chunk] for t in (tokens, steps, write, read)]
+        # One chunk has nothing to gain from being recomputed.
+        if length > chunk and torch.is_grad_enabled():
+            y, h = checkpoint(_chunk, h, rates, *piece, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y, h = _chunk(h, rates, *piece)
+        parts.append(y)
+    y = torch.cat(parts, 1).flatten(2)
+    if D is not None:
+        y = y + D.to(real) * x
+    if z is not None:
+        y = y * F.silu(z.to(real))
+    y = y.to(x.dtype)
+    if not return_state:
+        return y
+    after = State(h.flatten(1, 2).unsqueeze(-1), (step.sum(1).unsqueeze(-1) * rate).unsqueeze(-1))
+    return y, after if state is None else State(after.memory, state.compose(after).transition)
+
+
+def _chunk(h: Tensor, rates: Tensor, x: Tensor, step: Tensor, write: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs and last state h (batch, G, c, S) of L tokens: x, step (batch, L, G, c); write, read (batch, L, G, S)."""
+    decay = (step.unsqueeze(-1) * rates).exp().to(h.dtype)
+    push = (step * x).unsqueeze(-1) * write.unsqueeze(-2)
+    states = Recurrence.apply(decay, push, h, False)
+    y = (states @ read.unsqueeze(-1)).squeeze(-1)
+    # A view would keep the states of the whole chunk alive.
+    return y.real if y.is_complex() else y, states[:, -1].clone()
+
+
+class Recurrence(torch.autograd.Function):
+    """h_t = a_t * h_{t-1} + b_t along dimension 1, or h_t = a_t * h_{t+1} + b_t in reverse, one fused step a token.
+
+    Its gradient is the reverse recurrence of the gradients, run by the same function, so that it can be differentiated
+    again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, before: Tensor, reverse: bool) -> Tensor:
+        states = torch.empty_like(b)
+        order = range(b.shape[1])
+        h = before
+        for t in reversed(order) if reverse else order:
+            h = torch.addcmul(b[:, t], a[:, t], h, out=states[:, t])
+        ctx.save_for_backward(a, before, states)
+        ctx.reverse = reverse
+        return states
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        a, before, states = ctx.saved_tensors
+        length, none = a.shape[1], torch.zeros_like(a[:, :1])
+        if ctx.reverse:
+            previous = torch.cat((states[:, 1:], before.unsqueeze(1)), 1)
+            following, first = torch.cat((none, a[:, : length - 1]), 1), length - 1
+        else:
+            previous = torch.cat((before.unsqueeze(1), states[:, : length - 1]), 1)
+            following, first = torch.cat((a[:, 1:], none), 1), 0
+        pull = Recurrence.apply(following.conj(), gradients[0], torch.zeros_like(before), not ctx.reverse)
+        return pull * previous.conj(), pull, pull[:, first] * a[:, first].conj(), None
+
+
+def _memory(state: State) -> Tensor:
+    return state.memory if state.shift is None else state.memory * state.shift.exp()
+
+
+def _check(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    state: State | None,
+) -> int:
+    """Returns the number of groups."""
+    for name, tensor in {
+        "x": x,
+        "delta": delta,
+        "A": A,
+        "B": B,
+        "C": C,
+        "D": D,
+        "z": z,
+        "delta_bias": delta_bias,
+    }.items():
+        if tensor is None and name in ("D", "z", "delta_bias"):
+            continue
+        may = name in ("A", "B", "C")
+        if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or (may and tensor.is_complex())):
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name}: got {got}; pass a floating-point{' or complex' if may else ''} tensor")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: got device {tensor.device} beside x on {x.device}; move them to one device")
+    if x.ndim != 3 or 0 in x.shape:
+        raise ValueError(f"x: got shape {tuple(x.shape)}; pass (batch, tokens, channels), no size zero")
+    batch, length, channels = x.shape
+    if A.ndim != 2 or A.shape[0] != channels or A.shape[1] == 0:
+        raise ValueError(f"A: got shape {tuple(A.shape)}; pass ({channels}, S), one row for each channel of x")
+    for name, tensor in (("delta", delta), ("z", z)):
+        if tensor is not None and tensor.shape != x.shape:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}; pass that of x, {tuple(x.shape)}")
+    for name, tensor in (("D", D), ("delta_bias", delta_bias)):
+        if tensor is not None and tensor.shape != (channels,):
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}; pass ({channels},), one number a channel")
+    groups = B.shape[2] if B.ndim == 4 else 1
+    for name, tensor in (("B", B), ("C", C)):
+        want = (batch, length, *([groups] if B.ndim == 4 else []), A.shape[1])
+        if tensor.ndim not in (3, 4) or tensor.shape != want:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}; pass {want}, or groups for both B and C")
+    if not groups or channels % groups:
+        raise ValueError(f"B: got {groups} groups for {channels} channels; pass a divisor")
+    if state is not None and tuple(state.memory.shape) != (batch, channels, A.shape[1], 1):
+        want = (batch, channels, A.shape[1], 1)
+        raise ValueError(f"state: got a memory {tuple(state.memory.shape)}; pass {want}")
+    if not torch.compiler.is_compiling() and bool((A.real > 0).any()):
+        raise ValueError(f"A: got a real part of {float(A.real.max()):.3g}; states must decay, so pass -exp(A_log)")
+    return groups
