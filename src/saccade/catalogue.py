@@ -20,7 +20,12 @@ def _classes() -> dict[str, type[Mechanism]]:
             continue
         module = importlib.import_module(module_info.name)
         for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, Mechanism) and value.__module__ == module.__name__ and "spec" in vars(value):
+            if (
+                isinstance(value, type)
+                and issubclass(value, Mechanism)
+                and value.__module__ == module.__name__
+                and "spec" in vars(value)
+            ):
                 found[value.spec.id] = value
     return dict(sorted(found.items()))
 

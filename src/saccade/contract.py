@@ -1,8 +1,8 @@
 """The contract that every mechanism signs: what it declares, what it computes, how it is judged.
 
-A mechanism is one class in one file: a frozen `Spec`, a constructor whose keyword arguments are the paper's parameters, `compute` (the
-fast path, composed of primitives), `oracle` (the paper's equations, sharing no code with `compute`), and its claims. Everything else,
-discovery, checks, benchmarks, pages of the gallery, is derived from these.
+A mechanism is one class in one file: a frozen `Spec`, a constructor whose keyword arguments are the paper's parameters,
+`compute` (the fast path, composed of primitives), `oracle` (the paper's equations, sharing no code with `compute`), and
+its claims. Everything else, discovery, checks, benchmarks, pages of the gallery, is derived from these.
 """
 
 from __future__ import annotations
@@ -81,7 +81,10 @@ class Finding(NamedTuple):
 
 
 def claim(sentence: str) -> Callable[[Callable[..., Finding]], Any]:
-    """Mark a function `(cls) -> Finding` inside a mechanism as a named claim; `sentence` is the paper's headline in our words."""
+    """Mark a function `(cls) -> Finding` inside a mechanism as a named claim.
+
+    sentence: the paper's headline in our words.
+    """
 
     def mark(function: Callable[..., Finding]) -> Any:
         function.__claim__ = sentence  # type: ignore[attr-defined]
@@ -94,9 +97,9 @@ def claim(sentence: str) -> Callable[[Callable[..., Finding]], Any]:
 class Spec:
     """What a mechanism declares about itself.
 
-    id: file name and public name. name: the paper's own name. title: the paper's title. paper: arXiv id, or DOI. year: first
-    appearance. family: the folder. grid: rank of the token grid it needs (0: a sequence). discrete: decisions (top-k, hashing) that have no
-    gradient and may flip under rounding. uses: names of the primitives that it composes.
+    id: file name and public name. name: the paper's own name. title: the paper's title. paper: arXiv id, or DOI. year:
+    first appearance. family: the folder. grid: rank of the token grid it needs (0: a sequence). discrete: decisions
+    (top-k, hashing) that have no gradient and may flip under rounding. uses: names of the primitives that it composes.
     """
 
     id: str
@@ -113,25 +116,26 @@ class Spec:
 class Mechanism(nn.Module):
     """What all contracts share. Subclass `Attention` or `Mixer` (or `CachePolicy`), never this.
 
-    Class attributes: `spec` (the declaration), `causal` (True when no output may depend on a later token; an instance may override it).
+    Class attributes: `spec` (the declaration), `causal` (True when no output may depend on a later token; an instance
+    may override it).
     """
 
     spec: ClassVar[Spec]
     causal: bool = False
 
-    def __init__(self, dims: Dims):
+    def __init__(self, dims: Dims) -> None:
         super().__init__()
         if self.spec.grid and (dims.grid is None or len(dims.grid) != self.spec.grid):
             raise ValueError(f"dims.grid: {self.spec.id} works on a grid of {self.spec.grid} axes, got {dims.grid}")
         self.dims = dims
 
-    # -- what a subclass gives ------------------------------------------------------------------------------------------------------
+    # Subclasses name their own inputs; `Any` throughout lets them.
 
-    def compute(self, *inputs: Tensor, **options: Any) -> Tensor:
+    def compute(self, *inputs: Any, **options: Any) -> Tensor:
         """The fast path: a short composition of primitives."""
         raise NotImplementedError(f"{type(self).__name__}.compute")
 
-    def oracle(self, *inputs: Tensor) -> Tensor:
+    def oracle(self, *inputs: Any, **options: Any) -> Tensor:
         """The paper's equations, dense or looped, in the dtype of the inputs; shares no code with `compute`."""
         raise NotImplementedError(f"{type(self).__name__}.oracle")
 
@@ -145,11 +149,9 @@ class Mechanism(nn.Module):
         """Parameters at which the mechanism must equal dense attention; None where there are none."""
         return None
 
-    def step(self, *inputs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """Decode: one more token (inputs with N = 1), given the state so far; equals the last row of the whole."""
+    def step(self, *inputs: Any, **options: Any) -> tuple[Tensor, Any]:
+        """Decode one more token: inputs with N = 1, and `state`, None at first -> (row of the whole, next state)."""
         raise NotImplementedError(f"{type(self).__name__}.step")
-
-    # -- what is derived -----------------------------------------------------------------------------------------------------------
 
     @classmethod
     def inputs(cls, case: Case, generator: torch.Generator, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -186,6 +188,15 @@ class Mechanism(nn.Module):
         """The name of the contract signed: the first class above it that signs none itself."""
         return next(base.__name__ for base in cls.__mro__ if "spec" not in base.__dict__)
 
+    def check_grid(self, name: str, num_tokens: int) -> None:
+        """Raise unless the input `name` has as many tokens as the grid, where there is one."""
+        grid = self.dims.grid
+        if grid is not None and num_tokens != torch.Size(grid).numel():
+            count = torch.Size(grid).numel()
+            raise ValueError(
+                f"{name}: got N = {num_tokens}, but the grid {grid} has {count} tokens; reshape, or rebuild"
+            )
+
     def extra_repr(self) -> str:
         return str(self.dims)
 
@@ -193,21 +204,24 @@ class Mechanism(nn.Module):
 class Attention(Mechanism):
     """q (B, H, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv) -> o (B, H, N, Dv).
 
-    Class attribute `per_head`: True when heads differ by construction (parameters, slopes or patterns per head), so that permuting them
+    Class attributes:
+    per_head: True when heads differ by construction (parameters, slopes or patterns per head), so that permuting them
     means something.
+    prefill: True when it reads the whole prompt to decide its pattern: causal in what is attended, but the choice
+    depends on later tokens. Such a mechanism sets `causal` too, and is exempt from the check that a changed future
+    leaves the past bitwise alone.
     """
 
-    per_head: ClassVar[bool] = False
+    per_head: bool = False
+    prefill: bool = False
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         check_qkv(q, k, v)
         d = self.dims
         if q.shape[1] != d.num_heads or k.shape[1] != d.num_kv_heads or q.shape[3] != d.head_dim:
-            raise ValueError(
-                f"q, k: got {q.shape[1]} query heads, {k.shape[1]} key heads, head_dim {q.shape[3]}; {self.spec.id} was built for {d}"
-            )
-        if d.grid is not None and q.shape[2] != torch.Size(d.grid).numel():
-            raise ValueError(f"q: got N = {q.shape[2]}, but the grid {d.grid} has {torch.Size(d.grid).numel()} tokens; reshape, or rebuild")
+            got = f"{q.shape[1]} query heads, {k.shape[1]} key heads, head_dim {q.shape[3]}"
+            raise ValueError(f"q, k: got {got}; {self.spec.id} was built for {d}")
+        self.check_grid("q", q.shape[2])
         return self.compute(q, k, v, **options)
 
     def plan(self, q: Tensor, k: Tensor) -> Any:
@@ -217,15 +231,19 @@ class Attention(Mechanism):
     @classmethod
     def inputs(cls, case: Case, generator: torch.Generator, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
         d = case.dims
-        heads = (d.num_heads, d.num_kv_heads, d.num_kv_heads)
-        return tuple(torch.randn(case.batch, h, case.length, d.head_dim, generator=generator, dtype=dtype) for h in heads)
+        shapes = [(case.batch, h, case.length, d.head_dim) for h in (d.num_heads, d.num_kv_heads, d.num_kv_heads)]
+        return tuple(torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
 
 
 class CachePolicy(Attention):
-    """An `Attention` that also says what a decoder keeps: `step` holds a trimmed cache, `kept` tells which keys it still has."""
+    """An `Attention` that also says what a decoder keeps: `step` holds a trimmed cache, `kept` tells which keys.
+
+    A key that is not kept is gone: no later step depends on it, it is never kept again, and the state grows no larger
+    than the kept rows. Which keys these are follows from their number alone, not from the data.
+    """
 
     def kept(self, num_tokens: int) -> Tensor:
-        """bool (Hkv, num_tokens): the keys still held per key head after `num_tokens` tokens."""
+        """bool (Hkv, num_tokens): the keys still held per key head after `num_tokens` steps."""
         raise NotImplementedError(f"{type(self).__name__}.kept")
 
 
@@ -239,8 +257,7 @@ class Mixer(Mechanism):
             raise ValueError("x: got an empty sequence (N = 0); pass at least one token")
         if not x.is_floating_point():
             raise TypeError(f"x: got dtype {x.dtype}; pass a floating-point tensor")
-        if self.dims.grid is not None and x.shape[1] != torch.Size(self.dims.grid).numel():
-            raise ValueError(f"x: got N = {x.shape[1]}, but the grid {self.dims.grid} has {torch.Size(self.dims.grid).numel()} tokens")
+        self.check_grid("x", x.shape[1])
         return self.compute(x, **options)
 
     @classmethod

@@ -1,8 +1,11 @@
 """What "works" means: named checks that any mechanism, ours or yours, must pass.
 
-from saccade.testing import check
-report = check(MyAttention)
-report.raise_for_failures()
+Three lines judge one:
+
+    from saccade.testing import check
+
+    report = check(MyAttention)
+    report.raise_for_failures()
 """
 
 from saccade.testing.budget import Verdict, assert_close, compare

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
+    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "gradients enabled": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "threads": (torch.get_num_threads, torch.set_num_threads),
+    "float32 matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "deterministic algorithms": (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+}
+
 
 def settings() -> dict[str, Any]:
     """The global torch settings that code of this package must leave alone."""
-    return {
-        "default dtype": torch.get_default_dtype(),
-        "gradients enabled": torch.is_grad_enabled(),
-        "threads": torch.get_num_threads(),
-        "float32 matmul precision": torch.get_float32_matmul_precision(),
-        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-    }
+    return {name: get() for name, (get, _) in SETTINGS.items()}
 
 
 def restore(before: dict[str, Any]) -> list[str]:
     """Set everything back to `before`; returns what had changed, in words."""
-    after = settings()
-    changed = [f"{name} from {value} to {after[name]}" for name, value in before.items() if value != after[name]]
-    if changed:
-        torch.set_default_dtype(before["default dtype"])
-        torch.set_grad_enabled(before["gradients enabled"])
-        torch.set_num_threads(before["threads"])
-        torch.set_float32_matmul_precision(before["float32 matmul precision"])
-        torch.use_deterministic_algorithms(before["deterministic algorithms"])
+    changed = []
+    for name, (get, put) in SETTINGS.items():
+        if get() != before[name]:
+            changed.append(f"{name} from {before[name]} to {get()}")
+            put(before[name])
     return changed
 
 
@@ -62,14 +61,13 @@ def poisoned() -> Iterator[None]:
     True
     """
     memory: Any = torch.utils.deterministic
-    fill, strict = memory.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
-    lenient = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill, mode = memory.fill_uninitialized_memory, torch.get_deterministic_debug_mode()
     try:
         memory.fill_uninitialized_memory = True
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_deterministic_debug_mode("warn")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
             yield
     finally:
         memory.fill_uninitialized_memory = fill
-        torch.use_deterministic_algorithms(strict, warn_only=lenient)
+        torch.set_deterministic_debug_mode(mode)

@@ -1,7 +1,6 @@
 """Error budgets that come from the data, never from a literal.
 
-A result `x` is judged against a float64 oracle `t` beside `e`, what the oracle's own eager code gives in the dtype of
-`x`:
+A result x is judged against a float64 oracle t beside e, what the oracle's own eager code gives in the dtype of x:
 
     |x - t|  <=  2 * |e - t|  +  band,      band = eps(dtype) * max|t| * sqrt(terms)
 
@@ -71,13 +70,20 @@ def compare(actual: Tensor, oracle: Tensor, eager: Tensor, *, terms: int = 1, sc
     at = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
     return Verdict(
         error=float(error.max()),
-        allowed=float(2 * eager_error.max() + eps * max(float(size.max()), scale)),
-        rms_error=float(error.square().mean().sqrt()),
-        rms_allowed=float(
-            2 * eager_error.square().mean().sqrt() + eps * max(float(size.square().mean().sqrt()), scale)
-        ),
+        allowed=2 * float(eager_error.max()) + eps * max(float(size.max()), scale),
+        rms_error=_rms(error),
+        rms_allowed=2 * _rms(eager_error) + eps * max(_rms(size), scale),
         where=at,
     )
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal, NaN counted as equal to NaN."""
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def assert_close(

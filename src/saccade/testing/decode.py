@@ -2,84 +2,132 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saccade.contract import Mechanism
-from saccade.testing.budget import assert_close
-from saccade.testing.gradients import differentiate
+from saccade.contract import CachePolicy, Mechanism
+from saccade.testing.budget import assert_close, same_bits
+from saccade.testing.gradients import gradients_agree
 from saccade.testing.registry import named
-from saccade.testing.structure import same_bits
 from saccade.testing.subject import Subject, widen
 
 
-def _steps(subject: Subject) -> bool:
-    return subject.cls.can_step()
-
-
-def _packs(subject: Subject) -> bool:
-    return subject.cls.can_varlen()
-
-
-def decode(subject: Subject, first: int, last: int, state: Any) -> tuple[list[Tensor], Any]:
-    """The outputs of tokens `first` .. `last` - 1, one `step` each, and the state after them."""
-    inputs, rows = subject.inputs(), []
+def decode(
+    module: Mechanism, inputs: Sequence[Tensor], state: Any = None, *, first: int = 0, last: int | None = None
+) -> tuple[Tensor, Any]:
+    """The outputs of tokens `first` .. `last` - 1 (default: to the end), one `step` each, and the state after them."""
+    rows = []
     with torch.no_grad():
-        for t in range(first, last):
-            row, state = subject.module.step(*(x[..., t : t + 1, :] for x in inputs), state=state)
+        for t in range(inputs[0].shape[-2])[first:last]:
+            row, state = module.step(*(x[..., t : t + 1, :] for x in inputs), state=state)
             rows.append(row)
-    return rows, state
+    return torch.cat(rows, -2), state
 
 
-@named(applies=_steps)
+def _stops(subject: Subject) -> list[int]:
+    """After how many tokens to look at the state: one, half and all but one."""
+    length = subject.case.length
+    return sorted({1, length // 2, length - 1} & set(range(1, length)))
+
+
+@named(applies=lambda subject: subject.cls.can_step())
 def step_equals_whole(subject: Subject) -> None:
     """Decoding token by token from nothing gives every row of the whole."""
-    rows, _ = decode(subject, 0, subject.case.length, None)
-    subject.agrees(torch.cat(rows, -2), "output of step")
+    rows, _ = decode(subject.module, subject.inputs())
+    subject.agrees(rows, "output of step")
 
 
-@named(applies=_steps)
+@named(applies=lambda subject: subject.cls.can_step())
 def state_round_trip(subject: Subject) -> None:
     """A state that was pickled and read back goes on exactly as the one that stayed."""
-    length = subject.case.length
-    for kept in sorted({1, length // 2, length - 1} & set(range(1, length))):
-        _, state = decode(subject, 0, kept, None)
+    module, inputs = subject.module, subject.inputs()
+    for count in _stops(subject):
+        _, state = decode(module, inputs, last=count)
         stored = pickle.dumps(state)
-        stayed, _ = decode(subject, kept, length, state)
-        back, _ = decode(subject, kept, length, pickle.loads(stored))
-        assert same_bits(torch.cat(stayed, -2), torch.cat(back, -2)), (
-            f"a state stored after {kept} tokens does not carry on as the live one"
-        )
+        stayed, _ = decode(module, inputs, state, first=count)
+        back, _ = decode(module, inputs, pickle.loads(stored), first=count)
+        assert same_bits(stayed, back), f"a state stored after {count} tokens does not carry on as the live one"
 
 
-@named(applies=_packs)
+class _Tensors(pickle.Pickler):
+    """Finds the tensors in an object, however deep, wherever a pickle would find them."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO())
+        self.found: dict[int, Tensor] = {}
+
+    def persistent_id(self, value: Any) -> str | None:
+        if not isinstance(value, Tensor):
+            return None
+        self.found[id(value)] = value
+        return "tensor"
+
+
+def _size(state: Any) -> int:
+    """Bytes of the tensors in a state."""
+    search = _Tensors()
+    search.dump(state)
+    return sum(tensor.nbytes for tensor in search.found.values())
+
+
+@named(applies=lambda subject: issubclass(subject.cls, CachePolicy))
+def kept_keys(subject: Subject) -> None:
+    """A key that `kept` says is dropped no longer matters to `step`, and the state holds no more than the kept rows."""
+    module, (q, k, v), heads = subject.module, subject.inputs(), subject.case.dims.num_kv_heads
+    assert isinstance(module, CachePolicy)
+    whole, _ = decode(module, (q, k, v))
+    _, state = decode(module, (q, k, v), last=1)
+    row = _size(state) / heads  # what a single key costs, with all that is held beside it
+    before = torch.ones(heads, 0, dtype=torch.bool)
+    for count in _stops(subject):
+        kept = module.kept(count)
+        got, want = f"{kept.dtype} of shape {tuple(kept.shape)}", (heads, count)
+        assert (kept.dtype, kept.shape) == (torch.bool, want), f"kept({count}): got {got}; give bool of shape {want}"
+        again = kept[:, : before.shape[1]] & ~before
+        assert not again.any(), f"kept({count}): {_keys(again)} were dropped, and are kept again"
+        before = kept
+
+        spoilt = [x.clone() for x in (k, v)]
+        for x in spoilt:
+            x[:, :, :count].masked_fill_(~kept[..., None], torch.nan)
+        rest, _ = decode(module, (q, *spoilt))
+        same = same_bits(rest[..., count:, :], whole[..., count:, :])
+        assert same, f"kept({count}): {_keys(~kept)} count as dropped, but a later step depends on them"
+
+        _, state = decode(module, (q, k, v), last=count)
+        size, rows = _size(state), int(kept.sum())
+        most = f"{rows} rows of {row:.0f} bytes"
+        assert size <= row * rows, f"kept({count}): the state holds {size} bytes, more than {most}"
+
+
+def _keys(marks: Tensor) -> str:
+    return f"the (head, key) pairs {marks.nonzero()[:4].tolist()}"
+
+
+@named(applies=lambda subject: subject.cls.can_varlen())
 def varlen_equals_loop(subject: Subject) -> None:
     """Sequences packed into one row by cu_seqlens give what each gives alone, values and gradients."""
     length = subject.case.length
-    lengths = [length, 1, length // 2 + 1, length // 3 + 1]
-    ends = torch.tensor([0, *lengths]).cumsum(0)
+    ends = torch.tensor([0, length, 1, length // 2 + 1, length // 3 + 1]).cumsum(0)
     packed = subject.variant(batch=1, length=int(ends[-1]))
-    inputs, coarse, cu_seqlens = packed.inputs(), packed.inputs(torch.float32), ends.int()
-    module, single = packed.module, packed.build(torch.float32)
+    module, cu_seqlens = packed.module, ends.int()
+
+    def fast(*inputs: Tensor) -> Tensor:
+        return module(*inputs, cu_seqlens=cu_seqlens)
 
     def loop(alone: Mechanism) -> Callable[..., Tensor]:
         spans = list(itertools.pairwise(ends))
-        return lambda *x: torch.cat([alone.oracle(*(y[..., a:b, :] for y in x)) for a, b in spans], -2)
+        return lambda *inputs: torch.cat([alone.oracle(*(x[..., a:b, :] for x in inputs)) for a, b in spans], -2)
 
     with torch.no_grad():
-        truth, eager, actual = loop(module)(*inputs), loop(single)(*coarse), module(*inputs, cu_seqlens=cu_seqlens)
+        truth = loop(module)(*packed.inputs())
+        eager = loop(packed.build(torch.float32))(*packed.inputs(torch.float32))
+        actual = fast(*packed.inputs())
     assert_close(actual, truth, widen(truth, eager), name="packed output", terms=length)
-
-    weight = torch.randn(truth.shape, generator=torch.Generator().manual_seed(subject.seed + 2))
-    exact = differentiate(loop(module), inputs, packed.names, module, weight.double())
-    rough = differentiate(loop(single), coarse, packed.names, single, weight)
-    fast = differentiate(lambda *x: module(*x, cu_seqlens=cu_seqlens), inputs, packed.names, module, weight.double())
-    scale = max(float(g.abs().max()) for g in exact.values())
-    for name, gradient in exact.items():
-        budget = widen(gradient, rough[name])
-        assert_close(fast[name], gradient, budget, name=f"packed gradient of {name}", terms=length, scale=scale)
+    gradients_agree(packed, fast, loop, shape=truth.shape, terms=length, what="packed gradient")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from saccade.contract import Mechanism
 from saccade.testing.budget import assert_close
 from saccade.testing.registry import named
 from saccade.testing.subject import Subject, widen
@@ -31,17 +32,35 @@ def differentiate(
     return {name: torch.zeros_like(x) if g is None else g for (name, x), g in zip(tensors.items(), found, strict=True)}
 
 
-@named()
-def gradients(subject: Subject) -> None:
-    """Gradients of every input and parameter are those of autograd through the oracle; what it ignores stays zero."""
-    module, single = subject.build(), subject.build(torch.float32)
-    shape = subject.truth.shape
+def gradients_agree(
+    subject: Subject,
+    fast: Callable[..., Tensor],
+    plain: Callable[[Mechanism], Callable[..., Tensor]],
+    *,
+    shape: torch.Size,
+    terms: int,
+    what: str = "gradient",
+) -> None:
+    """Raise unless `fast` has the gradients of `plain(module)` in float64, by the budget of its float32 run.
+
+    fast: a function of the inputs that reads the parameters of `subject.module`. plain: module -> function of the
+    inputs. shape: of the output. terms: see `compare`.
+    """
+    module, single = subject.module, subject.build(torch.float32)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(subject.seed + 2))
-    truth = differentiate(module.oracle, subject.inputs(), subject.names, module, weight.double())
-    eager = differentiate(single.oracle, subject.inputs(torch.float32), subject.names, single, weight)
-    fast = differentiate(module, subject.inputs(), subject.names, module, weight.double())
+    truth = differentiate(plain(module), subject.inputs(), subject.names, module, weight.double())
+    eager = differentiate(plain(single), subject.inputs(torch.float32), subject.names, single, weight)
+    found = differentiate(fast, subject.inputs(), subject.names, module, weight.double())
     scale = max(float(g.abs().max()) for g in truth.values())
     assert scale > 0, "the oracle has no gradient at all, so nothing could be compared"
     for name, exact in truth.items():
-        what = f"gradient of {name}" + (" (cut off: zero everywhere)" if not fast[name].any() and exact.any() else "")
-        assert_close(fast[name], exact, widen(exact, eager[name]), name=what, terms=subject.case.length, scale=scale)
+        cut = " (cut off: zero everywhere)" if exact.any() and not found[name].any() else ""
+        budget = widen(exact, eager[name])
+        assert_close(found[name], exact, budget, name=f"{what} of {name}{cut}", terms=terms, scale=scale)
+
+
+@named()
+def gradients(subject: Subject) -> None:
+    """Gradients of every input and parameter are those of autograd through the oracle; what it ignores stays zero."""
+    shape, terms = subject.truth.shape, subject.case.length
+    gradients_agree(subject, subject.module, lambda module: module.oracle, shape=shape, terms=terms)

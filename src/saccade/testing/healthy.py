@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.contract import Attention, Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import CachePolicy, Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import check_cu_seqlens, positive
-from saccade.where import Plan, Window
+from saccade.where import Causal, Documents, Pattern, Plan, Window
 
 
-class Sliding(Attention):
+class Sliding(CachePolicy):
     """Causal sliding-window attention by plain gathers.
 
         o_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j,   i - size < j <= i
@@ -58,7 +58,6 @@ class Sliding(Attention):
         return torch.einsum("bgrns,bgnsd->bgrnd", weights, v[:, :, keys]).flatten(1, 2)
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype)
         rows = []
         for i in range(q.shape[2]):
             low = max(0, i + 1 - self.size)
@@ -69,7 +68,7 @@ class Sliding(Attention):
                 weights = (scores - scores.detach().amax(-1, keepdim=True)).exp()
                 heads.append((weights[..., None] * v[:, g, low : i + 1]).sum(1) / weights.sum(1, keepdim=True))
             rows.append(torch.stack(heads, 1))
-        return out + torch.stack(rows, 2)
+        return torch.stack(rows, 2)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, *, state: Any = None) -> tuple[Tensor, Any]:
         if state is not None:
@@ -78,6 +77,9 @@ class Sliding(Attention):
         grouped = q.unflatten(1, (k.shape[1], -1))
         weights = (torch.einsum("bgrnd,bgsd->bgrns", grouped, k) * q.shape[3] ** -0.5).softmax(-1)
         return torch.einsum("bgrns,bgsd->bgrnd", weights, v).flatten(1, 2), (k, v)
+
+    def kept(self, num_tokens: int) -> Tensor:
+        return (torch.arange(num_tokens) >= num_tokens - self.size).expand(self.dims.num_kv_heads, -1)
 
     def plan(self, q: Tensor, k: Tensor) -> Plan:
         return Window(self.size).plan(q.shape[2], k.shape[2], block=(16, 16))
@@ -119,7 +121,7 @@ class Decayed(Mixer):
         paper="2303.06349",
         year=2023,
         family="testing",
-        uses=("cumsum",),
+        uses=("Causal", "Documents"),
     )
     causal = True
 
@@ -131,13 +133,11 @@ class Decayed(Mixer):
 
     def compute(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
         n = x.shape[1]
-        sequence = torch.zeros(n, dtype=torch.long)
+        pattern: Pattern = Causal()
         if cu_seqlens is not None:
-            ends = check_cu_seqlens(cu_seqlens, n, x.shape[0]).long()
-            sequence[ends[1:-1]] = 1
-            sequence = sequence.cumsum(0)
+            pattern &= Documents(check_cu_seqlens(cu_seqlens, n, len(x)))
+        (reach,) = pattern.dense(n)
         ago = torch.arange(n)[:, None] - torch.arange(n)
-        reach = (ago >= 0) & (sequence[:, None] == sequence)
         log_decay = nn.functional.logsigmoid(self.decay)
         powers = torch.where(reach[..., None], (ago.clamp(min=0)[..., None] * log_decay).exp(), 0.0)
         return self.write(torch.einsum("tsc,bsc->btc", powers.to(x.dtype), self.read(x)))

@@ -15,8 +15,9 @@ from saccade.contract import Mechanism
 from saccade.testing.registry import named
 from saccade.testing.subject import Subject
 
-# The rooms whose code a fast path is made of, and torch's own attention.
-ROOMS = ("where", "softmax", "scan", "mix", "cache", "parallel", "lens", "steer", "hosts")
+# The rooms of primitives; hosts, which are made of mechanisms and primitives; and torch's own attention.
+PRIMITIVES = ("where", "softmax", "scan", "mix", "cache", "parallel", "lens", "steer")
+ROOMS = (*PRIMITIVES, "hosts")
 FUSED = (nn.functional.scaled_dot_product_attention, nn.functional.multi_head_attention_forward, nn.MultiheadAttention)
 FAST = ("compute", "forward", "step", "plan", "__call__")
 NOTHING = object()
@@ -72,13 +73,12 @@ class Reader(ast.NodeVisitor):
         text, home = ast.unparse(node), _home(value)
         own = home == type(self.instance).__module__ or home.startswith("saccade.mechanisms.")
         method_of = getattr(value, "__self__", None)
-        if any(home == f"saccade.{room}" or home.startswith(f"saccade.{room}.") for room in ROOMS) or any(
-            value is f for f in FUSED
-        ):
+        in_room = home.startswith("saccade.") and home.split(".")[1] in ROOMS
+        is_fast = isinstance(method_of, Mechanism) and getattr(value, "__name__", "") in FAST
+        if value is self.instance and text in ("self", "cls"):
+            return
+        if in_room or is_fast or value is self.instance or any(value is fused for fused in FUSED):
             self.forbidden.append(f"{self.at} uses {text}")
-        elif value is self.instance or (isinstance(method_of, Mechanism) and getattr(value, "__name__", "") in FAST):
-            if text not in ("self", "cls"):
-                self.forbidden.append(f"{self.at} uses {text}")
         elif own and inspect.isroutine(value):
             self.follow(value, method_of)
         elif own and isinstance(value, nn.Module):
@@ -118,7 +118,7 @@ def _arguments(node: ast.arguments) -> list[ast.arg]:
     return [a for a in (*node.posonlyargs, *node.args, *node.kwonlyargs, node.vararg, node.kwarg) if a is not None]
 
 
-@named(over="case", applies=lambda subject: subject.case == subject.cls.cases()[0])
+@named(applies=lambda subject: subject.case == subject.cls.cases()[0])
 def oracle_independent(subject: Subject) -> None:
     """The oracle and its helpers use no primitive of the package, no fused attention, nothing that `compute` uses."""
     instance = subject.module

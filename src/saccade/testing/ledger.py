@@ -8,8 +8,7 @@
     reason = "why it fails, and what would mend it"
     case = "the case, as the report prints it"      # left out: every case of the check
 
-A waived check must fail: one that passes is an XPASS, and an XPASS is a failure. An entry that matches no check is an
-error too.
+A waived check must fail: one that passes is an XPASS, which is a failure. An entry that matches no check is an error.
 """
 
 from __future__ import annotations

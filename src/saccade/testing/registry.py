@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 Applies = Callable[[Any], bool]
+Body = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -18,22 +19,15 @@ class Named:
     """
 
     name: str
-    function: Callable[..., None]
+    function: Body
     over: str
     applies: Applies
 
-    @property
-    def proves(self) -> str:
-        """The first line of its docstring."""
-        return (self.function.__doc__ or "").strip().splitlines()[0]
 
-
-def named(
-    *, over: str = "case", applies: Applies = lambda subject: True
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def named(*, over: str = "case", applies: Applies = lambda subject: True) -> Callable[[Body], Body]:
     """Mark the decorated function as a check under its own name."""
 
-    def mark(function: Callable[..., None]) -> Callable[..., None]:
+    def mark(function: Body) -> Body:
         function.__named__ = Named(function.__name__, function, over, applies)  # type: ignore[attr-defined]
         return function
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from saccade.contract import Attention
 from saccade.testing.ambient import poisoned, restore, seeded, settings
+from saccade.testing.budget import same_bits
 from saccade.testing.gradients import differentiate
 from saccade.testing.registry import named
-from saccade.testing.structure import same_bits
 from saccade.testing.subject import Subject
 
 

@@ -37,9 +37,9 @@ NAMED = collect(values, gradients, structure, decode, robustness, portability, w
 
 @dataclass(frozen=True)
 class Check:
-    """One named check of one mechanism at one case; `run()` raises when it fails, and leaves the global generator as it
-    was.
+    """One named check of one mechanism at one case.
 
+    `run()` raises when it fails, and leaves the global generator as it was.
     case: None for checks of the class. label: the case, or the claim, in words.
     """
 
@@ -70,13 +70,10 @@ def checks(cls: type[Mechanism], only: str | Iterable[str] | None = None) -> lis
     """
     if not (isinstance(cls, type) and issubclass(cls, Mechanism) and hasattr(cls, "spec")):
         raise TypeError(f"cls: got {cls!r}; pass a mechanism class (a subclass of Attention or Mixer with a spec)")
-    wanted = (
-        set(NAMED)
-        if only is None
-        else {known("only", name, NAMED) for name in ([only] if isinstance(only, str) else only)}
-    )
+    names = NAMED if only is None else [only] if isinstance(only, str) else only
+    wanted = {known("only", name, NAMED) for name in names}
     subjects = _subjects(cls)
-    return [check for entry in NAMED.values() if entry.name in wanted for check in _expand(cls, entry, subjects)]
+    return [check for name, entry in NAMED.items() if name in wanted for check in _expand(cls, entry, subjects)]
 
 
 def _subjects(cls: type[Mechanism]) -> list[Subject]:

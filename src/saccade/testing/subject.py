@@ -1,5 +1,4 @@
-"""A mechanism at one case, with everything that the checks share: the module, its inputs, the oracle's answer and the
-budget.
+"""A mechanism at one case, with what the checks share: the module, its inputs, the oracle's answer and the budget.
 
 Values are drawn in float32 and cast up, so that the float64 oracle and the float32 eager run see the very same numbers.
 What the oracle loses in float32, scaled by eps64 / eps32, is what a float64 fast path is allowed to lose.
@@ -26,23 +25,19 @@ def cast(module: Mechanism, dtype: torch.dtype) -> Mechanism:
     wide = torch.complex128 if dtype == torch.float64 else torch.complex64
 
     def convert(tensor: Tensor) -> Tensor:
-        return (
-            tensor.to(wide if tensor.is_complex() else dtype)
-            if tensor.is_floating_point() or tensor.is_complex()
-            else tensor
-        )
+        if tensor.is_complex():
+            return tensor.to(wide)
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     return copy.deepcopy(module)._apply(convert)
 
 
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Move every parameter and running statistic of `module` off its special initial value, in place; returns the
-    module.
+    """Move every parameter and running statistic of `module` off its special initial value, in place; return it.
 
     A spread-out parameter moves by half its own standard deviation. A constant one (norm weights of one, zero biases,
-    layer scales of 1e-6) moves by 0.3, or by fan_in ** -0.5 when it is a matrix, so that nothing stays zero and nothing
-    explodes.
+    layer scales of 1e-6) moves by 0.3, or by fan_in ** -0.5 when it is a matrix: nothing stays zero, nothing explodes.
 
     >>> bool((randomise(nn.LayerNorm(4)).bias != 0).all())
     True

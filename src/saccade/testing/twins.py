@@ -6,12 +6,13 @@ of the message its check must flag it, so that no twin is caught for a reason of
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from saccade.contract import Attention, Case, Dims, Finding, Mechanism, claim
@@ -122,21 +123,9 @@ class DetachedParameter(Decayed):
     """No gradient reaches the decay."""
 
     def compute(self, x: Tensor, **options: Any) -> Tensor:
-        held = {**dict(self.named_parameters()), "decay": self.decay.detach()}
-        return torch.func.functional_call(
-            Functional(self), {f"inner.{name}": p for name, p in held.items()}, (x,), options
-        )
-
-
-class Functional(nn.Module):
-    """Calls the healthy composition of a `Decayed` with other parameters."""
-
-    def __init__(self, inner: Decayed) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor, **options: Any) -> Tensor:
-        return Decayed.compute(self.inner, x, **options)
+        held = copy.copy(self)
+        held._parameters = {**self._parameters, "decay": self.decay.detach()}  # type: ignore[dict-item]
+        return Decayed.compute(held, x, **options)
 
 
 @twin("gradients", "gradient of q")
@@ -153,6 +142,13 @@ class Leaks(Sliding):
 
     def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         return super().compute(q, k, v, **options) + 1e-6 * v.mean((1, 2), keepdim=True)
+
+
+@twin("causality", "which may not be looked at")
+class ChoosesAhead(Leaks):
+    """The same of a mechanism whose choices are discrete, of which the last bit is not asked."""
+
+    spec = replace(Leaks.spec, discrete=True)
 
 
 @twin("batch_equivariance", "permuted batch")
@@ -219,6 +215,40 @@ class ForgetsWhenStored(Decayed):
     def step(self, x: Tensor, *, state: Any = None) -> tuple[Tensor, Any]:
         out, hidden = super().step(x, state=state.hidden if state else None)
         return out, Volatile(hidden)
+
+
+@twin("kept_keys", "a later step depends on them")
+class KeepsMore(Sliding):
+    """Reads a key that it says is dropped."""
+
+    def kept(self, num_tokens: int) -> Tensor:
+        return super().kept(num_tokens) & (torch.arange(num_tokens) >= num_tokens - self.size + 2)
+
+
+@twin("kept_keys", "the state holds")
+class HoldsAll(Sliding):
+    """Masks what it says is dropped, and holds it all the same."""
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, *, state: Any = None) -> tuple[Tensor, Any]:
+        if state is not None:
+            k, v = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2)
+        return super().step(q, k, v)[0], (k, v)
+
+
+@twin("kept_keys", "are kept again")
+class KeepsAgain(Sliding):
+    """Says that keys it had dropped have come back."""
+
+    def kept(self, num_tokens: int) -> Tensor:
+        return super().kept(num_tokens) | (num_tokens > 3 * self.size)
+
+
+@twin("kept_keys", "got torch.bool of shape (4, 1)")
+class KeptByQueryHead(Sliding):
+    """Counts query heads instead of key heads."""
+
+    def kept(self, num_tokens: int) -> Tensor:
+        return super().kept(num_tokens).repeat_interleave(self.dims.group, 0)
 
 
 @twin("varlen_equals_loop", "packed output")
@@ -461,6 +491,22 @@ class NoPaper(Sliding):
     spec = replace(Sliding.spec, paper="")
 
 
+@twin("declaration", "no public primitive is called 'Windows'")
+class UsesNothingKnown(Sliding):
+    """arXiv 2004.05150, (B, H, N, D), size."""
+
+    spec = replace(Sliding.spec, uses=("Window", "Windows"))
+
+
+@twin("declaration", "drops no key")
+class NeverDrops(Sliding):
+    """arXiv 2004.05150, (B, H, N, D), size."""
+
+    @classmethod
+    def cases(cls) -> list[Case]:
+        return [Case(Dims(2, 8), 11, {"size": size}) for size in (11, 13)]
+
+
 @twin("declaration", "does not name the paper 2004.05150")
 class Undocumented(Sliding):
     """q (B, H, N, D), size."""
@@ -508,13 +554,19 @@ class OneHead(Sliding):
         return [Case(Dims(1, 8), 17), Case(Dims(1, 8), 23)]
 
 
-@twin("example", "example fails")
-class WrongExample(Sliding):
-    """Promises too much.
+def _out_of_sight() -> None:
+    """Inside a function, where a run of all docstrings does not find it."""
 
-    >>> Sliding(Dims(num_heads=2, head_dim=4)).size
-    6
-    """
+    @twin("example", "example fails")
+    class WrongExample(Sliding):
+        """Promises too much.
+
+        >>> Sliding(Dims(num_heads=2, head_dim=4)).size
+        6
+        """
+
+
+_out_of_sight()
 
 
 @twin("example", "has no example")

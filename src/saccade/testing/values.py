@@ -57,10 +57,8 @@ def _dtype(subject: Subject, dtype: torch.dtype) -> None:
 
 
 def _has_full_budget(subject: Subject) -> bool:
-    return (
-        issubclass(subject.cls, Attention)
-        and subject.cls.full_budget(subject.case.dims, subject.case.length) is not None
-    )
+    cls, case = subject.cls, subject.case
+    return issubclass(cls, Attention) and cls.full_budget(case.dims, case.length) is not None
 
 
 @named(applies=_has_full_budget)

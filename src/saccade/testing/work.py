@@ -51,10 +51,7 @@ def measure(subject: Subject) -> tuple[int, int]:
     return largest.entries, counter.get_total_flops()
 
 
-@named(
-    over="class",
-    applies=lambda cls: issubclass(cls, Attention) and cls.plan is not Attention.plan,
-)
+@named(over="class", applies=lambda cls: issubclass(cls, Attention) and cls.plan is not Attention.plan)
 def saves_work(cls: type[Attention]) -> None:
     """A plan leaves pairs out; the fast path then multiplies less than dense attention, and makes no N x M tensor."""
     subjects = [stretched(Subject(cls, case), LENGTH) for case in cls.cases()]

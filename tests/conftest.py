@@ -1,0 +1,107 @@
+"""Hostile surroundings for every test: seeded, settings checked, no network, no skips, all that is collected runs."""
+
+import os
+import random
+import socket
+import zlib
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+from saccade.testing import ambient
+
+LOOPBACK = ("127.", "::1", "localhost")
+COLLECTED: set[str] = set()
+RAN: set[str] = set()
+
+# How long an example takes says more about the machine's other work than about the code.
+hypothesis.settings.register_profile("steady", deadline=None)
+hypothesis.settings.load_profile("steady")
+
+
+def pytest_configure(config):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available():
+        return
+    unable = [item for item in items if item.get_closest_marker("gpu")]
+    if unable:
+        config.hook.pytest_deselected(items=unable)
+        items[:] = [item for item in items if item not in unable]
+
+
+@pytest.fixture(autouse=True)
+def hostile(request, monkeypatch):
+    """Random numbers from the test's own name, no way out to the network, torch's settings found again as they were."""
+    seed = zlib.crc32(request.node.nodeid.encode())
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  the global generator is the point
+    torch.manual_seed(seed)
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, _local_only(getattr(socket.socket, name)))
+    before = ambient.settings()
+    yield
+    changed = ambient.restore(before)
+    assert not changed, f"the test left torch's settings changed: {', '.join(changed)}"
+
+
+def _local_only(connect):
+    def guarded(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not str(address[0]).startswith(LOOPBACK):
+            raise RuntimeError(f"a test tried to reach {address}; tests use no network")
+        return connect(self, address)
+
+    return guarded
+
+
+def _forbid(report, what):
+    if report.skipped:
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{what}: tests are neither skipped nor expected to fail; mark what needs a GPU with `gpu`, "
+            "and write a known failure of a mechanism into the ledger"
+        )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    # An expected failure that passes is reported as passed, with wasxfail set.
+    if hasattr(report, "wasxfail"):
+        report.outcome = "skipped"
+        del report.wasxfail
+    _forbid(report, item.nodeid)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    _forbid(report, collector.nodeid)
+    return report
+
+
+def pytest_collection_finish(session):
+    COLLECTED.update(item.nodeid for item in session.items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node, ids):
+    COLLECTED.update(ids)
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" or report.failed:
+        RAN.add(report.nodeid)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    stopped = session.shouldstop or session.shouldfail or session.config.option.collectonly
+    if exitstatus == pytest.ExitCode.OK and not stopped and "PYTEST_XDIST_WORKER" not in os.environ and COLLECTED - RAN:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        print(f"\ncollected, but never run: {', '.join(sorted(COLLECTED - RAN))}")
