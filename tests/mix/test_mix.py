@@ -1,4 +1,4 @@
-"""Every primitive of the room against loops over coordinates, in value and in every gradient; wrong twins are caught."""
+"""Every primitive of the room against loops over coordinates, in value and every gradient; wrong twins are caught."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import math
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -76,14 +77,12 @@ def plain_pool(grid, size):
     def average(x):
         cells = []
         for cell in coordinates(size):
-            inside = [
-                i
-                for i, p in enumerate(coordinates(grid))
-                if all(
-                    math.floor(s * n / k) <= c < math.ceil((s + 1) * n / k)
-                    for c, s, n, k in zip(p, cell, grid, size, strict=True)
-                )
+            ranges = [
+                range(math.floor(s * n / k), math.ceil((s + 1) * n / k))
+                for s, n, k in zip(cell, grid, size, strict=True)
             ]
+            box = set(itertools.product(*ranges))
+            inside = [i for i, p in enumerate(coordinates(grid)) if p in box]
             cells.append(sum(x[:, i] for i in inside) / len(inside))
         return torch.stack(cells, 1)
 
@@ -144,9 +143,8 @@ def test_convolution(grid, kernel, dilation):
     def fast(x, weight, bias):
         return mix.depthwise_conv(x, grid, weight, bias, dilation=dilation)
 
-    verify(
-        fast, plain_conv(grid, kernel, dilation), conv_tensors(grid, kernel), terms=math.prod(kernel) * math.prod(grid)
-    )
+    terms = math.prod(kernel) * math.prod(grid)
+    verify(fast, plain_conv(grid, kernel, dilation), conv_tensors(grid, kernel), terms)
 
 
 def test_convolution_twins_are_caught():
@@ -164,16 +162,15 @@ def test_module_is_the_function(bias):
     assert set(parameters) == ({"weight", "bias"} if bias else {"weight"})
     assert all(float(p.detach().abs().max()) <= 1 / 3 and float(p.detach().std()) > 0 for p in parameters.values())
     for grid in ((5, 3), (4, 7)):
-        verify(
-            lambda x, *given, grid=grid: torch.func.functional_call(
-                module, dict(zip(parameters, given, strict=True)), (x, grid)
-            ),
-            lambda x, weight, *given, grid=grid: plain_conv(grid, (3, 3), 2)(
-                x, weight, *given or [torch.zeros_like(x[0, 0])]
-            ),
-            [*draw((2, math.prod(grid), 4)), *(p.detach() for p in parameters.values())],
-            terms=9 * math.prod(grid),
-        )
+
+        def fast(x, *given, grid=grid):
+            return torch.func.functional_call(module, dict(zip(parameters, given, strict=True)), (x, grid))
+
+        def plain(x, weight, *given, grid=grid):
+            return plain_conv(grid, (3, 3), 2)(x, weight, *given or [torch.zeros_like(x[0, 0])])
+
+        tensors = [*draw((2, math.prod(grid), 4)), *(p.detach() for p in parameters.values())]
+        verify(fast, plain, tensors, terms=9 * math.prod(grid))
 
 
 def test_strided_tokens_are_read_right():
@@ -189,35 +186,25 @@ POOLS = [((11,), (3,)), ((7,), (7,)), ((3,), (5,)), ((5, 7), (2, 3)), ((6, 4), (
 
 @pytest.mark.parametrize(("grid", "size"), POOLS)
 def test_pool(grid, size):
-    verify(
-        lambda x: mix.pool_tokens(x, grid, size),
-        plain_pool(grid, size),
-        draw((2, math.prod(grid), 3)),
-        terms=math.prod(grid),
-    )
+    tokens = math.prod(grid)
+    verify(lambda x: mix.pool_tokens(x, grid, size), plain_pool(grid, size), draw((2, tokens, 3)), terms=tokens)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_profiles(grid):
+    x, terms = draw((2, math.prod(grid), 3)), math.prod(grid)
     for axis in range(-len(grid), len(grid)):
-        verify(
-            lambda x, axis=axis: mix.pool_axis(x, grid, axis),
-            plain_profile(grid, axis),
-            draw((2, math.prod(grid), 3)),
-            terms=math.prod(grid),
-        )
+        verify(lambda x, axis=axis: mix.pool_axis(x, grid, axis), plain_profile(grid, axis), x, terms)
 
 
 def test_pool_twins_are_caught():
-    grid = (5, 7)
-    x = draw((2, 35, 3))
-    catches(
-        lambda x: mix.pool_tokens(x, grid, (3, 2)).unflatten(1, (3, 2)).transpose(1, 2).flatten(1, 2),
-        plain_pool(grid, (2, 3)),
-        x,
-        35,
-    )
-    catches(lambda x: mix.pool_tokens(x, (7, 5), (2, 3)), plain_pool(grid, (2, 3)), x, 35)
+    x, plain = draw((2, 35, 3)), plain_pool((5, 7), (2, 3))
+
+    def swapped(x):
+        return mix.pool_tokens(x, (5, 7), (3, 2)).unflatten(1, (3, 2)).transpose(1, 2).flatten(1, 2)
+
+    catches(swapped, plain, x, 35)
+    catches(lambda x: mix.pool_tokens(x, (7, 5), (2, 3)), plain, x, 35)
     square = draw((2, 25, 3))
     catches(lambda x: mix.pool_axis(x, (5, 5), 0), plain_profile((5, 5), 1), square, 25)
 
@@ -239,11 +226,11 @@ def test_gate_twin_is_caught():
     catches(lambda x, g, h: mix.gate_axes(x, (5, 5), (h, g)), plain_gates((5, 5)), tensors, 25)
 
 
-X = torch.zeros(1, 6, 2)
-BAD = [
+X, GATE = torch.zeros(1, 6, 2), torch.zeros(1, 3, 2)
+BAD: list[tuple[Any, str]] = [
     (lambda: mix.to_map(X, (2, 2)), "x: got N = 6"),
     (lambda: mix.to_map(X[0], (6,)), r"x: got \(6, 2\)"),
-    (lambda: mix.to_map([1.0], (1,)), "x: got list"),
+    (lambda: mix.to_map([1.0], (1,)), "x: got list"),  # type: ignore[arg-type]
     (lambda: mix.to_map(X, (1, 1, 2, 3)), r"grid: got \(1, 1, 2, 3\)"),
     (lambda: mix.to_map(X, (0, 6)), "grid: got 0"),
     (lambda: mix.to_tokens(X[0]), r"x: got shape \(6, 2\)"),
@@ -257,10 +244,7 @@ BAD = [
     (lambda: mix.pool_tokens(X, (2, 3), (2, 0)), "size: got 0"),
     (lambda: mix.pool_axis(X, (2, 3), 2), "axis: got 2"),
     (lambda: mix.gate_axes(X, (2, 3), [torch.zeros(1, 2, 2)]), "gates: got 1"),
-    (
-        lambda: mix.gate_axes(X, (2, 3), [torch.zeros(1, 3, 2), torch.zeros(1, 3, 2)]),
-        r"gates: got shape \(1, 3, 2\) for axis 0",
-    ),
+    (lambda: mix.gate_axes(X, (2, 3), [GATE, GATE]), r"gates: got shape \(1, 3, 2\) for axis 0"),
 ]
 
 
@@ -277,9 +261,7 @@ def test_examples(module):
 
 
 def test_the_room_is_light():
-    code = (
-        "import sys, saccade.mix; print(sorted({'triton', 'transformers', 'plotly', 'matplotlib'} & set(sys.modules)))"
-    )
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    )
+    heavy = {"triton", "transformers", "plotly", "matplotlib"}
+    code = f"import sys, saccade.mix; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -23,8 +23,7 @@ def depthwise_conv(
     x (B, N, C) of a row-major grid of one to three axes; weight (C, 1, *kernel), the layout of torch's grouped
     convolutions; bias (C,).
     Kernels are centred, so dilation * (K - 1) must be even. Costs N C times the taps.
-    Errors: ValueError when the grid has not N tokens, weight has another rank or number of channels, or a kernel has no
-    centre.
+    Errors: ValueError when the grid has not N tokens, weight does not fit grid and channels, or a kernel has no centre.
 
     >>> depthwise_conv(torch.arange(4.0).view(1, 4, 1), (4,), torch.ones(1, 1, 3)).flatten().tolist()
     [1.0, 3.0, 6.0, 5.0]
@@ -41,18 +40,17 @@ def depthwise_conv(
             f"weight: got kernel {tuple(weight.shape[2:])} with dilation {dilation}, without a centre; pass odd sizes"
         )
     padding = [tokens // 2 for tokens in reach]
-    return to_tokens(
-        CONVOLVE[len(grid)](to_map(x, grid), weight, bias, padding=padding, dilation=dilation, groups=x.shape[-1])
-    )
+    convolve = CONVOLVE[len(grid)]
+    y = convolve(to_map(x, grid), weight, bias, padding=padding, dilation=dilation, groups=x.shape[-1])
+    return to_tokens(y)
 
 
 class DepthwiseConv(nn.Module):
     """`depthwise_conv` with learned weights, for any grid of the kernel's rank.
 
-    dim: channels C. kernel: taps an axis, one number for each axis of the grid. dilation: tokens between taps (default
-    1).
-    bias: add a learned (C,) (default True). Initial values are those of torch's convolutions. forward: x (B, N, C),
-    grid -> (B, N, C).
+    dim: channels C. kernel: taps an axis, one number for each axis of the grid. dilation: tokens from one tap to the
+    next (default 1). bias: add a learned (C,) (default True). Initial values are those of torch's convolutions.
+    forward: x (B, N, C), grid -> (B, N, C).
 
     >>> DepthwiseConv(4, (3, 3))(torch.randn(1, 35, 4), (5, 7)).shape
     torch.Size([1, 35, 4])

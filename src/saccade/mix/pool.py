@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
 from saccade.errors import positive
 from saccade.mix.tokens import check_tokens, to_map, to_tokens
 
-ADAPTIVE = {
+ADAPTIVE: dict[int, Callable[..., Tensor]] = {
     1: nn.functional.adaptive_avg_pool1d,
     2: nn.functional.adaptive_avg_pool2d,
     3: nn.functional.adaptive_avg_pool3d,

@@ -43,8 +43,7 @@ def to_map(x: Tensor, grid: Sequence[int]) -> Tensor:
 def to_tokens(x: Tensor) -> Tensor:
     """A map as tokens: the inverse of `to_map`.
 
-    x (B, C, *grid) -> (B, N, C), a view when channels are last in memory, as `to_map` and convolutions of its maps
-    leave them.
+    x (B, C, *grid) -> (B, N, C), a view when channels are last in memory, as `to_map` and convolutions leave them.
     Errors: ValueError for fewer than three axes.
 
     >>> x = torch.randn(2, 6, 5)

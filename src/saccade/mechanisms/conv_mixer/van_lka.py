@@ -11,19 +11,19 @@ from saccade.mix import DepthwiseConv
 
 
 class VanLka(Mixer):
-    """The attention module of the Visual Attention Network.
+    """Large kernel attention: pixels gated by a large convolution, made of three small ones.
 
         u = GELU(W1 x + b1),   a = W3 DW_d(DW(u)) + b3,   y = W2 (u * a) + b2 + x
 
     x, u, a, y (B, N, C): tokens of a row-major grid (Y, X); DW: depthwise convolution of 2d - 1 taps an axis; DW_d: of
     ceil(K / d) taps that are d tokens apart, both biased and zero outside the grid; W1, W2, W3 (C, C). No softmax, no
     sigmoid, no norm: a itself is the gate.
-    Paper: arXiv 2202.09741, section 3.1; the biases, the order and the inner shortcut follow the authors'
-    code, where x is the already normed input.
+    Paper: arXiv 2202.09741, section 3.1; the biases, the order and the inner shortcut follow the authors' code, where x
+    is the already normed input.
     Deviations: the batch norm before, the layer scale and the MLP of the block belong to the host; 1 x 1 convolutions
     are linear layers.
-    kernel: K, tokens an axis of the kernel that is decomposed (default 21). dilation: d (default 3). Both small kernels
-    must be odd.
+    kernel: K, tokens an axis of the kernel that is decomposed (default 21); ceil(K / d) must be odd. dilation: d
+    (default 3).
     Costs N C (3 C + (2d - 1)^2 + ceil(K / d)^2) multiplications.
     Errors: ValueError when dims.grid has not two axes, or ceil(kernel / dilation) is even.
 
@@ -45,6 +45,7 @@ class VanLka(Mixer):
 
     def __init__(self, dims: Dims, *, kernel: int = 21, dilation: int = 3) -> None:
         super().__init__(dims)
+        self.grid = dims.grid or ()
         near, far = 2 * positive("dilation", dilation) - 1, -(-positive("kernel", kernel) // dilation)
         if far % 2 == 0:
             raise ValueError(
@@ -54,22 +55,22 @@ class VanLka(Mixer):
         self.near = DepthwiseConv(dims.dim, (near, near))
         self.far = DepthwiseConv(dims.dim, (far, far), dilation=dilation)
         self.across = nn.Linear(dims.dim, dims.dim)
-        for layer in (self.enter, self.near, self.far, self.across, self.leave):
-            fan_out = layer.weight[0].numel() if isinstance(layer, DepthwiseConv) else dims.dim
-            nn.init.normal_(layer.weight, std=(2 / fan_out) ** 0.5)
-            nn.init.zeros_(layer.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:  # one row of a weight has as many entries as an input channel has outgoing edges
+                nn.init.normal_(parameter, std=(2 / parameter[0].numel()) ** 0.5)
 
     def attention(self, u: Tensor) -> Tensor:
         """The gate (B, N, C) that tokens u (B, N, C) make for themselves."""
-        grid = self.dims.grid
-        return self.across(self.far(self.near(u, grid), grid))
+        return self.across(self.far(self.near(u, self.grid), self.grid))
 
     def compute(self, x: Tensor) -> Tensor:
         u = nn.functional.gelu(self.enter(x))
         return self.leave(u * self.attention(u)) + x
 
     def oracle(self, x: Tensor) -> Tensor:
-        (height, width), weights = self.dims.grid, dict(self.named_parameters())
+        (height, width), weights = self.grid, dict(self.named_parameters())
 
         def convolve(u: Tensor, name: str, dilation: int) -> Tensor:
             weight, taps = weights[f"{name}.weight"], range(weights[f"{name}.weight"].shape[2])
@@ -125,7 +126,7 @@ class VanLka(Mixer):
         holds = weights == 25 + 49 + 16 and work[1] == 2 * work[0]
         return Finding(
             holds,
-            f"{weights} weights against {441 * 16} at C = 16; {work[1] / work[0]:.3f} times the work for twice the tokens",
+            f"{weights} weights against {441 * 16} at C = 16; {work[1] / work[0]:.3f} times the work at twice N",
         )
 
     @claim("Without biases the gated tokens u * a(u) are quadratic: twice the input gives four times the output.")
@@ -134,7 +135,5 @@ class VanLka(Mixer):
         u = torch.randn(1, 77, 5, dtype=torch.float64)
         with torch.no_grad():
             once, twice = u * module.attention(u), 2 * u * module.attention(2 * u)
-        # Powers of two scale without rounding, so the equality is exact.
-        return Finding(
-            torch.equal(twice, 4 * once), f"largest difference from 4: {float((twice / once - 4).abs().max()):.1e}"
-        )
+        figure = f"largest difference from 4: {float((twice / once - 4).abs().max()):.1e}"
+        return Finding(torch.equal(twice, 4 * once), figure)  # powers of two scale without rounding

@@ -11,16 +11,15 @@ from saccade.mix import gate_axes, pool_axis
 
 
 class CoordAttention(Mixer):
-    """Coordinate attention.
+    """Coordinate attention: channels gated by what the rows and the columns of the map hold.
 
         z = [mean over columns of x ; mean over rows of x],   f = hswish(BN(W z + b))
         g = sigmoid(Wy f_rows + by),   h = sigmoid(Wx f_columns + bx),   y[i, j] = x[i, j] * g[i] * h[j]
 
-    x, y (B, N, C): tokens of a row-major grid (Y, X); z (B, Y + X, C); W (m, C); f (B, Y + X, m); Wy, Wx (C, m); g (B,
-    Y, C), h (B, X, C); hswish(t) = t relu6(t + 3) / 6; BN normalises each of the m channels over batch and Y + X, with
-    running statistics in evaluation mode.
-    Paper: arXiv 2103.02907, section 3.2; m = max(least_dim, C // reduction) and the biases as in the
-    authors' code.
+    x, y (B, N, C): tokens of a row-major grid (Y, X); z (B, Y + X, C); W (m, C); f (B, Y + X, m); Wy, Wx (C, m);
+    g (B, Y, C), h (B, X, C); hswish(t) = t relu6(t + 3) / 6; BN normalises each of the m channels over batch and Y + X,
+    with running statistics in evaluation mode.
+    Paper: arXiv 2103.02907, section 3.2; m = max(least_dim, C // reduction) and the biases as in the authors' code.
     Deviations: none; 1 x 1 convolutions are linear layers, and as in the paper there is no residual. The oracle is that
     of evaluation mode.
     reduction: C / m (default 32). least_dim: smallest m (default 8).
@@ -45,6 +44,7 @@ class CoordAttention(Mixer):
 
     def __init__(self, dims: Dims, *, reduction: int = 32, least_dim: int = 8) -> None:
         super().__init__(dims)
+        self.grid = dims.grid or ()
         inner = max(positive("least_dim", least_dim), dims.dim // positive("reduction", reduction))
         self.reduce = nn.Linear(dims.dim, inner)
         self.norm = nn.BatchNorm1d(inner)
@@ -52,17 +52,16 @@ class CoordAttention(Mixer):
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The gates of the rows (B, Y, C) and of the columns (B, X, C)."""
-        grid = self.dims.grid
-        profiles = self.reduce(torch.cat([pool_axis(x, grid, 0), pool_axis(x, grid, 1)], 1))
+        profiles = self.reduce(torch.cat([pool_axis(x, self.grid, 0), pool_axis(x, self.grid, 1)], 1))
         shared = nn.functional.hardswish(self.norm(profiles.mT).mT)
-        rows, columns = shared.split(grid, 1)
+        rows, columns = shared.split(self.grid, 1)
         return self.rows(rows).sigmoid(), self.columns(columns).sigmoid()
 
     def compute(self, x: Tensor) -> Tensor:
-        return gate_axes(x, self.dims.grid, self.gates(x))
+        return gate_axes(x, self.grid, self.gates(x))
 
     def oracle(self, x: Tensor) -> Tensor:
-        w, (height, width) = {**dict(self.named_parameters()), **dict(self.named_buffers())}, self.dims.grid
+        w, (height, width) = {**dict(self.named_parameters()), **dict(self.named_buffers())}, self.grid
         image = x.reshape(len(x), height, width, -1)
 
         def gate(profile: Tensor, name: str) -> Tensor:
@@ -72,8 +71,8 @@ class CoordAttention(Mixer):
             f = f * (f + 3).clamp(0, 6) / 6
             return 1 / (1 + torch.exp(-(f @ w[f"{name}.weight"].T + w[f"{name}.bias"])))
 
-        row = [gate(sum(image[:, i, j] for j in range(width)) / width, "rows") for i in range(height)]
-        column = [gate(sum(image[:, i, j] for i in range(height)) / height, "columns") for j in range(width)]
+        row = [gate(image[:, i].mean(1), "rows") for i in range(height)]
+        column = [gate(image[:, :, j].mean(1), "columns") for j in range(width)]
         return torch.stack([image[:, i, j] * row[i] * column[j] for i in range(height) for j in range(width)], 1)
 
     @classmethod
@@ -90,9 +89,8 @@ class CoordAttention(Mixer):
         with torch.no_grad():
             gate = (module(x) / x).view(11, 13, 16).movedim(-1, 0)
         rank, low, high = int(torch.linalg.matrix_rank(gate).max()), float(gate.min()), float(gate.max())
-        return Finding(
-            rank == 1 and min(low, 1 - high) > 0, f"largest rank {rank} of 16 maps, values from {low:.3f} to {high:.3f}"
-        )
+        figure = f"largest rank {rank} of 16 maps, values from {low:.3f} to {high:.3f}"
+        return Finding(rank == 1 and min(low, 1 - high) > 0, figure)
 
     @claim("With frozen statistics the gate at (i, j) sees row i and column j only; batch statistics couple all.")
     def criss_cross(cls) -> Finding:
@@ -106,11 +104,9 @@ class CoordAttention(Mixer):
             found.append(seen.view(2, 5, 7, 16).ne(0).any(-1))
         cross = torch.zeros(2, 5, 7, dtype=torch.bool)
         cross[0, 2] = cross[0, :, 3] = True
-        holds = torch.equal(found[0], cross) and bool(found[1].all())
-        return Finding(
-            holds,
-            f"{int(found[0].sum())} of 2 x 35 tokens with frozen statistics, {int(found[1].sum())} with the batch's",
-        )
+        frozen, batch = (int(seen.sum()) for seen in found)
+        figure = f"{frozen} of 2 x 35 tokens with frozen statistics, {batch} with the batch's"
+        return Finding(torch.equal(found[0], cross) and bool(found[1].all()), figure)
 
     @claim("The layers of the gates take 2 C m (Y + X) multiplications, not C^2 Y X.")
     def cheap_gates(cls) -> Finding:
@@ -120,7 +116,5 @@ class CoordAttention(Mixer):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             module(torch.randn(1, height * width, dim))
         work = counter.get_total_flops() // 2
-        return Finding(
-            work == 2 * dim * inner * (height + width),
-            f"{work} against {dim * dim * height * width} at C = 256 on 11 x 13",
-        )
+        figure = f"{work} against {dim * dim * height * width} at C = 256 on 11 x 13"
+        return Finding(work == 2 * dim * inner * (height + width), figure)

@@ -1,0 +1,1 @@
+"""Patterns that the data decide."""

@@ -1,0 +1,188 @@
+"""DuoAttention: some key heads keep everything, the others only sinks and recent tokens; a gate a head tells them
+apart.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from saccade import attend
+from saccade.contract import CachePolicy, Case, Dims, Finding, Spec, claim
+from saccade.errors import positive
+from saccade.where import Causal, Pattern, PerHead, Plan, Sinks, Window
+
+
+@dataclass(frozen=True)
+class DuoState:
+    """Keys and values (2, B, heads, tokens, D): of the heads that keep all, and of those that keep sinks and recent
+    ones.
+    """
+
+    whole: Tensor
+    recent: Tensor
+
+
+class DuoAttention(CachePolicy):
+    """Retrieval heads with a full cache, streaming heads with a short one.
+
+        full = causal attention,   stream = the same over keys j < sink or i - j < recent
+        trained (share None): o = a full + (1 - a) stream,   a = clamp(alpha, 0, 1), one for each key head
+        deployed: o = full on the key heads with the largest alpha, stream on the others
+
+    q (B, H, N, D), k, v (B, Hkv, N, D) -> o (B, H, N, D). The query heads of a key head share its gate. Paper: arXiv
+    2410.10819, sections 2.2 and 2.3; the form of the gate and its start at 1 follow the authors' code. Their loss is
+    the squared distance of the last hidden states from the full model's plus 0.05 mean |alpha| over all layers.
+    Deviations: the authors pick heads by one quantile over all layers; here `share` is that of one layer, which a
+    caller may set a layer. Their decoder reads the current token on top of sink + recent cached ones; here the window
+    counts it, as in training, so that prefill in any pieces and decode agree. share: part of the key heads that is
+    full, rounded (default 0.5); None trains the gates. sink: 64. recent: 256, the query included. Costs N^2 / 2 pairs
+    on a full head, N (sink + recent) on another; share L + (1 - share) (sink + recent) cached tokens. Errors:
+    ValueError for a share outside [0, 1].
+
+    >>> duo, x = DuoAttention(Dims(4, 8), sink=2, recent=6), torch.randn(1, 4, 32, 8)
+    >>> duo(x, x, x).shape, duo.kept(32).sum(1).tolist()
+    (torch.Size([1, 4, 32, 8]), [32, 32, 8, 8])
+    """
+
+    spec = Spec(
+        id="duo_attention",
+        name="DuoAttention",
+        title="DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads",
+        paper="2410.10819",
+        year=2024,
+        family="kv_cache",
+        uses=("attend", "PerHead", "Sinks", "Window"),
+    )
+    causal = True
+    per_head = True
+
+    def __init__(self, dims: Dims, *, share: float | None = 0.5, sink: int = 64, recent: int = 256) -> None:
+        super().__init__(dims)
+        if share is not None and not 0 <= share <= 1:
+            raise ValueError(f"share: got {share}; pass a number from 0 to 1, or None to train the gates")
+        self.share, self.sink, self.recent = share, positive("sink", sink, least=0), positive("recent", recent)
+        self.alpha = nn.Parameter(torch.ones(dims.num_kv_heads))
+
+    @property
+    def stream(self) -> Pattern:
+        """What a streaming head sees."""
+        return (Sinks(self.sink) | Window(self.recent)) & Causal() if self.sink else Window(self.recent) & Causal()
+
+    def full_heads(self) -> list[bool]:
+        """Which key heads are full: those with the largest gates, the first of equals."""
+        heads = self.dims.num_kv_heads
+        count = heads if self.share is None else math.floor(self.share * heads + 0.5)
+        best = set(self.alpha.detach().float().argsort(descending=True, stable=True)[:count].tolist())
+        return [h in best for h in range(heads)]
+
+    def pattern(self) -> Pattern:
+        """What each query head sees once deployed."""
+        return PerHead(
+            [Causal() if full else self.stream for full in self.full_heads() for _ in range(self.dims.group)]
+        )
+
+    def plan(self, q: Tensor, k: Tensor) -> Plan:
+        return self.pattern().plan(q.shape[2], k.shape[2], q.shape[1], block=(64, 64), device=q.device)
+
+    def mixed(self, full: Tensor, stream: Tensor) -> Tensor:
+        """a full + (1 - a) stream, both (B, H, N, D)."""
+        a = self.alpha.clamp(0, 1).repeat_interleave(self.dims.group).to(full.dtype)[:, None, None]
+        return a * full + (1 - a) * stream
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.share is not None:
+            return attend(q, k, v, self.pattern())
+        return self.mixed(attend(q, k, v, Causal()), attend(q, k, v, self.stream))
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, *, state: DuoState | None = None) -> tuple[Tensor, DuoState]:
+        full = self.full_heads()
+        train = self.share is None
+        at = [
+            [h for h, is_full in enumerate(full) if is_full],
+            [h for h, is_full in enumerate(full) if train or not is_full],
+        ]
+        new = torch.stack([k, v])
+        whole, recent = (new[:, :, heads] for heads in at)
+        if state is not None:
+            whole, recent = torch.cat([state.whole, whole], 3), torch.cat([state.recent, recent], 3)
+        if recent.shape[3] > self.sink + self.recent:
+            recent = torch.cat([recent[..., : self.sink, :], recent[..., -self.recent :, :]], 3)
+        out = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
+        found = []
+        for heads, (keys, values) in zip(at, (whole, recent), strict=True):
+            if heads:
+                mine = [h * self.dims.group + g for h in heads for g in range(self.dims.group)]
+                found.append(attend(q[:, mine], keys, values))
+                out[:, mine] = found[-1]
+        return self.mixed(*found) if train else out, DuoState(whole, recent)
+
+    def kept(self, num_tokens: int) -> Tensor:
+        full = torch.tensor(self.full_heads())[:, None]
+        token = torch.arange(num_tokens)
+        return full | (token < self.sink) | (token >= num_tokens - self.recent)
+
+    def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        (_, heads, n, d), (kv_heads, m) = q.shape, k.shape[1:3]
+        alpha, rows = dict(self.named_parameters())["alpha"], []
+        ranked = sorted(range(kv_heads), key=lambda h: -float(alpha[h].detach()))
+        best = ranked if self.share is None else ranked[: int(self.share * kv_heads + 0.5)]
+        for h in range(heads):
+            shared = h // (heads // kv_heads)
+            for i in range(m - n, m):
+                scores = (q[:, h, i - m + n, None] * k[:, shared, : i + 1]).sum(-1) / d**0.5
+                near = [j for j in range(i + 1) if j < self.sink or i - j < self.recent]
+                everything = (scores.softmax(-1)[..., None] * v[:, shared, : i + 1]).sum(1)
+                streaming = (scores[:, near].softmax(-1)[..., None] * v[:, shared, near]).sum(1)
+                a = alpha[shared].clamp(0, 1) if self.share is None else float(shared in best)
+                rows.append(a * everything + (1 - a) * streaming)
+        return torch.stack(rows, 1).unflatten(1, (heads, n))
+
+    @classmethod
+    def cases(cls) -> list[Case]:
+        return [
+            Case(Dims(4, 8), 37, {"sink": 3, "recent": 8}),
+            Case(Dims(4, 4, 2), 29, {"sink": 1, "recent": 5, "share": None}),
+            Case(Dims(6, 4, 3), 31, {"sink": 0, "recent": 7, "share": 0.3}, batch=1),
+            Case(Dims(2, 8), 23, {"share": 1.0}, batch=1),
+        ]
+
+    @classmethod
+    def full_budget(cls, dims: Dims, length: int) -> dict[str, float]:
+        return {"share": 1.0}
+
+    @claim("Cached tokens per head are share L + (1 - share) min(L, sink + recent).")
+    def cache(cls) -> Finding:
+        length = 8192
+        duo = cls(Dims(16, 8, 8), share=0.25)
+        held = float(duo.kept(length).sum(1).double().mean())
+        return Finding(held == 0.25 * length + 0.75 * 320, f"{held:.0f} of {length} tokens per head at share 0.25")
+
+    @claim("On planted retrieval heads the optimiser separates them from streaming ones.")
+    def separates(cls) -> Finding:
+        random = torch.Generator().manual_seed(0)
+        n, heads, planted = 192, 8, {1, 4, 6}
+        q, k, v = torch.randn(3, 4, heads, n, 16, generator=random)
+        for h in planted:  # late queries ask for what was said early, outside of the window
+            q[:, h, 128:] = 4 * k[:, h, 32:96]
+        duo = cls(Dims(heads, 16), share=None, sink=4, recent=16)
+        optimiser = torch.optim.AdamW(duo.parameters(), lr=0.02, weight_decay=0.0)
+        with torch.no_grad():
+            full, stream = attend(q, k, v, Causal()), attend(q, k, v, duo.stream)
+            # Heads that stream in truth put next to nothing outside of the window.
+            target = torch.stack([full[:, h] if h in planted else stream[:, h] for h in range(heads)], 1)
+        for _ in range(100):
+            optimiser.zero_grad()
+            loss = (duo.mixed(target, stream) - target)[:, :, 128:].square().mean() + 0.05 * duo.alpha.abs().mean()
+            loss.backward()
+            optimiser.step()
+        duo.share = len(planted) / heads
+        found = {h for h, is_full in enumerate(duo.full_heads()) if is_full}
+        low = max(float(duo.alpha[h].detach()) for h in range(heads) if h not in planted)
+        high = min(float(duo.alpha[h].detach()) for h in planted)
+        return Finding(
+            found == planted and high > 0.5 > low, f"gates of planted heads >= {high:.2f}, of the others <= {low:.2f}"
+        )

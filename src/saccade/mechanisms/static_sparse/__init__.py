@@ -1,0 +1,1 @@
+"""Patterns that are fixed before the data are seen."""
