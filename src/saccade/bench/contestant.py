@@ -1,0 +1,109 @@
+"""A mechanism entered for a comparison: built for a sample, called, and watched."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.bench.dense import DenseMixer, dense_attention
+from saccade.bench.sample import Sample
+from saccade.contract import Attention, Mechanism, Mixer
+from saccade.testing.ambient import seeded
+from saccade.testing.subject import cast
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A class, and the backend asked of it (None: its own choice)."""
+
+    cls: type[Mechanism]
+    backend: str | None = None
+
+    @property
+    def is_mixer(self) -> bool:
+        return issubclass(self.cls, Mixer)
+
+    def build(self, sample: Sample, device: str, dtype: torch.dtype) -> Mechanism:
+        """The module with the paper's parameters, for the sample's shape; the same seed gives the same weights."""
+        if not issubclass(self.cls, (Attention, Mixer)):
+            raise NotImplementedError(
+                f"the contract {self.cls.contract()} has no dense counterpart to be compared with"
+            )
+        options = {"backend": self.backend} if self.backend and "backend" in self.cls.params() else {}
+        with seeded(0):
+            module = self.cls(sample.mixer_dims if self.is_mixer else sample.dims, **options)
+        return cast(module, dtype).to(device).eval()
+
+    def inputs(self, sample: Sample) -> tuple[Tensor, ...]:
+        return (sample.x,) if self.is_mixer else (sample.q, sample.k, sample.v)
+
+    def options(self) -> dict[str, Any]:
+        """What a call passes on: the backend, where `compute` takes one."""
+        takes = inspect.signature(self.cls.compute).parameters
+        return {"backend": self.backend} if self.backend and "backend" in takes else {}
+
+    def call(self, module: Mechanism, sample: Sample) -> Callable[[], Tensor]:
+        """The call that is timed: nothing but the module, without gradients."""
+        inputs, options = self.inputs(sample), self.options()
+
+        @torch.no_grad()
+        def run() -> Tensor:
+            return module(*inputs, **options)
+
+        return run
+
+
+def baseline_call(is_mixer: bool, causal: bool, sample: Sample) -> Callable[[], Tensor]:
+    """Dense attention on the same inputs; for a layer, a dense layer of the same dims."""
+    if not is_mixer:
+        q, k, v = sample.q, sample.k, sample.v
+        return torch.no_grad()(lambda: dense_attention(q, k, v, causal))
+    with seeded(0):
+        layer = DenseMixer(sample.mixer_dims, causal).to(sample.x).eval()
+    return torch.no_grad()(lambda: layer(sample.x))
+
+
+def density(module: Mechanism, sample: Sample) -> float | None:
+    """Attended / admissible pairs of the plan followed for these inputs; None where it follows none."""
+    if not isinstance(module, Attention):
+        return None
+    with torch.no_grad():
+        plan = module.plan(sample.q, sample.k)
+    found = None if plan is None else float(plan.density)
+    return found if found is None or math.isfinite(found) else None
+
+
+@contextmanager
+def watch_backends() -> Iterator[set[str]]:
+    """Which of saccade's backends really run inside: their module names, as the interpreter enters their `run`."""
+    ran: set[str] = set()
+
+    def look(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_name == "run":
+            module = frame.f_globals.get("__name__", "")
+            if module.startswith("saccade.softmax."):
+                ran.add(str(frame.f_globals.get("name") or module.rpartition(".")[2]))
+
+    before = sys.getprofile()
+    sys.setprofile(look)
+    try:
+        yield ran
+    finally:
+        sys.setprofile(before)
+
+
+def backend_of(module: Mechanism, ran: set[str]) -> str:
+    """Those that were seen to run, else what the mechanism says of itself, else plain PyTorch."""
+    said = getattr(module, "backend", None)
+    if ran:
+        return "+".join(sorted(ran))
+    return said if isinstance(said, str) and said != "auto" else "torch"

@@ -1,0 +1,311 @@
+"""The command line: list and show mechanisms, check them, compare them, draw them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from saccade.bench.inputs import Workload
+    from saccade.contract import Mechanism
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="One engine, one vocabulary and one proof for efficient attention.",
+)
+Json = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
+Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Mechanisms; none given: all of them.")]
+Shape = Annotated[
+    str | None,
+    typer.Option(metavar="B,H,HKV,N,D", help="Random inputs: batch, query heads, key heads, tokens, channels."),
+]
+Capture = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="Inputs from a transformers model: an id or a path.")
+]
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="saccade")
+
+
+@contextmanager
+def _refusing(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors of these kinds into one line on stderr and exit code 2."""
+    try:
+        yield
+    except kinds as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, ModuleNotFoundError):
+            text = f"{error.name} is missing; pip install 'saccade[bench]'"
+        typer.echo(f"saccade: {text}", err=True)
+        raise typer.Exit(2) from error
+
+
+@app.command("list")
+def list_(
+    family: Annotated[str | None, typer.Option(help="Only mechanisms of this family.")] = None, as_json: Json = False
+) -> None:
+    """List the mechanisms."""
+    from dataclasses import asdict
+
+    from saccade.catalogue import mechanism, mechanisms
+    from saccade.errors import known
+
+    specs = mechanisms()
+    if family is not None:
+        with _refusing(ValueError):
+            known("family", family, sorted({spec.family for spec in specs}))
+        specs = [spec for spec in specs if spec.family == family]
+    if as_json:
+        typer.echo(json.dumps([asdict(spec) | {"contract": mechanism(spec.id).contract()} for spec in specs], indent=1))
+        return
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("id", "name", "family", "year", "paper"):
+        table.add_column(column, no_wrap=column == "id")
+    for spec in specs:
+        table.add_row(spec.id, spec.name, spec.family, str(spec.year), spec.paper)
+    _console().print(table)
+    typer.echo(f"{len(specs)} mechanisms")
+
+
+@app.command()
+def show(id: Annotated[str, typer.Argument(help="A mechanism.")]) -> None:
+    """Show one mechanism: its equations, parameters and claims."""
+    import inspect
+
+    cls = _classes([id])[0]
+    spec = cls.spec
+    typer.echo(f"{spec.name} ({spec.id})\n{spec.title}, {spec.year}, {spec.paper}\n")
+    given = [k if v is inspect.Parameter.empty else f"{k}={v!r}" for k, v in cls.params().items()]
+    about = {
+        "family": spec.family,
+        "contract": cls.contract(),
+        "inputs": _inputs(cls),
+        "uses": ", ".join(spec.uses),
+        "params": ", ".join(given) or "none",
+    }
+    typer.echo("\n".join(f"{key:<9} {value}" for key, value in about.items()))
+    typer.echo(f"\n{inspect.getdoc(cls)}")
+    claims = [sentence for sentence, _ in cls.claims().values()]
+    if claims:
+        typer.echo("\nClaims\n" + "\n".join(f"- {sentence}" for sentence in claims))
+
+
+@app.command()
+def check(ids: Ids = None, as_json: Json = False) -> None:
+    """Prove mechanisms by the conformance suite; exit code 1 when one fails."""
+    from saccade.testing import cli_table
+
+    chosen = [cls.spec.id for cls in _classes(ids)]
+    report = cli_table(chosen)
+    if as_json:
+        typer.echo(json.dumps(report.rows(), indent=1))
+    else:
+        _console().print(report)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
+def compare(
+    ids: Ids = None,
+    shape: Shape = None,
+    capture: Capture = None,
+    lengths: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Tokens (default 512,2048,8192; N of --shape).")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 (default on the CPU), bfloat16 (elsewhere), float16, float64.")
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Ask this backend of every mechanism; what runs another is FELL_BACK.")
+    ] = None,
+    budget: Annotated[float, typer.Option(metavar="SECONDS", help="For all of it.")] = 100.0,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the report goes.")] = Path("saccade-report"),
+) -> None:
+    """Measure mechanisms beside dense attention on the same inputs: speed, memory, error; then write a report.
+
+    The inputs are those of a small language model reading text, and patches of a photograph for grids.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    with _refusing(ModuleNotFoundError):
+        from saccade.bench import report
+    from saccade.bench.compare import LENGTHS, compare
+    from saccade.bench.console import tell
+    from saccade.bench.inputs import Unreadable
+
+    classes = _classes(ids)
+    with _refusing(ValueError, TypeError):
+        sizes = _shape(shape) if shape else None
+        tokens = _numbers("lengths", lengths) if lengths else [sizes[3]] if sizes else list(LENGTHS)
+        workloads = _workloads(sizes, capture, tokens)
+        number = _dtype(dtype)
+        _check_device(device)
+        _check_backend(backend)
+        _check_folder(out)
+        if not budget > 0:
+            raise ValueError(f"budget: got {budget:g}; pass seconds > 0")
+    columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = _console(stderr=True)
+    # Drawn when something happens only: a thread that redraws would be felt in the times.
+    bar = Progress(*columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal)
+    with _refusing(Unreadable), bar:
+        task = bar.add_task("starting")
+
+        def progress(done: int, total: int, text: str) -> None:
+            bar.update(task, completed=done, total=total, description=text, refresh=True)
+
+        found = compare(
+            classes,
+            workloads,
+            lengths=tokens,
+            device=device,
+            dtype=number,
+            backend=backend,
+            budget=budget,
+            progress=progress,
+        )
+    tell(found, _console())
+    for path in report.write(found, out):
+        typer.echo(path)
+
+
+@app.command()
+def draw(
+    what: Annotated[
+        str, typer.Argument(metavar="ID|PATTERN", help="A mechanism, or a pattern such as 'Window(64) & Causal()'.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A .png (default: named after what is drawn).")
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens (default 256; a grid's own).")] = None,
+    shape: Shape = None,
+    capture: Capture = None,
+) -> None:
+    """Draw who attends to whom: what a mechanism does on real input, or what a pattern admits."""
+    from saccade.bench.draw import draw_mechanism, draw_pattern
+    from saccade.bench.expression import parse_pattern
+    from saccade.bench.guard import Failed
+    from saccade.bench.inputs import Unreadable
+    from saccade.errors import positive
+
+    path = out or Path(f"{what if what.isidentifier() else 'pattern'}.png")
+    with _refusing(ValueError, TypeError, ModuleNotFoundError):
+        if length is not None:
+            positive("length", length)
+        _check_image(path)
+        drawing = draw_pattern(parse_pattern(what), length) if "(" in what else None
+        workloads = _workloads(_shape(shape) if shape else None, capture, [length or 256])
+    if drawing is None:
+        (cls,) = _classes([what])
+        with _refusing(Unreadable, Failed):
+            drawing = draw_mechanism(cls, workloads, length or 256)
+    typer.echo(drawing.save(path))
+
+
+def _console(stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def _classes(ids: list[str] | None) -> list[type[Mechanism]]:
+    """The mechanisms asked for, each once, or all of them."""
+    from saccade.catalogue import mechanism, mechanisms
+
+    with _refusing(ValueError):
+        return [mechanism(id) for id in dict.fromkeys(ids or (spec.id for spec in mechanisms()))]
+
+
+def _inputs(cls: type[Mechanism]) -> str:
+    """What a mechanism takes, in words."""
+    from saccade.contract import Mixer
+
+    tensors = "hidden states (B, N, C)" if issubclass(cls, Mixer) else "q, k, v (B, H, N, D)"
+    order = f"tokens of a {cls.spec.grid}-D grid" if cls.spec.grid else "a sequence"
+    return f"{tensors}, {order}, {'causal' if cls.causal else 'not causal'}"
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    """Positive integers between commas."""
+    from saccade.errors import positive
+
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.lstrip("-").isdigit() for part in parts):
+        raise ValueError(f"{name}: got {text!r}; pass integers between commas, like 1024,4096")
+    return [positive(name, int(part)) for part in parts]
+
+
+def _shape(text: str) -> tuple[int, int, int, int, int]:
+    sizes = _numbers("shape", text)
+    if len(sizes) != 5:
+        raise ValueError(f"shape: got {text!r}; pass B,H,HKV,N,D, like 1,8,2,4096,64")
+    batch, heads, kv_heads, tokens, channels = sizes
+    return batch, heads, kv_heads, tokens, channels
+
+
+def _workloads(shape: tuple[int, int, int, int, int] | None, capture: str | None, lengths: list[int]) -> list[Workload]:
+    """Where the inputs come from."""
+    from saccade.bench.inputs import CapturedModel, CapturedText, Photograph, Synthetic
+
+    if shape and capture:
+        raise ValueError(f"shape: got {','.join(map(str, shape))} beside capture {capture!r}; pass one of them")
+    if shape:
+        return [Synthetic(shape)]
+    return [CapturedModel(capture, lengths) if capture else CapturedText(lengths), Photograph()]
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    from saccade.errors import known
+
+    return None if name is None else getattr(torch, known("dtype", name, ("float16", "bfloat16", "float32", "float64")))
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    if name == "cpu":
+        return
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or not (index.isdigit() or name == "cuda"):
+        raise ValueError(f"device: got {name!r}; pass cpu, cuda or cuda:N")
+    if int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: got {name!r}, but there are {torch.cuda.device_count()} CUDA devices here; pass cpu")
+
+
+def _check_backend(name: str | None) -> None:
+    from saccade.errors import known
+    from saccade.softmax.backends import ORDER
+
+    if name is not None:
+        known("backend", name, ORDER)
+
+
+def _check_folder(path: Path) -> None:
+    """Found out before the measuring, not after it."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"out: got {str(path)!r}, which is a file; pass a folder")
+
+
+def _check_image(path: Path) -> None:
+    from PIL import Image
+
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"out: got {str(path)!r}; pass a file whose name ends in .png")
