@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -92,7 +93,10 @@ class Case:
         return 1 + float(self.q.norm(dim=-1).max() * self.k.norm(dim=-1).max()) * abs(scale)
 
     def terms(self) -> int:
-        return self.entries.keys.shape[-1] + self.q.shape[3]
+        """Products behind an entry; entmax raises a difference, with its rounding, to the power 1 / (alpha - 1)."""
+        normalizer = self.options.get("normalizer")
+        alpha = normalizer.alpha if isinstance(normalizer, Entmax) else 1.5 if normalizer == "entmax" else 2.0
+        return math.ceil((self.entries.keys.shape[-1] + self.q.shape[3]) / (alpha - 1) ** 2)
 
 
 def agree(case: Case, backend: str, run: Run = attend) -> None:
