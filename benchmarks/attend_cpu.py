@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import save, show
+from common import Others, save, show
 from torch.nn.functional import scaled_dot_product_attention
 
 from saccade import attend
@@ -77,7 +77,8 @@ def brief(row: dict[str, Any]) -> dict[str, Any]:
         shown |= {f"{name} ms": times, f"{name} speed-up": f"{row[name]}x{interval}"}
     bars = [row["forward bar"], row["backward bar"]]
     met = row["forward"] >= bars[0] and row["backward"] >= bars[1] if bars[0] else None
-    return shown | {"bars": "" if met is None else f"{bars[0]}x, {bars[1]}x: {'met' if met else 'missed'}"}
+    verdict = "" if met is None else f"{bars[0]}x, {bars[1]}x: {'met' if met else 'missed'}"
+    return shown | {"bars": verdict, "other cores": row["other cores busy"]}
 
 
 def main() -> None:
@@ -91,13 +92,14 @@ def main() -> None:
     rows = []
     for name, pattern, tokens, forward, backward in CASES:
         if given.only in name:
-            own = measure(pattern, tokens, given.seconds)
-            rows.append({"pattern": name, "tokens": tokens, **own, "forward bar": forward, "backward bar": backward})
+            with Others() as others:
+                own = measure(pattern, tokens, given.seconds)
+            bars = {"forward bar": forward, "backward bar": backward}
+            rows.append({"pattern": name, "tokens": tokens, **own, **bars, "other cores busy": others.cores})
     if not rows:
         parser.error(f"--only: no case is called {given.only!r}")
     show("tiles against scaled_dot_product_attention", [brief(row) for row in rows])
-    if not given.only:
-        save("attend_cpu", rows, batch=1, heads=HEADS, head_dim=DIM, dtype="float32")
+    save("attend_cpu", rows, batch=1, heads=HEADS, head_dim=DIM, dtype="float32")
 
 
 if __name__ == "__main__":

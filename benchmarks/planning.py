@@ -7,8 +7,7 @@ import time
 from typing import Any
 
 import numpy as np
-import torch
-from common import save, show
+from common import Others, save, show
 
 from saccade.bench.memory import peak_bytes
 from saccade.where import Causal, Neighborhood, Pattern, PerHead, Sinks, Strided, Window
@@ -54,9 +53,11 @@ def main() -> None:
     rows = []
     for name, pattern, tokens, heads, block in CASES:
         about = {"pattern": name, "tokens": tokens, "heads": heads, "block": f"{block[0]} x {block[1]}"}
-        rows.append(about | measure(pattern, tokens, heads, block, given.repeats))
+        with Others() as others:
+            own = measure(pattern, tokens, heads, block, given.repeats)
+        rows.append(about | own | {"other cores busy": others.cores})
     show("planning", rows)
-    save("planning", rows, threads_used=torch.get_num_threads())
+    save("planning", rows)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ class Softmax:
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Look for NaN and infinity once: where there are none, masks may be added, and kernels that do so used."""
-        sizes = [float(torch.linalg.vector_norm(x.detach(), torch.inf)) for x in (q, k, v)]
+        sizes = [float(torch.stack(torch.aminmax(x.detach())).abs().amax()) for x in (q, k, v)]  # NaN passes through
         most = torch.finfo(q.dtype).max  # no score may overflow either: -inf is a mask only beside a finite score
         largest = sizes[0] * sizes[1] * q.shape[-1] * max(1.0, abs(self.scale))
         self.clean = math.isfinite(sizes[2]) and largest < most
