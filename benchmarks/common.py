@@ -58,14 +58,14 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
     Console(width=max(160, Console().width)).print(table)
 
 
-def save(name: str, rows: list[dict[str, Any]], **about: Any) -> Path:
+def save(name: str, rows: list[dict[str, Any]], *, device: str = "cpu", **about: Any) -> Path:
     """Write results/<name>.json, each row with its own stamp; rows of other patterns and lengths that it holds stay."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     mine = {(row["pattern"], row["tokens"]) for row in rows}
     kept = [row for row in old if (row["pattern"], row["tokens"]) not in mine]
-    stamped = [row | stamp() for row in rows]
+    stamped = [row | stamp(device) for row in rows]
     path.write_text(json.dumps({**about, "rows": kept + stamped}, indent=2) + "\n")
     print(f"written: {path}")
     return path

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saccade.where.pattern import Box
+from saccade.where.pattern import Box, Span
 
 LEAST, MOST = -(2**31), 2**31 - 1
 
@@ -33,19 +33,24 @@ class Boxes:
         for union in unions:
             for box in union:
                 axes.update({key: span.coord for key, span in box.items()})
-        if all(box == {} for union in unions for box in union):
-            axes = {}
-        num_boxes = max(len(union) for union in unions) if axes else 1
-        shape = (len(unions), num_boxes, len(axes), n)
-        lo = torch.zeros(shape, dtype=torch.int32, device=device)
-        hi = torch.zeros(shape, dtype=torch.int32, device=device)
-        for s, union in enumerate(unions):
-            for t, box in enumerate(union):
-                for a, key in enumerate(axes):
-                    lo[s, t, a] = box[key].lo if key in box else LEAST
-                    hi[s, t, a] = box[key].hi if key in box else MOST
-        coord = torch.stack(list(axes.values())).int() if axes else torch.zeros(0, m, dtype=torch.int32, device=device)
-        return cls(coord, lo, hi)
+        if not axes:
+            none = torch.zeros(len(unions), 1, 0, n, dtype=torch.int32, device=device)
+            return cls(torch.zeros(0, m, dtype=torch.int32, device=device), none, none)
+        num_boxes = max(len(union) for union in unions)
+
+        def everywhere(lo: int, hi: int) -> Span:
+            return Span(*(torch.full((1,), end, dtype=torch.int32, device=device).expand(n) for end in (0, lo, hi)))
+
+        if not all(key in box for union in unions for box in union for key in axes):
+            free = dict.fromkeys(axes, everywhere(LEAST, MOST))
+            unions = [[free | box for box in union] for union in unions]
+        if not all(len(union) == num_boxes for union in unions):
+            never = dict.fromkeys(axes, everywhere(0, 0))
+            unions = [union + [never] * (num_boxes - len(union)) for union in unions]
+        spans = [box[key] for union in unions for box in union for key in axes]
+        lo, hi = (torch.stack([getattr(span, end).int() for span in spans]) for end in ("lo", "hi"))
+        shape = len(unions), num_boxes, len(axes), n
+        return cls(torch.stack(list(axes.values())).int(), lo.view(shape), hi.view(shape))
 
     @property
     def num_queries(self) -> int:

@@ -10,50 +10,92 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from saccade.where.pattern import Box, Frame
+from saccade.where.pattern import Box
 
 
-def sort_axes(unions: Sequence[list[Box]], frame: Frame, block: int) -> list[Tensor] | None:
-    """Sort keys, most significant first, for tokens at `frame.keys`; None when the given order is best.
+@dataclass(frozen=True)
+class Cells:
+    """Tokens of a row-major grid, one class of residues modulo `dilation` after the other, each cut into cells.
+
+    A sequence is a grid of one axis.
+    """
+
+    grid: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of the longest class along each axis."""
+        return tuple(-(-length // d) for length, d in zip(self.grid, self.dilation, strict=True))
+
+    def cell(self, block: int) -> tuple[int, ...]:
+        """Lengths of the cells for tiles of `block` tokens."""
+        return tile_shape(block, self.lengths)
+
+    def whole(self, block: int) -> bool:
+        """Every tile of `block` consecutive tokens is one cell."""
+        even = all(length % d == 0 for length, d in zip(self.grid, self.dilation, strict=True))
+        return even and all(length % size == 0 for length, size in zip(self.lengths, self.cell(block), strict=True))
+
+    def axes(self, block: int) -> list[tuple[int, int, int, int]]:
+        """Of each axis: its length, its dilation, the length of its cells, and how many the longest class has."""
+        sizes = self.cell(block)
+        cells = [-(-length // size) for length, size in zip(self.lengths, sizes, strict=True)]
+        return list(zip(self.grid, self.dilation, sizes, cells, strict=True))
+
+    def count(self, block: int) -> int:
+        """Numbers that `codes` are below; as many as tokens, or more where classes or cells differ in length."""
+        return math.prod(d * size * cells for _, d, size, cells in self.axes(block))
+
+    def codes(self, position: Tensor, block: int) -> Tensor:
+        """Distinct numbers that ascend in this order."""
+        axes, coordinates = self.axes(block), []
+        for length, *_ in reversed(axes[1:]):
+            coordinates.append(position % length)
+            position = position // length
+        coordinates = [position, *reversed(coordinates)]
+        code = torch.zeros_like(position)
+        for c, (_, d, _, _) in zip(coordinates, axes, strict=True):
+            code = code if d == 1 else torch.add(c % d, code, alpha=d)
+        steps = [c if d == 1 else c // d for c, (_, d, _, _) in zip(coordinates, axes, strict=True)]
+        for step, (_, _, size, cells) in zip(steps, axes, strict=True):
+            code = torch.add(step // size, code, alpha=cells)
+        for step, (_, _, size, _) in zip(steps, axes, strict=True):
+            code = torch.add(step % size, code, alpha=size)
+        return code
+
+
+def best_order(unions: Sequence[list[Box]], num_keys: int) -> Cells | None:
+    """The order for tokens of these unions of boxes; None when the given one is best.
 
     An axis may sort the tokens only when every box of every union constrains it: an order that helps one box of a union
-    would scatter the tiles of another. block: tokens a tile holds, which a grid splits over its axes.
+    would scatter the tiles of another.
     """
     shared = set.intersection(*(set(box) for union in unions for box in union))
     named = [key for key in shared if isinstance(key, tuple)]
     grids = {(key[1], key[2], key[5]) for key in named if key[0] == "grid" and key[4] == "step"}
     if len(grids) == 1:
         ((grid, dilation, _),) = grids
-        if len(grid) == 1 and dilation == (1,):
-            return None
-        steps = [_coordinate(frame, grid, axis) // dilation[axis] for axis in range(len(grid))]
-        classes = [_coordinate(frame, grid, axis) % dilation[axis] for axis in range(len(grid)) if dilation[axis] > 1]
-        lengths = tuple(-(-length // d) for length, d in zip(grid, dilation, strict=True))
-        tile = tile_shape(block, lengths)
-        tiles = [c // t for c, t in zip(steps, tile, strict=True)]
-        within = [c % t for c, t in zip(steps, tile, strict=True)]
-        return classes + tiles + within
+        return None if len(grid) == 1 and dilation == (1,) else Cells(grid, dilation)
     moduli = [key[1] for key in named if key[0] == "residue" and key[1] > 1]
-    return [frame.keys % moduli[0], frame.keys] if len(moduli) == 1 else None
+    return Cells((num_keys,), (moduli[0],)) if len(moduli) == 1 else None
 
 
-def order(axes: list[Tensor] | None) -> Tensor | None:
-    """The permutation (tokens in their new order) that sorts by `axes`, or None."""
-    if axes is None:
-        return None
-    code = torch.zeros_like(axes[0], dtype=torch.int64)
-    for axis in axes:
-        code = code * (int(axis.max()) + 1) + axis
-    return torch.argsort(code, stable=True)
-
-
-def _coordinate(frame: Frame, grid: tuple[int, ...], axis: int) -> Tensor:
-    return frame.keys // torch.Size(grid[axis + 1 :]).numel() % grid[axis]
+def permutation(order: Cells, position: Tensor, block: int) -> Tensor:
+    """The tokens at `position` (L,), int64, in their order, for tiles of `block`: int64 (L,)."""
+    count, place = order.count(block), order.codes(position, block)
+    token = torch.arange(len(place), device=place.device)
+    if count > len(place):  # some numbers belong to no token: a token comes after those below its own
+        taken = torch.zeros(count, dtype=torch.int32, device=place.device).scatter_(0, place, 1)
+        place = taken.cumsum(0)[place] - 1
+    return torch.empty_like(token).scatter_(0, place, token)
 
 
 @functools.cache

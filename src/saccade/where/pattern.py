@@ -22,6 +22,7 @@ from torch import Tensor
 from saccade.errors import positive
 
 if TYPE_CHECKING:
+    from saccade.where.layout import Cells
     from saccade.where.plan import Plan
 
 
@@ -69,6 +70,17 @@ class Pattern:
         """The pattern that query head `head` of `num_heads` follows."""
         return self
 
+    def looks_back(self, n: int, m: int) -> bool:
+        """The boxes bound every key's position by its query's: none of the last n of m tokens looks ahead."""
+        return False
+
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
+        """A number of tiles that the boxes cannot exceed, for tokens laid out in `order` (None: in their own).
+
+        Tells before anything is counted how long the lists may become; every tile, unless a pattern knows better.
+        """
+        return all_tiles(n, m, block)
+
     def __and__(self, other: Pattern) -> Pattern:
         return And.of(self, other)
 
@@ -101,8 +113,8 @@ class Pattern:
         """Tile lists and box tables for this pattern; see `Plan`.
 
         n: queries, the last n of m. m: keys (default n). heads: query heads. block: tokens a tile has on the query and
-        the key side. device: where the tables are made (default: CPU). Cost: time and memory proportional to n + m and
-        the listed tiles.
+        the key side. device: where the tables are made (default: CPU); the host does not wait for a GPU to make them.
+        Cost: time and memory proportional to n + m and the listed tiles.
 
         >>> from saccade.where import Window
         >>> Window(128).plan(1024, block=(128, 128)).num_tiles
@@ -112,6 +124,38 @@ class Pattern:
 
         n, m, heads = self.check_sizes(n, m, heads)
         return plan_pattern(self, n, m, heads, check_block(block), torch.device(device or "cpu"))
+
+    def gathered(
+        self,
+        n: int,
+        m: int | None = None,
+        heads: int = 1,
+        block: tuple[int, int] = (64, 64),
+        device: torch.device | str | None = None,
+        by: str = "cells",
+    ) -> Plan:
+        """The plan that lists keys from where windows begin, instead of tiles that begin at multiples of their size.
+
+        For windows on grids, whose ends seldom meet the ends of tiles. Queries are laid out in patches, keys stay in
+        their order. Each query tile lists the smallest box of the grid that holds its windows, what all its queries see
+        first; `Plan.by_key` lists the queries of each key tile likewise.
+
+        n, m, heads, device: as in `plan`. block: tokens a tile of queries has, and a cell or tile of keys. by: "cells"
+        cuts the box into boxes of block[1] keys, for kernels that read such at once; "keys" lists it key by key, which
+        dilations need. The pattern must be one box a head on one grid (a Neighborhood, also with & of other patterns)
+        or sequence. Cost: time and memory proportional to n + m and the listed keys.
+
+        >>> from saccade.where import Neighborhood
+        >>> pattern = Neighborhood((64, 64), 13)
+        >>> pattern.plan(4096, block=(64, 64)).num_tiles * 64
+        30976
+        >>> [len(pattern.gathered(4096, by=by).token_indices) for by in ("cells", "keys")]
+        [26624, 21904]
+        """
+        from saccade.where.gathered import plan_gathered
+
+        n, m, heads = self.check_sizes(n, m, heads)
+        return plan_gathered(self, n, m, heads, check_block(block), torch.device(device or "cpu"), by=by)
 
     def check_sizes(self, n: int, m: int | None, heads: int) -> tuple[int, int, int]:
         """Validated (n, m, heads), with m defaulting to n."""
@@ -127,6 +171,22 @@ def check_block(block: Sequence[int]) -> tuple[int, int]:
     if not isinstance(block, (tuple, list)) or len(block) != 2:
         raise TypeError(f"block: got {block!r}; pass two integers (query tokens, key tokens)")
     return positive("block", block[0]), positive("block", block[1])
+
+
+def all_tiles(n: int, m: int, block: tuple[int, int]) -> int:
+    """Tiles of n queries and m keys."""
+    return -(-n // block[0]) * -(-m // block[1])
+
+
+def strip_tiles(width: int, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
+    """Tiles, at most, when the keys of a query tile are in a run of `width`; every tile if tokens are laid out anew."""
+    strip = -(-n // block[0]) * ((width - 2) // block[1] + 2)
+    return all_tiles(n, m, block) if order else min(all_tiles(n, m, block), strip)
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """A table of the host on `device`; the host does not wait for it to arrive."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def intersect(one: Box, two: Box) -> Box:
@@ -170,6 +230,12 @@ class And(Pattern):
     def at_head(self, head: int, num_heads: int) -> Pattern:
         return And.of(*(part.at_head(head, num_heads) for part in self.parts))
 
+    def looks_back(self, n: int, m: int) -> bool:
+        return any(part.looks_back(n, m) for part in self.parts)
+
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
+        return min(part.most_tiles(n, m, block, order) for part in self.parts)
+
 
 @dataclass(frozen=True)
 class Or(Pattern):
@@ -198,6 +264,12 @@ class Or(Pattern):
 
     def at_head(self, head: int, num_heads: int) -> Pattern:
         return Or.of(*(part.at_head(head, num_heads) for part in self.parts))
+
+    def looks_back(self, n: int, m: int) -> bool:
+        return all(part.looks_back(n, m) for part in self.parts)
+
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
+        return min(all_tiles(n, m, block), sum(part.most_tiles(n, m, block, order) for part in self.parts))
 
 
 def _flattened(kind: type[And] | type[Or], sign: str, parts: Sequence[Pattern]) -> Pattern:

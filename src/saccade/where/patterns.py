@@ -5,6 +5,8 @@ Positions are absolute: of N queries and M keys, query row r stands at position 
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +14,8 @@ import torch
 from torch import Tensor
 
 from saccade.errors import check_cu_seqlens, positive
-from saccade.where.pattern import Box, Frame, Pattern, Span, intersect
+from saccade.where.layout import Cells
+from saccade.where.pattern import Box, Frame, Pattern, Span, all_tiles, intersect, sent, strip_tiles
 
 
 def _position(frame: Frame, lo: Tensor, hi: Tensor) -> list[Box]:
@@ -22,6 +25,25 @@ def _position(frame: Frame, lo: Tensor, hi: Tensor) -> list[Box]:
 def _residue(frame: Frame, modulus: int) -> Box:
     rest = frame.queries % modulus
     return {("residue", modulus, frame.tag): Span(frame.keys % modulus, rest, rest + 1)}
+
+
+def _touched(size: int, count: int) -> int:
+    """Stretches of `size` tokens, at most, that `count` consecutive tokens fall into."""
+    return (count - 2) // size + 2
+
+
+def _class_tiles(
+    modulus: int, n: int, m: int, block: tuple[int, int], order: Cells | None, width: int | None = None
+) -> int:
+    """Tiles, at most, of queries that see their own class of residues, or `width` consecutive keys of it."""
+    if order != Cells((m,), (modulus,)) or n < modulus:
+        return all_tiles(n, m, block)
+    (bq, bk), num_rows = block, -(-n // block[0])
+    whole = min(-(-m // bk), _touched(bk, _touched(n // modulus, bq) * -(-m // modulus)))
+    if width is None:
+        return num_rows * whole
+    across = min(num_rows, modulus)  # tiles with queries of several classes
+    return min(num_rows * whole, num_rows * (_touched(bk, width) + 2) + across * whole)
 
 
 @dataclass(frozen=True)
@@ -49,6 +71,15 @@ class Causal(Pattern):
     def boxes(self, frame: Frame) -> list[Box]:
         return _position(frame, torch.zeros_like(frame.queries), frame.queries + 1)
 
+    def looks_back(self, n: int, m: int) -> bool:
+        return True
+
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
+        if order:
+            return all_tiles(n, m, block)
+        rows, (bq, bk) = -(-n // block[0]), block
+        return min(all_tiles(n, m, block), rows + (rows * (m - n) + bq * rows * (rows + 1) // 2) // bk)
+
 
 @dataclass(frozen=True)
 class Band(Pattern):
@@ -70,6 +101,12 @@ class Band(Pattern):
     def boxes(self, frame: Frame) -> list[Box]:
         return _position(frame, frame.queries - self.left, frame.queries + self.right + 1)
 
+    def looks_back(self, n: int, m: int) -> bool:
+        return self.right == 0
+
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
+        return strip_tiles(self.left + self.right + block[0], n, m, block, order)
+
 
 @dataclass(frozen=True)
 class Window(Pattern):
@@ -90,6 +127,12 @@ class Window(Pattern):
     def boxes(self, frame: Frame) -> list[Box]:
         return _position(frame, frame.queries - (self.size - 1), frame.queries + 1)
 
+    def looks_back(self, n: int, m: int) -> bool:
+        return True
+
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
+        return strip_tiles(self.size + block[0] - 1, n, m, block, order)
+
 
 @dataclass(frozen=True)
 class Prefix(Pattern):
@@ -109,6 +152,12 @@ class Prefix(Pattern):
 
     def boxes(self, frame: Frame) -> list[Box]:
         return _position(frame, torch.zeros_like(frame.queries), torch.full_like(frame.queries, self.n))
+
+    def looks_back(self, n: int, m: int) -> bool:
+        return self.n <= m - n + 1
+
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
+        return all_tiles(n, m if order else min(m, self.n), block)
 
 
 @dataclass(frozen=True)
@@ -135,6 +184,12 @@ class Blocks(Pattern):
         start = frame.queries - frame.queries % self.size
         return _position(frame, start, start + self.size)
 
+    def looks_back(self, n: int, m: int) -> bool:
+        return self.size == 1 or (n == 1 and m % self.size == 0)
+
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
+        return strip_tiles(self.size * _touched(self.size, block[0]), n, m, block, order)
+
 
 @dataclass(frozen=True)
 class Documents(Pattern):
@@ -154,17 +209,28 @@ class Documents(Pattern):
         total = int(cu_seqlens[-1]) if cu_seqlens.numel() else 0
         object.__setattr__(self, "cu_seqlens", tuple(check_cu_seqlens(cu_seqlens, total, 1).tolist()))
 
+    # A batch has thousands of them, and patterns are compared and hashed often.
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self.cu_seqlens)
+
+    @functools.cached_property
+    def _ends(self) -> Tensor:
+        return torch.tensor(self.cu_seqlens)
+
     def document(self, position: Tensor, num_keys: int) -> Tensor:
         """The number of the document that holds each position."""
         end = self.cu_seqlens[-1]
         if num_keys != end:
             raise ValueError(f"cu_seqlens: ends at {end}, but there are {num_keys} keys; it must end at their number")
-        bounds = torch.tensor(self.cu_seqlens[1:], dtype=position.dtype, device=position.device)
-        return torch.searchsorted(bounds, position.contiguous(), right=True)
+        return torch.searchsorted(self.starts(position)[1:], position.contiguous(), right=True)
 
     def starts(self, like: Tensor) -> Tensor:
         """cu_seqlens as a tensor of the dtype and device of `like`."""
-        return torch.tensor(self.cu_seqlens, dtype=like.dtype, device=like.device)
+        return sent(self._ends.to(like.dtype), like.device)
 
     def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:
         return self.document(i, num_keys) == self.document(j, num_keys)
@@ -172,6 +238,18 @@ class Documents(Pattern):
     def boxes(self, frame: Frame) -> list[Box]:
         document, starts = self.document(frame.queries, frame.num_keys), self.starts(frame.queries)
         return _position(frame, starts[document], starts[document + 1])
+
+    def looks_back(self, n: int, m: int) -> bool:
+        return n < len(self.cu_seqlens) and self.cu_seqlens[-n] == m - n + 1
+
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
+        if order:
+            return all_tiles(n, m, block)
+        (bq, bk), ends = block, self._ends
+        rows = (ends - (m - n)).clamp(min=0)
+        num_rows = torch.where(rows[1:] > rows[:-1], (rows[1:] + bq - 1) // bq - rows[:-1] // bq, 0)
+        num_cols = (ends[1:] + bk - 1) // bk - ends[:-1] // bk
+        return min(all_tiles(n, m, block), int((num_rows * num_cols).sum()))
 
 
 @dataclass(frozen=True)
@@ -203,6 +281,12 @@ class Packed(Pattern):
         (own,) = self.documents.boxes(frame)
         return [intersect(own, box) for box in self.pattern.boxes(local)]
 
+    def looks_back(self, n: int, m: int) -> bool:
+        return self.documents.looks_back(n, m)
+
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
+        return self.documents.most_tiles(n, m, block, order)
+
 
 @dataclass(frozen=True)
 class Dilated(Pattern):
@@ -226,6 +310,14 @@ class Dilated(Pattern):
         (reach,) = _position(frame, frame.queries - (self.size - 1) * self.dilation, frame.queries + 1)
         return [intersect(reach, _residue(frame, self.dilation))]
 
+    def looks_back(self, n: int, m: int) -> bool:
+        return True
+
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
+        if order:
+            return _class_tiles(self.dilation, n, m, block, order, self.size + block[0] - 1)
+        return strip_tiles((self.size - 1) * self.dilation + block[0], n, m, block, order)
+
 
 @dataclass(frozen=True)
 class Strided(Pattern):
@@ -241,6 +333,9 @@ class Strided(Pattern):
 
     def boxes(self, frame: Frame) -> list[Box]:
         return [_residue(frame, self.stride)]
+
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
+        return _class_tiles(self.stride, n, m, block, order)
 
 
 @dataclass(frozen=True)
@@ -298,6 +393,13 @@ class BlockBand(Pattern):
     def boxes(self, frame: Frame) -> list[Box]:
         start = frame.queries - frame.queries % self.size
         return _position(frame, start - (self.left - 1) * self.size, start + (self.right + 1) * self.size)
+
+    def looks_back(self, n: int, m: int) -> bool:
+        return self.right == 0 and Blocks(self.size).looks_back(n, m)
+
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
+        num_blocks = _touched(self.size, block[0]) + self.left - 1 + self.right
+        return strip_tiles(self.size * num_blocks, n, m, block, order)
 
 
 @dataclass(frozen=True)
@@ -399,25 +501,26 @@ class Neighborhood(Pattern):
                 )
 
     def _axes(self, position: Tensor, num_keys: int) -> list[Tensor]:
-        total = torch.Size(self.grid).numel()
+        total = math.prod(self.grid)
         if num_keys != total:
             raise ValueError(f"grid: {self.grid} has {total} tokens, but there are {num_keys} keys; they must be equal")
         coordinates = []
-        for length in reversed(self.grid):
+        for length in reversed(self.grid[1:]):
             coordinates.append(position % length)
             position = position // length
-        return coordinates[::-1]
+        return [position, *reversed(coordinates)]
 
     def _interval(self, axis: int, c: Tensor) -> tuple[Tensor, Tensor]:
         """Start and end of the window of coordinates c on `axis`, counted inside their residue class."""
         w, s, d = self.kernel[axis], self.stride[axis], self.dilation[axis]
-        length = (self.grid[axis] - c % d + d - 1) // d
-        c = c // d
+        length: int | Tensor = self.grid[axis]
+        if d > 1:
+            length, c = (self.grid[axis] + d - 1 - c % d) // d, c // d
+        group = c if s == 1 else c // s * s
         if self.causal[axis]:
-            leader = torch.minimum(c // s * s + s - 1, length - 1)
-            return (leader - w + 1).clamp(min=0), c + 1
-        leader = torch.minimum(c // s * s + s // 2, length - 1)
-        start = torch.minimum((leader - w // 2).clamp(min=0), length - w)
+            return ((group + s - 1).clamp(max=length - 1) - w + 1).clamp(min=0), c + 1
+        leader = c if s == 1 else (group + s // 2).clamp(max=length - 1)
+        start = (leader - w // 2).clamp(min=0).clamp(max=length - w)
         return start, start + w
 
     def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:
@@ -430,14 +533,32 @@ class Neighborhood(Pattern):
 
     def boxes(self, frame: Frame) -> list[Box]:
         box: Box = {}
-        queries, keys = self._axes(frame.queries, frame.num_keys), self._axes(frame.keys, frame.num_keys)
+        keys = self._axes(frame.keys, frame.num_keys)
+        queries = keys if frame.queries is frame.keys else self._axes(frame.queries, frame.num_keys)
         for axis, (a, b) in enumerate(zip(queries, keys, strict=True)):
             d = self.dilation[axis]
-            box[self.axis_key(axis, "step", frame.tag)] = Span(b // d, *self._interval(axis, a))
+            box[self.axis_key(axis, "step", frame.tag)] = Span(b // d if d > 1 else b, *self._interval(axis, a))
             if d > 1:
-                box[self.axis_key(axis, "class", frame.tag)] = Span(b % d, a % d, a % d + 1)
+                rest = a % d
+                box[self.axis_key(axis, "class", frame.tag)] = Span(rest if a is b else b % d, rest, rest + 1)
         return [box]
 
     def axis_key(self, axis: int, part: str, tag: Hashable) -> Hashable:
         """The name of a grid coordinate: shared by all patterns on this grid with this dilation."""
         return ("grid", self.grid, self.dilation, axis, part, tag)
+
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
+        def reach(axis: int, size: int) -> int:
+            """Coordinates that `size` consecutive ones of an axis see, at most."""
+            w, s = self.kernel[axis], self.stride[axis]
+            return w + size - 1 if self.causal[axis] else w + (_touched(s, size) - 1) * s
+
+        cells = Cells(self.grid, self.dilation)
+        if order is None and self.dilation[0] == 1:
+            inner = math.prod(self.grid[1:])
+            return strip_tiles(reach(0, _touched(inner, block[0])) * inner, n, m, block, order)
+        if order != cells or n != m or not all(cells.whole(size) for size in block):
+            return all_tiles(n, m, block)
+        sides = zip(cells.cell(block[0]), cells.cell(block[1]), cells.lengths, strict=True)
+        met = (min(length // u, _touched(u, reach(axis, t))) for axis, (t, u, length) in enumerate(sides))
+        return -(-n // block[0]) * math.prod(met)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from saccade.where.boxes import Boxes
+from saccade.where.grid import Grid
+from saccade.where.query_lists import QueryLists
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,12 +26,17 @@ class Plan:
 
     boxes: box tables (unions S). group_of: (1, H) or (B, H) int64, the list group g of each batch entry and query head.
     union_of: (G,) int64, the union of boxes that each group obeys. block: (bq, bk) tokens a tile.
-    indptr: (G * rows + 1,) int64, indices: (num_tiles,) int32: CSR lists of key tiles per (group, query tile), full
-    tiles first, each part ascending; num_full: (G * rows,) int32. token_indptr, token_indices, token_log_weights: CSR
-    lists of single keys, or None. bits: (partial tiles in list order, bq, bk) bool in place of the boxes for what no
-    box describes, or None.
+    indptr: (G * rows + 1,) int64, indices: (num_tiles or more,) int32: CSR lists of key tiles per (group, query tile),
+    full tiles first, each part ascending; num_full: (G * rows,) int32. On a GPU the host does not wait to learn how
+    many there are: `indices` may be longer than indptr[-1], and what follows there means nothing.
+    token_indptr, token_indices, token_log_weights: CSR lists of single keys, or None; token_num_full: (G * rows,)
+    int32, how many keys at the head of each list all queries of the tile may see, or None for none; token_grid: the
+    keys of each list come in cells of this grid, bk each, row-major, each anywhere on it, or None. bits: (partial tiles
+    in list order, bq, bk) bool in place of the boxes for what no box describes, or None.
+    by_key: the same pairs by key tile, beside token lists that hold every pair (`Pattern.gathered`), or None.
     q_order, k_order: (N,), (M,) int64, the plan's token order (position p holds token order[p]), or None.
     causal: no listed pair looks ahead, so density counts against the causal triangle.
+    grid: the grid that key tiles are cells of, where the boxes' axes are its axes, or None.
     transposed: the lists run per key tile over query tiles instead (dk and dv want that).
 
     Plans come from `Pattern.plan`, from routers, or from `Plan.from_mask`.
@@ -44,10 +52,14 @@ class Plan:
     token_indptr: Tensor | None = None
     token_indices: Tensor | None = None
     token_log_weights: Tensor | None = None
+    token_num_full: Tensor | None = None
+    token_grid: Grid | None = None
+    by_key: QueryLists | None = None
     bits: Tensor | None = None
     q_order: Tensor | None = None
     k_order: Tensor | None = None
     causal: bool = False
+    grid: Grid | None = None
     transposed: bool = False
 
     @classmethod
@@ -107,7 +119,15 @@ class Plan:
         indptr[1:] = listed.sum(1).cumsum(0)
         indices = listed.nonzero()[:, 1] if flat.dtype == torch.bool else flat[listed]
         weights = None if log_weights is None else log_weights.flatten(0, 1)[listed]
-        return replace(self, token_indptr=indptr, token_indices=indices.int(), token_log_weights=weights)
+        return replace(
+            self,
+            token_indptr=indptr,
+            token_indices=indices.int(),
+            token_log_weights=weights,
+            token_num_full=None,
+            token_grid=None,
+            by_key=None,
+        )
 
     @property
     def num_queries(self) -> int:
@@ -135,10 +155,10 @@ class Plan:
         """Key tiles (query tiles when transposed)."""
         return -(-self.num_queries // self.block[0]) if self.transposed else -(-self.num_keys // self.block[1])
 
-    @property
+    @functools.cached_property
     def num_tiles(self) -> int:
-        """Listed tiles, over all groups."""
-        return len(self.indices)
+        """Listed tiles, over all groups. Reading it the first time, the host waits for the device."""
+        return int(self.indptr[-1])
 
     @property
     def nbytes(self) -> int:
@@ -153,6 +173,7 @@ class Plan:
         """Every table by name."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         own |= {f"boxes.{f.name}": getattr(self.boxes, f.name) for f in fields(self.boxes)}
+        own |= {} if self.by_key is None else {f"by_key.{name}": t for name, t in self.by_key.tensors().items()}
         return {name: value for name, value in own.items() if isinstance(value, Tensor)}
 
     def _ragged(self, cols: Tensor) -> Tensor:
@@ -160,15 +181,21 @@ class Plan:
         return (cols + 1) * self.block[1] > self.num_keys
 
     def to(self, device: torch.device | str) -> Plan:
-        """The same plan on another device."""
+        """The same plan on another device, without room to spare."""
         boxes = Boxes(*(getattr(self.boxes, f.name).to(device) for f in fields(self.boxes)))
         own = {name: t.to(device) for name, t in self.tensors().items() if "." not in name}
-        return replace(self, boxes=boxes, **own)  # type: ignore[arg-type]
+        own["indices"] = self.indices[: self.num_tiles].to(device)
+        by_key = None if self.by_key is None else self.by_key.to(device)
+        return replace(self, boxes=boxes, by_key=by_key, **own)  # type: ignore[arg-type]
 
     def rows(self) -> Tensor:
         """The list (group and row tile) of each entry of `indices`: int64 (num_tiles,)."""
         lists = torch.arange(len(self.indptr) - 1, device=self.device)
-        return torch.repeat_interleave(lists, self.indptr.diff(), output_size=len(self.indices))
+        return torch.repeat_interleave(lists, self.indptr.diff(), output_size=self.num_tiles)
+
+    def _listed(self) -> Tensor:
+        """The other side of each listed tile: int64 (num_tiles,)."""
+        return self.indices[: self.num_tiles].long()
 
     def is_full(self) -> Tensor:
         """Which entries of `indices` are full tiles: bool (num_tiles,)."""
@@ -195,18 +222,33 @@ class Plan:
     def _tokens_of(self, tiles: Tensor, size: int) -> Tensor:
         return tiles[:, None] * size + torch.arange(size, device=tiles.device)
 
-    def _token_masks(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Listed single keys: (group (K,), query tile (K,), key (K,), mask (K, bq))."""
+    def _token_lists(self) -> tuple[Tensor, Tensor]:
+        """The list of each entry of `token_indices`, int64 (K,), and whether all queries of its tile may see the key,
+        bool (K,)."""
         assert self.token_indptr is not None
         assert self.token_indices is not None
-        counts = self.token_indptr.diff()
-        lists = torch.repeat_interleave(torch.arange(len(counts), device=self.device), counts)
-        if self.transposed:
-            group, key, row = lists // self.num_keys, lists % self.num_keys, self.token_indices.long()
-        else:
-            group, row, key = lists // self.num_row_tiles, lists % self.num_row_tiles, self.token_indices.long()
-        mask = self.boxes.allowed(self.union_of[group], self._tokens_of(row, self.block[0]), key[:, None])
-        return group, row, key, mask[:, :, 0]
+        lists = torch.arange(len(self.token_indptr) - 1, device=self.device)
+        lists = torch.repeat_interleave(lists, self.token_indptr.diff(), output_size=len(self.token_indices))
+        if self.token_num_full is None:
+            return lists, torch.zeros_like(lists, dtype=torch.bool)
+        return lists, torch.arange(len(lists), device=self.device) - self.token_indptr[lists] < self.token_num_full[
+            lists
+        ]
+
+    def token_masks(self, chunk: int = 2**24) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Listed single keys, a chunk at a time: (group (P,), query tile (P,), key (P,), mask (P, bq))."""
+        if self.token_indices is None:
+            return
+        all_lists, all_full = self._token_lists()
+        size = max(1, chunk // self.block[0])
+        for lists, full, other in zip(*(x.split(size) for x in (all_lists, all_full, self.token_indices)), strict=True):
+            if self.transposed:
+                group, key, row = lists // self.num_keys, lists % self.num_keys, other.long()
+            else:
+                group, row, key = lists // self.num_row_tiles, lists % self.num_row_tiles, other.long()
+            queries = self._tokens_of(row, self.block[0])
+            mask = self.boxes.allowed(self.union_of[group], queries, key[:, None])[:, :, 0]
+            yield group, row, key, mask | full[:, None] & (queries < self.num_queries)
 
     def dense(self) -> Tensor:
         """The mask that the lists spell out, in the tokens' own order.
@@ -217,7 +259,7 @@ class Plan:
         bq, bk = self.block
         nq, nk = -(-self.num_queries // bq), -(-self.num_keys // bk)
         tiled = torch.zeros(self.num_groups, nq, nk, bq, bk, dtype=torch.bool, device=self.device)
-        full, rows, cols = self.is_full(), self.rows(), self.indices.long()
+        full, rows, cols = self.is_full(), self.rows(), self._listed()
         group, row = rows // self.num_row_tiles, rows % self.num_row_tiles
         if self.transposed:
             row, cols = cols, row
@@ -225,8 +267,7 @@ class Plan:
         for g, r, c, mask in self.masks():
             tiled[g, r, c] = mask
         flat = tiled.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        if self.token_indices is not None:
-            g, r, key, mask = self._token_masks()
+        for g, r, key, mask in self.token_masks():
             tokens = self._tokens_of(r, bq)
             flat[g[:, None], tokens, key[:, None]] |= mask  # a key listed twice writes the same bits twice
         flat = flat[:, : self.num_queries, : self.num_keys]
@@ -236,6 +277,15 @@ class Plan:
         out = flat[self.group_of]
         out = out[0] if out.shape[0] == 1 else out
         return out.transpose(-1, -2) if self.transposed else out
+
+    @functools.cached_property
+    def cells(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Lists that come in cells of `token_grid`, cell by cell: indptr, the first key of each cell, num_full."""
+        if self.token_grid is None or self.token_indptr is None or self.token_indices is None:
+            raise ValueError("token_grid: the single keys of this plan come in no cells")
+        size = self.block[1]
+        num_full = self.num_full if self.token_num_full is None else self.token_num_full // size
+        return self.token_indptr // size, self.token_indices[::size].contiguous(), num_full
 
     @functools.cached_property
     def derived(self) -> dict[object, object]:
@@ -251,15 +301,11 @@ class Plan:
         height = torch.full((self.num_row_tiles,), bq, device=self.device)
         col_height = torch.full((self.num_col_tiles,), bq, device=self.device)
         (col_height if self.transposed else height)[-1] -= -self.num_queries % bq
-        if self.transposed:
-            heights = col_height[self.indices.long()[full]]
-        else:
-            heights = height[(rows % self.num_row_tiles)[full]]
+        heights = col_height[self._listed()[full]] if self.transposed else height[(rows % self.num_row_tiles)[full]]
         count.index_add_(0, rows[full] // self.num_row_tiles, heights * self.block[1])
         for group, _, _, mask in self.masks():
             count.index_add_(0, group, mask.sum((1, 2)))
-        if self.token_indices is not None:
-            group, _, _, mask = self._token_masks()
+        for group, _, _, mask in self.token_masks():
             count.index_add_(0, group, mask.sum(1))
         return float(count[self.group_of].double().mean())
 
@@ -272,61 +318,87 @@ class Plan:
 
     def transpose(self) -> Plan:
         """The same pairs, listed per key tile over query tiles; transposing twice gives this plan back, bit for bit."""
-        rows, full, cols = self.rows(), self.is_full(), self.indices.long()
-        group, row = rows // self.num_row_tiles, rows % self.num_row_tiles
-        lists = group * self.num_col_tiles + cols
-        at = torch.argsort((lists * 2 + ~full) * self.num_row_tiles + row)
-        num_lists = self.num_groups * self.num_col_tiles
-        indptr = torch.zeros(num_lists + 1, dtype=torch.int64, device=self.device)
-        indptr[1:] = torch.bincount(lists, minlength=num_lists).cumsum(0)
-        bits = self.bits
-        if bits is not None:
-            number = torch.cumsum(~full, 0) - 1
-            bits = bits[number[at][~full[at]]]
-        turned = replace(
-            self,
-            indptr=indptr,
-            indices=row[at].int(),
-            num_full=torch.bincount(lists[full], minlength=num_lists).int(),
-            bits=bits,
-            transposed=not self.transposed,
-        )
+        turned = self._turned()
         if self.token_indices is None:
             return turned
         assert self.token_indptr is not None
-        counts = self.token_indptr.diff()
-        lists = torch.repeat_interleave(torch.arange(len(counts), device=self.device), counts)
+        lists, full = self._token_lists()
         here, there = self.num_row_tiles, self.num_keys
         if self.transposed:
             here, there = self.num_keys, turned.num_row_tiles
         group, row, col = lists // here, lists % here, self.token_indices.long()
         lists = group * there + col
-        at = torch.argsort(lists * here + row, stable=True)
+        at = torch.argsort((lists * 2 + ~full) * here + row, stable=True)
         indptr = torch.zeros(self.num_groups * there + 1, dtype=torch.int64, device=self.device)
         indptr[1:] = torch.bincount(lists, minlength=self.num_groups * there).cumsum(0)
         weights = None if self.token_log_weights is None else self.token_log_weights[at]
-        return replace(turned, token_indptr=indptr, token_indices=row[at].int(), token_log_weights=weights)
+        num_full = None
+        if self.token_num_full is not None:
+            num_full = torch.bincount(lists[full], minlength=self.num_groups * there).int()
+        return replace(
+            turned,
+            token_indptr=indptr,
+            token_indices=row[at].int(),
+            token_log_weights=weights,
+            token_num_full=num_full,
+            token_grid=None,
+        )
+
+    def _turned(self) -> Plan:
+        """The tiles, transposed; the host waits for nothing, unless there are bits."""
+        from saccade.where.planner import kernels
+
+        on_device = kernels(self.device.type) if self.bits is None else None
+        turned = None if on_device is None else on_device.turned(self)
+        if turned is not None:
+            return turned
+        num_lists = self.num_groups * self.num_col_tiles
+        ends = torch.nn.functional.pad(self.indptr, (0, 1), value=len(self.indices))  # the room to spare is a list too
+        lists = torch.arange(len(self.indptr), device=self.device)
+        lists = torch.repeat_interleave(lists, ends.diff(), output_size=len(self.indices))
+        num_full = torch.nn.functional.pad(self.num_full, (0, 1))
+        full = torch.arange(len(lists), device=self.device) - ends[lists] < num_full[lists]
+        group, row = lists // self.num_row_tiles, lists % self.num_row_tiles
+        key = (group * self.num_col_tiles + self.indices) * 2 + ~full
+        listed = group < self.num_groups
+        key = torch.where(listed, key, 2 * num_lists)
+        key, at = (key.int() if num_lists < 2**30 else key).sort(stable=True)
+        starts = torch.searchsorted(key, torch.arange(2 * num_lists + 1, dtype=key.dtype, device=self.device))
+        bits = self.bits
+        if bits is not None:
+            partial = listed & ~full
+            number = torch.cumsum(partial, 0) - 1
+            bits = bits[number[at][partial[at]]]
+        return replace(
+            self,
+            indptr=starts[::2].contiguous(),
+            indices=row[at].int(),
+            num_full=(starts[1::2] - starts[:-1:2]).int(),
+            bits=bits,
+            transposed=not self.transposed,
+        )
 
     def verify(self) -> Plan:
         """Return this plan if it is well formed, else raise ValueError naming the table and what is wrong with it."""
         lists = self.num_groups * self.num_row_tiles
         _demand_shape(self.indptr, (lists + 1,), "indptr")
-        ends = self.indptr[0] == 0 and self.indptr[-1] == len(self.indices)
-        _demand(ends, "indptr", f"must run from 0 to {len(self.indices)}")
+        ends = self.indptr[0] == 0 and self.indptr[-1] <= len(self.indices)
+        _demand(ends, "indptr", f"must run from 0 to {len(self.indices)} or less")
         lengths = self.indptr.diff()
         _demand((lengths >= 0).all(), "indptr", "must not decrease")
         _demand_shape(self.num_full, (lists,), "num_full")
         some = (self.num_full >= 0) & (self.num_full <= lengths)
         _demand(some.all(), "num_full", "exceeds the length of its list")
-        _demand_below(self.indices, self.num_col_tiles, "indices")
+        listed = self._listed()
+        _demand_below(listed, self.num_col_tiles, "indices")
         full = self.is_full()
-        code = (self.rows() * 2 + ~full) * self.num_col_tiles + self.indices
+        code = (self.rows() * 2 + ~full) * self.num_col_tiles + listed
         _demand((code.diff() > 0).all(), "indices", "full tiles first, each part ascending, no repeats")
-        tile = self.rows() * self.num_col_tiles + self.indices
+        tile = self.rows() * self.num_col_tiles + listed
         _demand(len(tile.unique()) == len(tile), "indices", "a tile is listed both full and partial")
         _demand_below(self.group_of, self.num_groups, "group_of")
         _demand_below(self.union_of, self.boxes.lo.shape[0], "union_of")
-        cols = (self.rows() % self.num_row_tiles if self.transposed else self.indices)[full]
+        cols = (self.rows() % self.num_row_tiles if self.transposed else listed)[full]
         _demand(~self._ragged(cols).any(), "num_full", "a tile beyond the last key is called full")
         if self.bits is not None:
             masks = (int((~full).sum()), *self.block)
@@ -339,7 +411,8 @@ class Plan:
 
     def _verify_tokens(self) -> None:
         if self.token_indices is None:
-            _demand(self.token_log_weights is None, "token_log_weights", "given without tokens")
+            for table in ("token_log_weights", "token_num_full", "token_grid", "by_key"):
+                _demand(getattr(self, table) is None, table, "given without tokens")
             return
         lists = self.num_groups * (self.num_keys if self.transposed else self.num_row_tiles)
         starts = self.token_indptr
@@ -352,13 +425,36 @@ class Plan:
         if self.token_log_weights is not None:
             same = self.token_log_weights.shape == self.token_indices.shape
             _demand(same, "token_log_weights", "needs one weight a token")
+        if self.token_num_full is not None:
+            _demand_shape(self.token_num_full, (lists,), "token_num_full")
+            some = (self.token_num_full >= 0) & (self.token_num_full <= starts.diff())
+            _demand(some.all(), "token_num_full", "exceeds the length of its list")
+        if self.token_grid is not None:
+            _demand(not self.transposed, "token_grid", "given with transposed lists")
+            _demand_cells(self.token_indices, starts, self.token_num_full, self.block[1], self.token_grid, "token_grid")
+        if self.by_key is not None:
+            self._verify_by_key(self.by_key)
+
+    def _verify_by_key(self, found: QueryLists) -> None:
+        lists = self.num_groups * found.num_tiles
+        _demand_permutation(found.order, self.num_keys, "by_key.order")
+        _demand_shape(found.indptr, (lists + 1,), "by_key.indptr")
+        rises = found.indptr[0] == 0 and found.indptr[-1] == len(found.indices) and (found.indptr.diff() >= 0).all()
+        _demand(rises, "by_key.indptr", "must rise from 0 to the number of queries listed")
+        _demand_below(found.indices, self.num_queries, "by_key.indices")
+        _demand_shape(found.num_full, (lists,), "by_key.num_full")
+        some = (found.num_full >= 0) & (found.num_full <= found.indptr.diff())
+        _demand(some.all(), "by_key.num_full", "exceeds the length of its list")
+        if found.grid is not None:
+            tokens = found.indices if self.q_order is None else self.q_order[found.indices.long()]
+            _demand_cells(tokens, found.indptr, found.num_full, self.block[0], found.grid, "by_key.grid")
 
     def _verify_full(self) -> None:
         from saccade.where.planner import tile_bounds
 
         if self.bits is not None:
             return
-        rows, cols, full = self.rows(), self.indices.long(), self.is_full()
+        rows, cols, full = self.rows(), self._listed(), self.is_full()
         group, row = rows // self.num_row_tiles, rows % self.num_row_tiles
         if self.transposed:
             row, cols = cols, row
@@ -366,6 +462,19 @@ class Plan:
             at = full & (self.union_of[group] == union)
             _, uncut = tile_bounds(self.boxes, union, self.block).classify(row[at], cols[at])
             _demand(uncut.all(), "num_full", "a tile is called full that its boxes cut")
+        if self.token_num_full is None:
+            return
+        assert self.token_indices is not None
+        lists, full = self._token_lists()
+        lists, other = lists[full], self.token_indices[full].long()
+        here = self.num_keys if self.transposed else self.num_row_tiles
+        group, row, key = lists // here, lists % here, other
+        if self.transposed:
+            row, key = key, row
+        for union in range(self.boxes.lo.shape[0]):
+            at = self.union_of[group] == union
+            _, uncut = tile_bounds(self.boxes, union, (self.block[0], 1)).classify(row[at], key[at])
+            _demand(uncut.all(), "token_num_full", "a key is called full that the boxes hide from a query")
 
     def draw(self, path: str | Path, *, head: int = 0, batch: int = 0) -> Path:
         """Draw the tiles of one head, full dark and partial light, into an image file.
@@ -399,3 +508,15 @@ def _demand_permutation(order: Tensor | None, size: int, table: str) -> None:
     if order is not None:
         every = torch.arange(size, device=order.device)
         _demand(order.sort().values.equal(every), table, f"is no permutation of {size} tokens")
+
+
+def _demand_cells(tokens: Tensor, indptr: Tensor, num_full: Tensor | None, size: int, grid: Grid, table: str) -> None:
+    whole = math.prod(grid.cell) == size and bool((indptr % size == 0).all())
+    _demand(whole and (num_full is None or bool((num_full % size == 0).all())), table, f"needs whole cells of {size}")
+    cells, last = tokens.long().view(-1, size), torch.ones(1, dtype=torch.bool, device=tokens.device)
+    offsets = torch.zeros(1, dtype=torch.int64, device=tokens.device)
+    for axis, (length, side) in enumerate(zip(grid.lengths, grid.cell, strict=True)):
+        stride = math.prod(grid.lengths[axis + 1 :])
+        offsets = (offsets[:, None] + torch.arange(side, device=tokens.device) * stride).flatten()
+        last = last & (cells[:, 0] // stride % length + side <= length)
+    _demand(last.all() and (cells == cells[:, :1] + offsets).all(), table, "some list is not made of its cells")

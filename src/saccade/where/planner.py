@@ -4,18 +4,24 @@ A tile pair is empty when on some axis the keys' coordinates miss every bound of
 lie within every bound, partial otherwise. Bounds of whole groups of tiles answer the same question for all their pairs
 at once, so the search starts from few coarse pairs and opens only those that are not empty: its cost follows the tiles
 that are listed, not the pairs that there are.
+
+On a GPU kernels do the same, list by list, and the host waits for nothing (`planner_cuda`).
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from saccade.where.boxes import LEAST, MOST, Boxes
-from saccade.where.layout import order, sort_axes
-from saccade.where.pattern import Box, Frame, Pattern, Span
+from saccade.where.grid import grid_of
+from saccade.where.layout import Cells, best_order, permutation
+from saccade.where.pattern import Frame, Pattern, sent
 from saccade.where.plan import Plan
 
 FANOUT = 8  # tiles a coarser tile holds on either side
@@ -36,18 +42,18 @@ class Bounds:
     def coarser(self) -> Bounds:
         """The same over groups of FANOUT tiles."""
         return Bounds(
-            _reduce(self.c_min, FANOUT, "amin"),
-            _reduce(self.c_max, FANOUT, "amax"),
-            _reduce(self.lo_min, FANOUT, "amin"),
-            _reduce(self.lo_max, FANOUT, "amax"),
-            _reduce(self.hi_min, FANOUT, "amin"),
-            _reduce(self.hi_max, FANOUT, "amax"),
+            extremes(self.c_min, FANOUT, "amin"),
+            extremes(self.c_max, FANOUT, "amax"),
+            extremes(self.lo_min, FANOUT, "amin"),
+            extremes(self.lo_max, FANOUT, "amax"),
+            extremes(self.hi_min, FANOUT, "amin"),
+            extremes(self.hi_max, FANOUT, "amax"),
         )
 
     def classify(self, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
-        """(not empty, full) for tile pairs rows (P,), cols (P,)."""
-        some = torch.zeros_like(rows, dtype=torch.bool)
-        full = torch.zeros_like(rows, dtype=torch.bool)
+        """(not empty, full) for tile pairs rows (P,), cols (P,), or two shapes that broadcast; of one union."""
+        some = torch.zeros(torch.broadcast_shapes(rows.shape, cols.shape), dtype=torch.bool, device=rows.device)
+        full = torch.zeros_like(some)
         c_min, c_max = self.c_min[:, cols], self.c_max[:, cols]
         for t in range(self.lo_min.shape[0]):
             meets = torch.ones_like(some)
@@ -60,7 +66,7 @@ class Bounds:
         return some, full
 
 
-def _reduce(values: Tensor, size: int, how: str) -> Tensor:
+def extremes(values: Tensor, size: int, how: str) -> Tensor:
     """Extremes over runs of `size` along the last dimension; the last run may be short."""
     short = -values.shape[-1] % size
     if short:
@@ -72,12 +78,12 @@ def tile_bounds(boxes: Boxes, union: int, block: tuple[int, int]) -> Bounds:
     """Bounds of the tiles of one union of boxes."""
     lo, hi, (bq, bk) = boxes.lo[union], boxes.hi[union], block
     return Bounds(
-        _reduce(boxes.coord, bk, "amin"),
-        _reduce(boxes.coord, bk, "amax"),
-        _reduce(lo, bq, "amin"),
-        _reduce(lo, bq, "amax"),
-        _reduce(hi, bq, "amin"),
-        _reduce(hi, bq, "amax"),
+        extremes(boxes.coord, bk, "amin"),
+        extremes(boxes.coord, bk, "amax"),
+        extremes(lo, bq, "amin"),
+        extremes(lo, bq, "amax"),
+        extremes(hi, bq, "amin"),
+        extremes(hi, bq, "amax"),
     )
 
 
@@ -106,46 +112,55 @@ def search(bounds: Bounds, num_rows: int, num_cols: int) -> tuple[Tensor, Tensor
     return rows, cols, full
 
 
-def _frame(pattern_keys: int, n: int, device: torch.device) -> tuple[Frame, Frame]:
-    keys = torch.arange(pattern_keys, dtype=torch.int32, device=device)
-    queries = torch.arange(pattern_keys - n, pattern_keys, dtype=torch.int32, device=device)
-    return Frame(queries, keys, pattern_keys), Frame(queries, queries, pattern_keys)
-
-
 def tables(
     pattern: Pattern, n: int, m: int, heads: int, block: tuple[int, int], device: torch.device, *, sort: bool
-) -> tuple[Boxes, Tensor, Plan]:
-    """Box tables of a pattern, the union that each head follows (heads,), and a plan that lists nothing yet."""
+) -> tuple[Boxes, int, Plan]:
+    """Box tables of a pattern, a number of tiles that it cannot exceed, and a plan that lists nothing yet."""
     distinct: dict[Pattern, int] = {}
     follows = [distinct.setdefault(pattern.at_head(h, heads), len(distinct)) for h in range(heads)]
-    frame, query_frame = _frame(m, n, device)
+    keys = torch.arange(m, dtype=torch.int32, device=device)
+    frame = Frame(keys if n == m else torch.arange(m - n, m, dtype=torch.int32, device=device), keys, m)
     unions = [p.boxes(frame) for p in distinct]
-    causal = all(_is_causal(union, frame) for union in unions)
-    q_order = k_order = None
-    if sort:
-        k_order = order(sort_axes(unions, frame, block[1]))
-        q_order = order(sort_axes(unions, query_frame, block[0])) if k_order is not None else None
-    if k_order is not None:
-        unions = [
-            [{key: Span(s.coord[k_order], s.lo[q_order], s.hi[q_order]) for key, s in box.items()} for box in union]
-            for union in unions
-        ]
     boxes = Boxes.of(unions, n, m, device)
-    group_of = torch.tensor([follows], dtype=torch.int64, device=device)
-    return boxes, group_of[0], Plan.empty(boxes, group_of, block, q_order=q_order, k_order=k_order, causal=causal)
+    order = best_order(unions, m) if sort else None
+    q_order = k_order = None
+    if order is not None:
+        k_order = ordered(order, 0, m, block[1], device)
+        alike = n == m and order.cell(block[0]) == order.cell(block[1])
+        q_order = k_order if alike else ordered(order, m - n, n, block[0], device)
+        boxes = Boxes(boxes.coord[:, k_order], boxes.lo[..., q_order], boxes.hi[..., q_order])
+    most = sum(p.most_tiles(n, m, block, order) for p in distinct)
+    causal = all(p.looks_back(n, m) for p in distinct)
+    group_of = torch.zeros(1, heads, dtype=torch.int64, device=device)
+    if len(distinct) > 1:
+        group_of = sent(torch.tensor([follows]), device)
+    grid = grid_of(unions, order, m, block[1])
+    plan = Plan.empty(boxes, group_of, block, q_order=q_order, k_order=k_order, causal=causal, grid=grid)
+    return boxes, most, plan
 
 
-def _is_causal(union: list[Box], frame: Frame) -> bool:
-    def within(box: Box) -> bool:
-        span = box.get(("position", frame.tag))
-        return span is not None and bool((span.hi <= frame.queries + 1).all())
+def ordered(order: Cells, first: int, num_tokens: int, block: int, device: torch.device) -> Tensor:
+    """`num_tokens` tokens from `first` on, in their order, for tiles of `block`: int64 (num_tokens,)."""
+    if (on_device := kernels(device.type)) is not None:
+        return on_device.permutation(order, first, num_tokens, block, device)
+    return permutation(order, torch.arange(first, first + num_tokens, device=device), block)
 
-    return all(within(box) for box in union)
+
+@functools.cache
+def kernels(device_type: str) -> ModuleType | None:
+    """The kernels that plan on a device, None where it has none."""
+    if device_type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from saccade.where import planner_cuda
+
+    return planner_cuda
 
 
 def plan_pattern(pattern: Pattern, n: int, m: int, heads: int, block: tuple[int, int], device: torch.device) -> Plan:
     """The plan of a static pattern: every tile that is not empty."""
-    boxes, _, plan = tables(pattern, n, m, heads, block, device, sort=True)
+    boxes, most, plan = tables(pattern, n, m, heads, block, device, sort=True)
+    if (on_device := kernels(device.type)) is not None:
+        return on_device.plan_boxes(plan, most)
     num_rows, num_cols = plan.num_row_tiles, plan.num_col_tiles
     rows, cols, full = [], [], []
     for union in range(boxes.lo.shape[0]):
@@ -163,8 +178,12 @@ def tile_pairs(pattern: Pattern, n: int, m: int, block: tuple[int, int], device:
     For routers, which score every one of them anyway.
     """
     boxes, _, plan = tables(pattern, n, m, 1, block, device, sort=False)
+    bounds = tile_bounds(boxes, 0, block)
+    if device.type != "cpu":  # comparing every pair costs less there than waiting for what a search has found
+        rows, cols = (torch.arange(size, device=device) for size in (plan.num_row_tiles, plan.num_col_tiles))
+        return bounds.classify(rows[:, None], cols)[0]
     touched = torch.zeros(plan.num_row_tiles, plan.num_col_tiles, dtype=torch.bool, device=device)
-    rows, cols, _ = search(tile_bounds(boxes, 0, block), *touched.shape)
+    rows, cols, _ = search(bounds, *touched.shape)
     touched[rows, cols] = True
     return touched
 
@@ -179,6 +198,7 @@ def plan_chosen(
     *,
     tokens: Tensor | None = None,
     token_log_weights: Tensor | None = None,
+    most: int | None = None,
 ) -> Plan:
     """The plan of a routed pattern: of the tiles that `pattern` admits, those that the data chose.
 
@@ -186,6 +206,7 @@ def plan_chosen(
     any order, repeats ignored, or as marks (G, rows, cols) bool. group_of: (B, H) or (1, H) int, the list group of each
     batch entry and query head. tokens: single keys of each query tile, (G, rows, K') int, -1 for none, where a repeat
     counts again, or marks (G, rows, M) bool. token_log_weights: like tokens, added to the scores (sampled: log 1/p).
+    most: marked tiles that a row has at most (default: all may be marked); a GPU sets aside room for as many.
     """
     device = chosen.device
     boxes, _, plan = tables(pattern, n, m, 1, block, device, sort=False)
@@ -195,12 +216,33 @@ def plan_chosen(
         raise ValueError(
             f"chosen: got {num_rows} query tiles; {n} queries in tiles of {block[0]} make {plan.num_row_tiles}"
         )
-    marked = chosen.dtype == torch.bool
-    group, row, slot = torch.nonzero(chosen if marked else chosen >= 0, as_tuple=True)
-    col = slot if marked else chosen[group, row, slot].long()
-    code = torch.unique((group * num_rows + row) * plan.num_col_tiles + col)
-    row, col = code // plan.num_col_tiles, code % plan.num_col_tiles
-    some, full = tile_bounds(boxes, 0, block).classify(row % num_rows, col)
+    bounds = tile_bounds(boxes, 0, block)
     union_of = torch.zeros(num_groups, dtype=torch.int64, device=device)
-    plan = plan.listing(row[some], col[some], full[some], union_of=union_of)
+    if chosen.dtype != torch.bool:
+        plan = _numbered(plan, bounds, chosen, union_of)
+    elif (on_device := kernels(device.type)) is not None:
+        plan = on_device.plan_marked(plan, chosen, min(most or chosen.shape[2], chosen.shape[2]))
+    else:
+        group, row, col = torch.nonzero(chosen, as_tuple=True)
+        some, full = bounds.classify(row, col)
+        plan = plan.listing((group * num_rows + row)[some], col[some], full[some], union_of=union_of)
     return plan if tokens is None else plan.with_tokens(tokens, token_log_weights)
+
+
+def _numbered(plan: Plan, bounds: Bounds, chosen: Tensor, union_of: Tensor) -> Plan:
+    """The tiles chosen by number, (G, rows, K), of what the bounds admit."""
+    cols = chosen.flatten(0, 1).sort(1).values.long()
+    rows = torch.arange(len(cols), device=cols.device)[:, None] % plan.num_row_tiles
+    some, full = bounds.classify(rows, cols.clamp(min=0))
+    listed = some & (cols >= 0)
+    listed[:, 1:] &= cols[:, 1:] != cols[:, :-1]
+    full &= listed & ~plan._ragged(cols)
+    num_full = full.sum(1)
+    indptr = torch.nn.functional.pad(listed.sum(1).cumsum(0), (1, 0))
+    place = torch.where(full, full.cumsum(1), num_full[:, None] + (listed & ~full).cumsum(1)) - 1
+    place = torch.where(listed, indptr[:-1, None] + place, cols.numel())  # one place more takes what is not listed
+    indices = torch.zeros(cols.numel() + 1, dtype=torch.int32, device=cols.device)
+    indices = indices.scatter_(0, place.flatten(), cols.int().flatten())[:-1]
+    if indices.device.type == "cpu":
+        indices = indices[: int(indptr[-1])]
+    return replace(plan, indptr=indptr, indices=indices, num_full=num_full.int(), union_of=union_of)

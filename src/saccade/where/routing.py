@@ -28,7 +28,10 @@ Estimator = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
 
 
 class Selector(Protocol):
-    """scores (..., C), -inf where nothing may be chosen; must: bool, broadcasts over scores -> marks, bool (..., C)."""
+    """scores (..., C), -inf where nothing may be chosen; must: bool, broadcasts over scores -> marks, bool (..., C).
+
+    A selector that marks no more than some number of tiles a row may say so, in an attribute `most`.
+    """
 
     def __call__(self, scores: Tensor, must: Tensor) -> Tensor: ...
 
@@ -59,6 +62,10 @@ class TopK:
 
     def __post_init__(self) -> None:
         positive("k", self.k)
+
+    @property
+    def most(self) -> int:
+        return self.k
 
     def __call__(self, scores: Tensor, must: Tensor) -> Tensor:
         best = scores.masked_fill(must & (scores > -torch.inf), torch.inf).topk(min(self.k, scores.shape[-1]))
@@ -128,4 +135,5 @@ class Router:
         chosen = self.selector(scores, must)
         lists = torch.arange(batch * chosen.shape[1], device=q.device).view(batch, -1)
         group_of = lists.repeat_interleave(heads // chosen.shape[1], 1)
-        return plan_chosen(self.pattern, chosen.flatten(0, 1), group_of, n, m, block)
+        most = getattr(self.selector, "most", None)
+        return plan_chosen(self.pattern, chosen.flatten(0, 1), group_of, n, m, block, most=most)

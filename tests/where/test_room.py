@@ -1,0 +1,145 @@
+"""How many tiles there may be is known before they are counted; room to spare behind the lists changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import blocks, leaves, neighborhoods, problems
+
+from saccade.where import (
+    Band,
+    BlockBand,
+    Blocks,
+    Causal,
+    Dilated,
+    Documents,
+    Neighborhood,
+    Packed,
+    PerHead,
+    Plan,
+    Prefix,
+    Sinks,
+    Strided,
+    Window,
+    planner,
+)
+from saccade.where.draw import tile_map
+from saccade.where.layout import Cells, permutation
+from saccade.where.pattern import Frame
+
+CPU = torch.device("cpu")
+
+
+@settings(max_examples=300)
+@given(problems(), blocks)
+def test_no_plan_exceeds_most_tiles(problem, block):
+    pattern, n, m, heads = problem
+    _, most, _ = planner.tables(pattern, n, m, heads, block, CPU, sort=True)
+    assert pattern.plan(n, m, heads, block=block).num_tiles <= most
+    _, most, plan = planner.tables(pattern, n, m, 1, block, CPU, sort=False) if heads == 1 else (None, None, None)
+    if plan is not None:
+        assert planner.tile_pairs(pattern, n, m, block, CPU).sum() <= most
+
+
+@pytest.mark.parametrize(
+    ("pattern", "n"),
+    [
+        (Causal(), 4096),
+        (Window(300), 4096),
+        (Band(100, 300), 4096),
+        (Prefix(77), 4096),
+        (Blocks(256), 4096),
+        (BlockBand(256, 2, 1), 4096),
+        (Documents([0, 100, 3000, 4096]), 4096),
+        (Packed(Causal(), Documents([0, 100, 3000, 4096])), 4096),
+        (Dilated(64, 8), 8192),
+        (Strided(8), 8192),
+        (Causal() & (Window(300) | Sinks(4)), 4096),
+        (Causal() & Window(300), 4096),
+        (PerHead([Window(100), Window(300)]), 4096),
+        (Neighborhood((4096,), 65), 4096),
+        (Neighborhood((64, 64), 9), 4096),
+        (Neighborhood((64, 64), 9, stride=3, causal=True), 4096),
+        (Neighborhood((64, 64), 5, dilation=2), 4096),
+        (Neighborhood((64, 64), 9) | Neighborhood((64, 64), 3), 4096),
+    ],
+    ids=str,
+)
+def test_most_tiles_sets_little_aside(pattern, n):
+    heads = len(pattern.patterns) if isinstance(pattern, PerHead) else 1
+    _, most, _ = planner.tables(pattern, n, n, heads, (64, 32), CPU, sort=True)
+    assert most <= 3 * pattern.plan(n, heads=heads, block=(64, 32)).num_tiles
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_looking_back_is_what_the_boxes_say(data):
+    m = data.draw(st.integers(1, 20))
+    n = data.draw(st.integers(1, m))
+    pattern = data.draw(leaves(m))
+    frame = Frame(torch.arange(m - n, m, dtype=torch.int32), torch.arange(m, dtype=torch.int32), m)
+    spans = [box.get(("position", ())) for box in pattern.boxes(frame)]
+    confined = all(span is not None and bool((span.hi <= frame.queries + 1).all()) for span in spans)
+    assert pattern.looks_back(n, m) == confined
+
+
+@given(neighborhoods(), blocks, st.integers(1, 9))
+def test_orders_sort_by_class_then_cell_then_place(grid, block, modulus):
+    pattern, total = grid
+    found = [p for p in getattr(pattern, "parts", (pattern,)) if isinstance(p, Neighborhood)]
+    position = torch.arange(total // 3, total)
+    cells = Cells(found[0].grid, found[0].dilation)
+    shape = cells.cell(block[0])
+
+    def key(token):
+        at, rest = [], token
+        for length in reversed(cells.grid):
+            at.append(rest % length)
+            rest //= length
+        at = at[::-1]
+        steps = [c // d for c, d in zip(at, cells.dilation, strict=True)]
+        classes = [c % d for c, d in zip(at, cells.dilation, strict=True)]
+        return classes, [s // t for s, t in zip(steps, shape, strict=True)], steps
+
+    order = permutation(cells, position, block[0])
+    assert position[order].tolist() == sorted(position.tolist(), key=key)
+    order = permutation(Cells((total,), (modulus,)), position, block[0])
+    assert position[order].tolist() == sorted(position.tolist(), key=lambda token: (token % modulus, token))
+
+
+def roomy(plan: Plan, spare: int) -> Plan:
+    """The plan with entries behind its lists that mean nothing."""
+    noise = torch.randint(-(2**31), 2**31 - 1, (spare,), dtype=torch.int32)
+    return replace(plan, indices=torch.cat([plan.indices, noise]))
+
+
+@given(problems(), blocks, st.integers(1, 9))
+def test_room_to_spare_changes_nothing(problem, block, spare):
+    pattern, n, m, heads = problem
+    plan = pattern.plan(n, m, heads, block=block)
+    wide = roomy(plan, spare).verify()
+    assert wide.num_tiles == plan.num_tiles
+    assert wide.rows().equal(plan.rows())
+    assert wide.is_full().equal(plan.is_full())
+    assert wide.num_attended == plan.num_attended
+    assert wide.dense().equal(plan.dense())
+    assert tile_map(wide).equal(tile_map(plan))
+    for found, expected in ((wide.to("cpu"), plan), (wide.transpose().verify().to("cpu"), plan.transpose())):
+        assert all(found.tensors()[name].equal(table) for name, table in expected.tensors().items())
+
+
+def test_room_to_spare_keeps_bits():
+    mask = torch.rand(2, 30, 40) < 0.4
+    plan = roomy(Plan.from_mask(mask, (4, 8)), 5).verify()
+    assert plan.dense().equal(mask)
+    assert plan.transpose().verify().dense().equal(mask.transpose(1, 2))
+
+
+def test_lists_that_end_behind_their_room_are_ill_formed():
+    plan = Window(9).plan(50, block=(8, 8))
+    with pytest.raises(ValueError, match="indptr: must run from 0 to"):
+        replace(plan, indices=plan.indices[:-1]).verify()
