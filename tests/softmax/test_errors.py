@@ -66,7 +66,10 @@ OPTIONS = {
     "normalizer function": ({"normalizer": torch.relu}, "normalizer: got .*relu"),
     "lse of a sigmoid": ({"normalizer": "sigmoid", "return_lse": True}, "return_lse: sigmoid has no log-sum-exp"),
     "lse of an entmax": ({"normalizer": Entmax(2.0), "return_lse": True}, "return_lse: entmax has no log-sum-exp"),
-    "backend unknown": ({"backend": "fast"}, "backend: got 'fast'; choose one of auto, sdpa, tiles, reference, flex"),
+    "backend unknown": (
+        {"backend": "fast"},
+        "backend: got 'fast'; choose one of auto, sdpa, fa4, triton, hopper, flex, tiles, reference",
+    ),
     "backend none": ({"backend": None}, "backend: got None; choose one of"),
 }
 
@@ -206,6 +209,19 @@ REASONS = [
     ("sdpa", Full(), {"softcap": 1.0}, "it knows no softcap"),
     ("sdpa", Full(), {"normalizer": "entmax"}, "it normalises by softmax, not entmax"),
     ("sdpa", Full(), {"return_lse": True}, "it returns no lse"),
+    ("fa4", Full(), {}, r"it needs the package flash-attn-4: pip install 'saccade\[fa4\]'"),
+    ("fa4", Full(), {}, "it runs on CUDA, not on cpu"),
+    ("fa4", Full(), {}, "it computes in float16 and bfloat16, not torch.float32"),
+    ("fa4", Full(), {"normalizer": "sigmoid"}, "it normalises by softmax, not sigmoid"),
+    ("fa4", Full(), {"bias": Alibi(H)}, "its score function is compiled"),
+    (
+        "fa4",
+        per_batch(B).with_tokens(torch.zeros(B * H, 1, 1, dtype=torch.int64)),
+        {},
+        "it has no lists of single keys",
+    ),
+    ("fa4", Plan.from_mask(Causal().dense(N, M, H)), {}, "it has no bit masks"),
+    ("fa4", Causal().plan(N, M, H, block=(128, 64)), {}, r"the plan's tiles \(128, 64\) are not a multiple of 128"),
     ("flex", Full(), {}, "it is compiled for CUDA; on cpu"),
     ("flex", Full(), {}, "head dims below 16 have no kernel, got 8 and 8"),
     ("flex", Full(), {"normalizer": "sigmoid"}, "it normalises by softmax, not sigmoid"),
@@ -219,6 +235,31 @@ REASONS = [
     ("flex", Plan.from_mask(Causal().dense(N, M, H)), {}, "it has no bit masks"),
     ("flex", Causal().plan(N, M, H, block=(64, 128)), {}, r"the plan's tiles \(64, 128\) are no multiples of 128"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("head_dims", "refused"), [((12, 12), True), ((136, 136), True), ((64, 32), True), ((64, 64), False)]
+)
+def test_head_dims_that_fa4_has(head_dims, refused):
+    d, dv = head_dims
+    q, k, v = (torch.randn(B, H, N, size) for size in (d, d, dv))
+    said = f"its head dims are equal multiples of 8 up to 128, got {d} and {dv}"
+    assert (said in explain(q, k, v)["fa4"]) == refused
+
+
+def test_fa4_says_when_order_is_asked_for():
+    q, k, v = (x.requires_grad_() for x in inputs())
+    said = "its backward over lists of tiles adds in no fixed order, and deterministic algorithms are on"
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = {where: said in explain(q, k, v, where)["fa4"] for where in (Causal() | Sinks(2), Causal())}
+        with torch.no_grad():
+            forward = said in explain(q, k, v, Causal() | Sinks(2))["fa4"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert list(found.values()) == [True, False]
+    assert not forward
+    assert said not in explain(q, k, v, Causal() | Sinks(2))["fa4"]
 
 
 @pytest.fixture
@@ -251,7 +292,7 @@ def test_falling_back_is_caught(monkeypatch):
 @pytest.mark.parametrize(("backend", "where", "options", "reason"), REASONS)
 def test_explain_gives_the_reason(backend, where, options, reason):
     found = explain(*inputs(), where, **options)
-    assert set(found) == {"sdpa", "tiles", "reference", "flex"}
+    assert tuple(found) == ORDER
     assert found["tiles"] == found["reference"] == []
     with pytest.raises(ValueError, match=f"{reason}"):
         raise ValueError("; ".join(found[backend]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,24 @@ import strategies
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
+from saccade.softmax import flex
 from saccade.softmax.flex import block_mask
-from saccade.where import Causal, Full, Neighborhood, PerHead, Sinks, Strided, Window, plan_chosen
+from saccade.softmax.problem import Problem
+from saccade.where import (
+    Band,
+    Blocks,
+    Causal,
+    Documents,
+    Full,
+    Neighborhood,
+    PerHead,
+    Sinks,
+    Strided,
+    Window,
+    plan_chosen,
+)
 
 
 def spelled_out(plan, batch, *, turned=False):
@@ -109,3 +125,53 @@ def test_broken_tables_are_caught(what):
     plan.derived["flex"] = block_mask(broken)
     with pytest.raises(AssertionError, match="the tables differ"):
         check(plan, 3)
+
+
+class Counting:
+    """Runs FlexAttention uncompiled, and counts what would have been compiled."""
+
+    def __init__(self, monkeypatch):
+        torch.compiler.reset()
+        self.counter = CompileCounter()
+        compiled = torch.compile(flex.flex_attention, backend=self.counter, fullgraph=True)
+        monkeypatch.setattr(flex, "_compiled", lambda: compiled)
+
+    def __call__(self, where, n=256, head_dim=16, **options):
+        q, k, v = torch.randn(3, 1, 2, n, head_dim)
+        flex.run(Problem.of(q, k, v, where, **options))
+        return self.counter.frame_count
+
+
+ONE_BOX = [Causal(), Causal() & Window(65), Window(17), Band(3, 4), Blocks(32), Documents([0, 100, 256])]
+
+
+def test_no_pattern_is_compiled(monkeypatch):
+    """One graph for all patterns of one box over one axis, one more with a softcap, whatever its value."""
+    run = Counting(monkeypatch)
+    assert {run(where) for where in ONE_BOX} == {1}
+    assert {run(where, softcap=cap) for where, cap in zip(ONE_BOX, (2.0, 3.0, 4.0, 5.0, 6.0, 7.5), strict=True)} == {2}
+    assert {run(where) for where in ONE_BOX} == {2}
+
+
+def test_a_softcap_that_is_a_constant_is_caught(monkeypatch):
+    """The broken twin: the compiler is handed a number."""
+    capped = flex._capped
+    monkeypatch.setattr(flex, "_capped", lambda softcap: capped(float(softcap)))
+    with pytest.raises(AssertionError):
+        test_no_pattern_is_compiled(monkeypatch)
+
+
+def many_variants(run):
+    return [run(where, head_dim=d) for d in (16, 24, 32, 40, 48) for where in (Causal(), Strided(2) & Causal())]
+
+
+def test_shapes_never_use_up_the_room_for_variants(monkeypatch):
+    """Sizes, dtypes, numbers of boxes are compiled for, and the compiler's limit of eight is not met."""
+    assert max(many_variants(Counting(monkeypatch))) > 8
+
+
+def test_the_usual_room_is_too_small(monkeypatch):
+    """The broken twin: the compiler's own limit."""
+    monkeypatch.setattr(flex, "_room_for_variants", contextlib.nullcontext)
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        many_variants(Counting(monkeypatch))

@@ -6,12 +6,30 @@ import oracle
 import pytest
 import torch
 
-from saccade.softmax import RelativeTable, attend, explain
+from saccade.bench.contestant import watch_backends
+from saccade.softmax import RelativeTable, attend, explain, fa4, measure, measuring, rates, which, why
 from saccade.testing.budget import assert_close
-from saccade.where import Causal, Columns, Full, Neighborhood, PerHead, Sinks, Strided, Window, plan_chosen
+from saccade.where import (
+    Band,
+    Blocks,
+    Causal,
+    Columns,
+    Full,
+    Neighborhood,
+    PerHead,
+    Sinks,
+    Strided,
+    Window,
+    plan_chosen,
+)
 
-# The compiler that FlexAttention needs warns of its own old habits.
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")]
+# The compilers that FlexAttention and FlashAttention-4 need warn of their own old habits.
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*cannot be converted to a JitArgument"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
 
 B, H, KV, D = 2, 4, 2, 32
 FEW = 4  # terms of the band: two units in the last place beside twice the eager error
@@ -43,13 +61,16 @@ PROBLEMS = {
     "grid": (static(Neighborhood((16, 20), 5)), 320, 320),
     "routed": (routed, 300, 300),
 }
-BACKENDS = ("sdpa", "flex", "tiles", "reference")
+BACKENDS = ("sdpa", *(["fa4"] if fa4.installed() else []), "flex", "tiles", "reference")
+DTYPES = (torch.float32, torch.bfloat16)
 RUNS = [
-    (backend, name, options)
+    pytest.param(backend, name, options, dtype, id=f"{backend}-{name}-{options}-{dtype}")
     for backend in BACKENDS
     for name in PROBLEMS
     for options in ("plain", "all")
-    if backend != "sdpa" or (options == "plain" and name.startswith(("full", "causal", "one")) and "last" not in name)
+    for dtype in DTYPES
+    if (backend != "sdpa" or (options == "plain" and name.startswith(("full", "causal", "one")) and "last" not in name))
+    and (backend != "fa4" or dtype != torch.float32)
 ]
 
 
@@ -62,13 +83,34 @@ def differentiated(run, inputs, cotangents):
     return [o.detach(), lse, *torch.autograd.grad(loss, inputs)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("backend", "name", "options"), RUNS)
+@pytest.mark.parametrize(("backend", "name", "options", "dtype"), RUNS)
 def test_values_and_gradients(backend, name, options, dtype):
+    check(backend, name, options, dtype, D)
+
+
+OTHERS = [
+    pytest.param(name, head_dim, dtype, id=f"{name}-{head_dim}-{dtype}")
+    for name, head_dim, dtype in (
+        *((name, size, torch.bfloat16) for name in ("full, odd", "causal", "window", "grid") for size in (64, 128)),
+        ("window", 96, torch.bfloat16),
+        ("routed", 128, torch.bfloat16),
+        ("causal", 64, torch.float16),
+        ("window", 128, torch.float16),
+    )
+]
+
+
+@pytest.mark.parametrize(("name", "head_dim", "dtype"), OTHERS)
+@pytest.mark.parametrize("backend", ["fa4"] if fa4.installed() else [])
+def test_other_tiles_for_other_head_dims(backend, name, head_dim, dtype):
+    check(backend, name, "all", dtype, head_dim)
+
+
+def check(backend, name, options, dtype, head_dim):
     make, n, m = PROBLEMS[name]
     where, entries = make(n, m)
-    inputs = [torch.randn(B, *shape).to(dtype) for shape in ((H, n, D), (KV, m, D), (KV, m, D))]
-    cotangents = torch.randn(B, H, n, D).to(dtype), torch.randn(B, H, n)
+    inputs = [torch.randn(B, *shape, head_dim).to(dtype) for shape in ((H, n), (KV, m), (KV, m))]
+    cotangents = torch.randn(B, H, n, head_dim).to(dtype), torch.randn(B, H, n)
     sink = [torch.randn(H)] if options == "all" else []
     softcap = 5.0 if options == "all" else None
     has_lse = backend != "sdpa"
@@ -88,7 +130,7 @@ def test_values_and_gradients(backend, name, options, dtype):
     found = differentiated(fast, [x.cuda() for x in (*inputs, *sink)], [x.cuda() for x in cotangents])
     # A gradient of scores is a difference that may cancel; its rounding is that of what is subtracted.
     difference = (
-        float(cotangents[0].norm(dim=-1).max() * inputs[2].norm(dim=-1).max() * inputs[1].abs().max()) * D**-0.5
+        float(cotangents[0].norm(dim=-1).max() * inputs[2].norm(dim=-1).max() * inputs[1].abs().max()) * head_dim**-0.5
     )
     scale = difference if dtype == torch.float32 else 0.0  # else it is formed in float32, and rounded once
     truth, eager, single = plain(torch.float64), plain(dtype), plain(torch.float32)
@@ -125,3 +167,99 @@ def test_what_cannot_run_says_so():
     assert found["flex"] == ["it computes in at most float32"]
     assert "in float64" in found["sdpa"][0]
     assert found["tiles"] == found["reference"] == []
+
+
+def many(n, dtype=torch.bfloat16, **options):
+    return [torch.randn(B, heads, n, D, dtype=dtype, device="cuda", **options) for heads in (H, KV, KV)]
+
+
+ONE_BOX = [Causal() & Window(99), Window(17), Band(3, 40), Blocks(48)]  # each one box over one axis
+
+
+def test_flex_compiles_once_for_all_patterns():
+    inputs = many(320, requires_grad=True)
+    torch.compiler.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    for where in ONE_BOX:
+        attend(*inputs, where, backend="flex").sum().backward()
+    assert graphs["unique_graphs"] - before == 1
+    for softcap in (2.0, 3.0, 5.5):
+        attend(*inputs, ONE_BOX[0], softcap=softcap, backend="flex").sum().backward()
+    assert graphs["unique_graphs"] - before == 2
+
+
+@pytest.mark.parametrize("softcap", [(None, None, None, None), (2.0, 3.0, 4.0, 5.0)], ids=["plain", "capped"])
+@pytest.mark.parametrize("backend", ["fa4"] if fa4.installed() else [])
+def test_fa4_compiles_once_for_all_patterns(backend, softcap):
+    from flash_attn.cute import interface
+
+    caches = interface._flash_attn_fwd.compile_cache.cache, interface._flash_attn_bwd.compile_cache.cache
+    inputs = many(320, requires_grad=True)
+    before = None
+    patterns = [where | Sinks(3) for where in ONE_BOX]  # two boxes: lists, not code of its own
+    for where, cap in zip(patterns, softcap, strict=True):
+        attend(*inputs, where, softcap=cap, backend=backend).sum().backward()
+        before = [len(cache) for cache in caches] if before is None else before
+    assert [len(cache) for cache in caches] == before
+
+
+def softmax(q, k, v, where):
+    """(o, lse) from all scores at once."""
+    k, v = (x.repeat_interleave(H // KV, 1) for x in (k, v))
+    mask = where.dense(q.shape[2], k.shape[2])[0].to(q.device)
+    scores = (q @ k.transpose(2, 3) * D**-0.5).masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("where", [Full(), Causal()], ids=repr)
+@pytest.mark.parametrize("n", [64, 2048])
+def test_sdpa_returns_lse_without_gradients(n, where):
+    q, k, v = many(n)
+    o, lse = attend(q, k, v, where, return_lse=True, backend="sdpa")
+    truth, single = (softmax(*(x.to(dtype) for x in (q, k, v)), where) for dtype in (torch.float64, torch.float32))
+    assert_close(o, truth[0], softmax(q, k, v, where)[0], name="o", terms=FEW)
+    assert_close(lse, truth[1], single[1], name="lse", terms=FEW)
+    with pytest.raises(ValueError, match="its lse has no gradients"):
+        attend(q.requires_grad_(), k, v, where, return_lse=True, backend="sdpa")
+
+
+def test_cudnn_runs_where_it_is_put_first():
+    from torch.profiler import ProfilerActivity, profile
+
+    hopper = torch.cuda.get_device_capability()[0] == 9  # elsewhere PyTorch's own order holds
+    for n, expected in ((2048, hopper), (64, False)):
+        inputs = many(n, requires_grad=True)
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as found:
+            attend(*inputs, Causal(), backend="sdpa").sum().backward()
+        names = {event.key for event in found.key_averages()}
+        assert any("cudnn_attention" in name for name in names) == expected
+        assert any("cudnn_attention_backward" in name for name in names) == expected
+
+
+@pytest.mark.parametrize("where", [Full(), Causal(), Causal() & Window(65), Neighborhood((16, 20), 5)], ids=repr)
+def test_the_backend_that_ran_is_seen(where):
+    q, k, v = many(320)
+    with watch_backends() as ran:
+        attend(q, k, v, where)
+    assert ran == {which(q, k, v, where)}
+
+
+def test_what_was_measured_is_chosen_by(tmp_path, monkeypatch):
+    monkeypatch.setattr(measuring, "LENGTH", 512)
+    monkeypatch.setattr(measuring, "HEADS", 8)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        path = measure(backends=["sdpa"], head_dims=[D], dtypes=[torch.bfloat16])
+        assert path == rates.user_path(*torch.cuda.get_device_capability())
+        rows = rates.Table.load(path).rows
+        assert [(row.backend, row.gradients, set(row.rates)) for row in rows] == [
+            ("sdpa", False, {"full", "causal"}),
+            ("sdpa", True, {"full", "causal"}),
+        ]
+        assert all(rate > 0 for row in rows for rate in row.rates.values())
+        said = why(*many(320), Full())
+        assert said.startswith("sdpa ")
+        assert "the lowest estimate" in said
+    finally:
+        rates.table_of.cache_clear()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor
 
-from saccade.softmax.backends import ORDER, choose, reasons
+from saccade.softmax.backends import ORDER, Choice, choose, reasons
 from saccade.softmax.normalizers import Normalizer
 from saccade.softmax.problem import Bias, Problem
 from saccade.where import Pattern, Plan, Router
@@ -104,7 +105,12 @@ def attend(
         cu_seqlens=cu_seqlens,
         return_lse=return_lse,
     )
-    o, lse = choose(backend, problem).run(problem)
+    if torch.compiler.is_compiling():
+        from saccade.softmax import traced
+
+        o, lse = traced.run(problem, backend)
+    else:
+        o, lse = choose(backend, problem).run(problem)
     if not return_lse:
         return o
     assert lse is not None
@@ -116,7 +122,7 @@ def explain(
 ) -> dict[str, list[str]]:
     """Every backend's answer to a call of `attend`: an empty list when it can run it, else its reasons.
 
-    Takes what `attend` takes, without `backend`. See also `which`.
+    Takes what `attend` takes, without `backend`. See also `which` and `why`.
 
     >>> import torch
     >>> from saccade.where import Causal, Window
@@ -137,3 +143,20 @@ def which(q: Tensor, k: Tensor, v: Tensor, where: Pattern | Plan | Router | None
     'sdpa'
     """
     return choose("auto", Problem.of(q, k, v, where, **options)).name
+
+
+def why(q: Tensor, k: Tensor, v: Tensor, where: Pattern | Plan | Router | None = None, **options: Any) -> str:
+    """Which backend `auto` takes for a call of `attend`, and why, in words.
+
+    On a GPU whose compute capability has a table of measured rates (`saccade.softmax.measure`): the estimated time of
+    every backend that can run the call, and that of attention to all keys; else the first backend that can. Then the
+    reasons of those that cannot.
+
+    >>> import torch
+    >>> x = torch.randn(1, 1, 8, 4)
+    >>> print(why(x, x, x, softcap=3.0))
+    tiles, the first of the order that can; no rates were measured for a cpu
+    not sdpa: it knows no softcap
+    """
+    problem = Problem.of(q, k, v, where, **options)
+    return Choice.of(problem).explained(problem)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention, noop_mask
 
+from saccade.softmax.lists import padded, turned
 from saccade.softmax.merge import absorb
 from saccade.softmax.normalizers import Softmax
 from saccade.softmax.problem import Problem
@@ -21,6 +23,7 @@ from saccade.where import Plan
 name = "flex"
 differentiable = True
 BLOCK = (128, 128)
+VARIANTS = 2**16  # compilations that a process may hold; they come of shapes and dtypes, never of a pattern
 
 
 def reasons(problem: Problem) -> list[str]:
@@ -48,23 +51,28 @@ def reasons(problem: Problem) -> list[str]:
 
 
 def run(problem: Problem) -> tuple[Tensor, Tensor | None]:
-    """(o, lse)."""
+    """(o, lse). Compiled once for each number of boxes and axes, dtype, head dim and the like, and never for a pattern:
+    its tables, and the value of the softcap, are tensors that the compiled code reads."""
     plan = problem.plan(BLOCK)
     q, k, v = problem.q, problem.k, problem.v
     if plan.q_order is not None:
         q = q[:, :, plan.q_order]
     if plan.k_order is not None:
         k, v = k[:, :, plan.k_order], v[:, :, plan.k_order]
-    o, aux = _compiled()(
-        q,
-        k,
-        v,
-        score_mod=None if problem.softcap is None else _capped(problem.softcap),
-        block_mask=block_mask(plan),
-        scale=problem.scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-        return_aux=AuxRequest(lse=True),
-    )
+    softcap = None
+    if problem.softcap is not None:
+        softcap = torch.full((), problem.softcap, dtype=torch.float32, device=q.device)
+    with _room_for_variants():
+        o, aux = _compiled()(
+            q,
+            k,
+            v,
+            score_mod=None if softcap is None else _capped(softcap),
+            block_mask=block_mask(plan),
+            scale=problem.scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+            return_aux=AuxRequest(lse=True),
+        )
     lse = aux.lse
     if plan.q_order is not None:
         back = torch.argsort(plan.q_order)
@@ -81,7 +89,12 @@ def _compiled() -> Callable[..., Any]:
     )  # a graph that does not compile is an error, never N x M scores
 
 
-def _capped(softcap: float) -> Callable[..., Tensor]:
+def _room_for_variants() -> AbstractContextManager[Any]:
+    """The compiler stops at eight variants of a function, which a few shapes use up; not in here."""
+    return torch._dynamo.config.patch(recompile_limit=VARIANTS, accumulated_recompile_limit=VARIANTS)
+
+
+def _capped(softcap: Tensor) -> Callable[..., Tensor]:
     def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return softcap * torch.tanh(s / softcap)
 
@@ -113,27 +126,16 @@ def _block_mask(plan: Plan) -> BlockMask:
     return BlockMask(
         (plan.num_queries, plan.num_keys),
         *_lists(plan),
-        *_lists(plan.transpose()),
+        *_lists(turned(plan)),
         plan.block,
         allowed if boxes.coord.shape[0] else noop_mask,
     )
 
 
 def _lists(plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Counts (B or 1, H, rows) and tiles (B or 1, H, rows, cols) of the partial, then of the full tiles; int32.
+    """Counts (B or 1, H, rows) and tiles (B or 1, H, rows, cols) of the partial, then of the full tiles.
 
     The kernels step through both tables with the strides of the first, and take their width for the number of tiles.
     """
-    shape = plan.num_groups, plan.num_row_tiles
-    num_partial = plan.indptr.diff() - plan.num_full
-    width = torch.arange(plan.num_col_tiles, device=plan.device)
-
-    def table(counts: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        tiles = torch.zeros(len(counts), len(width), dtype=torch.int32, device=plan.device)
-        if len(plan.indices):
-            at = (start[:, None] + width).clamp(max=len(plan.indices) - 1)
-            tiles = plan.indices[at].masked_fill(width >= counts[:, None], 0)
-        return counts.int().view(shape)[plan.group_of], tiles.view(*shape, -1)[plan.group_of]
-
-    first = plan.indptr[:-1]
-    return *table(num_partial, first + plan.num_full), *table(plan.num_full, first)
+    part, partial, count, full = padded(plan, plan.num_col_tiles)
+    return part[plan.group_of], partial[plan.group_of], count[plan.group_of], full[plan.group_of]

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saccade.softmax.lists import turned
 from saccade.where import Plan
 
 LEAST_ROWS = 16  # query tiles smaller than this are gathered by key tile
@@ -166,8 +167,7 @@ class Schedule:
                 )
 
     def _by_column(self, group: int, heads: int) -> Iterator[Piece]:
-        plan, (bq, bk) = self.plan.derived.setdefault("transposed", self.plan.transpose()), self.plan.block
-        assert isinstance(plan, Plan)
+        plan, (bq, bk) = turned(self.plan), self.plan.block
         within = torch.arange(bq, device=plan.device)
         most = max(1, MOST_SCORES // (heads * bq * bk))
         first = group * plan.num_row_tiles

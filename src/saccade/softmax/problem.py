@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from saccade.errors import check_cu_seqlens, check_qkv
 from saccade.softmax.normalizers import NORMALIZERS, Normalizer, Softmax
-from saccade.where import Causal, Documents, Full, Packed, Pattern, Plan, Router
+from saccade.where import And, Band, Causal, Documents, Full, Packed, Pattern, Plan, Router, Window
 
 Bias = Callable[[Tensor, Tensor], Tensor]
 
@@ -55,7 +56,7 @@ class Problem:
     ) -> Problem:
         """The arguments of `attend`, checked; routers have decided, packed sequences are part of `where`."""
         check_qkv(q, k, v)
-        (_, heads, n, d), m = q.shape, k.shape[2]
+        (_, heads, n, d), m = map(operator.index, q.shape), operator.index(k.shape[2])  # of a traced graph, numbers
         normalizer = _normalizer(normalizer)
         is_softmax = isinstance(normalizer, Softmax)
         if scale is not None and not _is_number(scale):
@@ -77,6 +78,11 @@ class Problem:
         return cls(q, k, v, where, d**-0.5 if scale is None else scale, bias, sink, softcap, normalizer, return_lse)
 
     @property
+    def wants_gradients(self) -> bool:
+        """Gradients are on, and q, k or v asks for them."""
+        return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v))
+
+    @property
     def is_full(self) -> bool:
         """Every query sees every key."""
         return self.where == Full()
@@ -91,6 +97,29 @@ class Problem:
         if isinstance(self.where, Plan):
             return self.where
         return plan_of(self.where, self.q.shape[2], self.k.shape[2], self.q.shape[1], block, self.q.device)
+
+
+def reach(where: Pattern | Plan) -> tuple[float, float] | None:
+    """(left, right) when `where` says i - left <= j <= i + right and nothing else, infinite where it has no end; else
+    None.
+
+    >>> from saccade.where import Causal, Sinks, Window
+    >>> reach(Causal() & Window(4)), reach(Causal()), reach(Sinks(4))
+    ((3, 0), (inf, 0), None)
+    """
+    if isinstance(where, And):
+        sides = [reach(part) for part in where.parts]
+        known = [side for side in sides if side is not None]
+        return (min(s[0] for s in known), min(s[1] for s in known)) if len(known) == len(sides) else None
+    if isinstance(where, Full):
+        return math.inf, math.inf
+    if isinstance(where, Causal):
+        return math.inf, 0
+    if isinstance(where, Window):
+        return where.size - 1, 0
+    if isinstance(where, Band):
+        return where.left, where.right
+    return None
 
 
 @functools.lru_cache(maxsize=64)
@@ -109,9 +138,9 @@ def _check_bias(bias: Any, q: Tensor, k: Tensor) -> None:
         raise TypeError(
             f"bias: got {type(bias).__name__}; pass {form}, such as RelativeTable, Alibi or FromCoordinates"
         )
-    last = torch.full((1,), k.shape[2] - 1, device=q.device)
+    last, heads = torch.full((1,), k.shape[2] - 1, device=q.device), operator.index(q.shape[1])
     found = bias(last, last)
-    if found.shape not in ((1, 1, 1), (q.shape[1], 1, 1)):
+    if found.shape not in ((1, 1, 1), (heads, 1, 1)):
         raise ValueError(
             f"bias: got {tuple(found.shape)} for one query and one key; pass {form} for {q.shape[1]} heads"
         )

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from saccade.contract import Attention
 from saccade.testing.registry import named
@@ -45,6 +44,8 @@ def stretched(subject: Subject, length: int) -> Subject:
 
 def measure(subject: Subject) -> tuple[int, int]:
     """(entries of the largest tensor, floating-point operations of the matrix products) of one call."""
+    from torch.utils.flop_counter import FlopCounterMode  # which imports triton, where it is installed
+
     module, inputs = subject.build(torch.float32), subject.inputs(torch.float32)
     with torch.no_grad(), FlopCounterMode(display=False) as counter, Largest() as largest:
         module(*inputs)

@@ -116,10 +116,8 @@ class S2Attention(Attention):
         block, stride, n = 64, 8, 32768
         module = cls(Dims(8, 8), block=block, local_blocks=4, stride=stride)
         plans = [pattern.plan(n, block=(block, block)) for pattern in module.pattern().patterns]  # type: ignore[attr-defined]
-        last = [plan.indices[int(plan.indptr[-2]) :] for plan in plans]  # blocks that the last queries still read
-        density, kept = (
-            sum(found) / len(plans) for found in ([p.density for p in plans], [len(x) * block / n for x in last])
-        )
+        last = [int(plan.indptr[-1] - plan.indptr[-2]) for plan in plans]  # blocks that the last queries still read
+        density, kept = (sum(x) / len(plans) for x in ([p.density for p in plans], [x * block / n for x in last]))
         bound = 1 / stride + 5 * block / n
         figure = f"density {density:.4f}, cached share {kept:.4f} at N = {n} (1 / stride = {1 / stride})"
         return Finding(1 / stride <= density < bound + 5 * block / n and kept < bound, figure)

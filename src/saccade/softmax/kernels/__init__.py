@@ -1,0 +1,1 @@
+"""Kernels in Triton; imported by the backends that launch them, when they do."""

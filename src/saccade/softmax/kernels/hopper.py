@@ -1,0 +1,539 @@
+"""The forward kernel for Hopper: one warp copies, two warpgroups multiply, and neither waits for memory.
+
+    o_i = sum_j 2^(z_ij - m_i) v_j / l_i,    lse_i = (m_i + log2 l_i) / log2 e,    z = log2 e softcap(scale q . k)
+
+after FlashAttention-3 (arXiv:2407.08608). A producer warp feeds rings of shared memory with Q, K and V tiles through
+the copy engine; consumers of 64 query rows each issue the next scores beside the product with V, and while one of them
+takes exponentials the other multiplies. Programs stay on their multiprocessor and draw work items, a query tile of one
+head each, from a counter, long lists first. An item's list is walked from its end: partial tiles, masked by boxes, then
+full ones. One compiled kernel serves every plan with as many boxes and axes. Cost: 2 (D + Dv) operations a pair of a
+listed tile; keys and values are read once a query tile, from the second-level cache where heads follow one another.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from saccade.where import Plan
+
+LOG2E = math.log2(math.e)
+MOST = 2**31 - 1
+ROWS = 64  # query rows of a warpgroup
+CHANNELS = 64  # of 16 bits, that a swizzled row of shared memory holds
+SHARED_REGISTERS = 128  # a thread, before the producer gives up its own, where two programs share a multiprocessor
+RESIDENT = 2**25  # bytes of keys and values that the second-level cache keeps while all heads run at once
+PANEL = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
+PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def put(table, at, value):
+    """Write one integer to shared memory."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    table.index(at).store(gl.full([1], value, gl.int32, layout))
+
+
+@gluon.jit
+def get(table, at):
+    """Read one integer from shared memory."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    return gl.max(table.index(at).load(layout), 0)
+
+
+@gluon.jit
+def barriers(number: gl.constexpr, arrivals: gl.constexpr):
+    found = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(number):
+        mbarrier.init(found.index(i), count=arrivals)
+    return found
+
+
+@gluon.jit
+def after(slot, phase, SLOTS: gl.constexpr):
+    """The place that follows in a ring, and the phase that its barriers are in."""
+    return gl.where(slot + 1 == SLOTS, 0, slot + 1), gl.where(slot + 1 == SLOTS, phase ^ 1, phase)
+
+
+@gluon.jit
+def copy(box, b, h, row, bar, target, D: gl.constexpr, SIZE: gl.constexpr, FIRST: gl.constexpr, WHOLE: gl.constexpr):
+    """Start to copy SIZE tokens of D channels into tokens FIRST and on of the WHOLE that `target` has room for."""
+    panels = target._reinterpret(box.dtype, [D // 64, WHOLE, 64], PANEL)
+    for c in gl.static_range(D // 64):
+        tma.async_copy_global_to_shared(box, [b, h, row, c * 64], bar, panels.index(c).slice(FIRST, SIZE))
+
+
+@gluon.jit
+def save(box, b, h, row, source, D: gl.constexpr):
+    """Start to copy 64 tokens of D channels from shared memory; rows beyond the tensor's end are dropped."""
+    fence_async_shared()
+    panels = source._reinterpret(box.dtype, [D // 64, 64, 64], PANEL)
+    for c in gl.static_range(D // 64):
+        tma.async_copy_shared_to_global(box, [b, h, row, c * 64], panels.index(c))
+
+
+@gluon.jit
+def _first_key(indices, start, entry, count, far, BN: gl.constexpr, BK: gl.constexpr):
+    """First key of an entry of a list, a key past the last one where the list has ended."""
+    PIECES: gl.constexpr = BK // BN if BK > BN else 1
+    there = entry < count
+    tile = gl.load(indices + start + entry // PIECES, mask=there, other=0)
+    return gl.where(there, tile * BK + entry % PIECES * BN, far)
+
+
+@gluon.jit
+def _first_keys(indices, start, step, count, far, BN: gl.constexpr, BK: gl.constexpr):
+    """First keys of the halves of a step, which are one tile or two."""
+    if BN > BK:
+        one = _first_key(indices, start, step * 2, count, far, BN, BK)
+        return one, _first_key(indices, start, step * 2 + 1, count, far, BN, BK)
+    else:
+        one = _first_key(indices, start, step, count, far, BN, BK)
+        return one, one
+
+
+@gluon.jit
+def _fetch(
+    box, ring, keys, slot, phase, b, h, firsts,
+    BN: gl.constexpr, BK: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """Copy a step's tiles into the next slot, as soon as it is free, and write down their first keys."""
+    data, full, empty = ring
+    SIZE: gl.constexpr = BN if BN < BK else BK
+    bar = full.index(slot)
+    mbarrier.wait(empty.index(slot), phase)
+    if keys is not None:
+        for i in gl.static_range(BN // SIZE):
+            put(keys, slot * 2 + i, firsts[i])
+    mbarrier.expect(bar, BN * D * 2)
+    for i in gl.static_range(BN // SIZE):
+        copy(box, b, h, firsts[i], bar, data.index(slot), D, SIZE, i * SIZE, BN)
+    return after(slot, phase, SLOTS)
+
+
+@gluon.jit
+def _produce(
+    args, GROUPS: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+    QS: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr,
+):  # fmt: skip
+    """The copying warp: K of a step, and V of the one before, item after item."""
+    q_box, k_box, v_box, q_ring, k_ring, v_ring, keys, orders, work, counter, indices, num_work, ratio, far = args
+    q_data, q_full, q_empty = q_ring
+    told, told_full, told_empty = orders
+    qs, qp, ks, kp, vs, vp, ts, tp = 0, 1, 0, 1, 0, 1, 0, 1
+    at = gl.program_id(0)
+    while at < num_work:
+        then = gl.atomic_add(counter, 1) + gl.num_programs(0)
+        item = work + at * 8
+        b, h, row, start = gl.load(item), gl.load(item + 1), gl.load(item + 2), gl.load(item + 3)
+        count, steps, unmasked, union = gl.load(item + 4), gl.load(item + 5), gl.load(item + 6), gl.load(item + 7)
+        kv = h // ratio
+        here = _first_keys(indices, start, steps - 1, count, far, BN, BK)
+        mbarrier.wait(told_empty.index(ts), tp)
+        put(told, ts * 8, steps)
+        put(told, ts * 8 + 1, b)
+        put(told, ts * 8 + 2, h)
+        put(told, ts * 8 + 3, row)
+        put(told, ts * 8 + 4, unmasked)
+        put(told, ts * 8 + 5, union)
+        mbarrier.arrive(told_full.index(ts), count=1)
+        ts, tp = after(ts, tp, 2)
+        ks, kp = _fetch(k_box, k_ring, keys, ks, kp, b, kv, here, BN, BK, D, KS)
+        mbarrier.wait(q_empty.index(qs), qp)
+        mbarrier.expect(q_full.index(qs), GROUPS * 64 * D * 2)
+        for g in gl.static_range(GROUPS):
+            copy(q_box, b, h, row + g * 64, q_full.index(qs), q_data.index(qs * GROUPS + g), D, 64, 0, 64)
+        qs, qp = after(qs, qp, QS)
+        for i in range(steps - 2, -1, -1):
+            there = _first_keys(indices, start, i, count, far, BN, BK)
+            ks, kp = _fetch(k_box, k_ring, keys, ks, kp, b, kv, there, BN, BK, D, KS)
+            vs, vp = _fetch(v_box, v_ring, None, vs, vp, b, kv, here, BN, BK, DV, VS)
+            here = there
+        vs, vp = _fetch(v_box, v_ring, None, vs, vp, b, kv, here, BN, BK, DV, VS)
+        at = then
+    mbarrier.wait(told_empty.index(ts), tp)
+    put(told, ts * 8, 0)
+    mbarrier.arrive(told_full.index(ts), count=1)
+
+
+@gluon.jit
+def _columns(keys, slot, coord, layout: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr):
+    """The keys of a step and their first coordinates."""
+    col = gl.arange(0, BN, layout)
+    if BN > BK:
+        key = gl.where(col < BK, get(keys, slot * 2), get(keys, slot * 2 + 1)) + col % BK
+    else:
+        key = get(keys, slot * 2) + col
+    key = gl.max_contiguous(gl.multiple_of(key, [2]), [2])
+    return key, gl.load(coord + key)
+
+
+@gluon.jit
+def _bounds(table, rows, stride, T: gl.constexpr, A: gl.constexpr):
+    """One side of every box and axis, for the rows."""
+    found = ()
+    for i in gl.static_range(T * A):
+        found = found + (gl.load(table + i * stride + rows),)  # type: ignore[assignment]
+    return found
+
+
+@gluon.jit
+def _masked(s, key, first, coord, stride, lo, hi, T: gl.constexpr, A: gl.constexpr):
+    """Scores that no box allows become -inf."""
+    some = gl.full(s.shape, 0, gl.int1, s.type.layout)
+    for t in gl.static_range(T):
+        every = gl.full(s.shape, 1, gl.int1, s.type.layout)
+        for a in gl.static_range(A):
+            c = first if a == 0 else gl.load(coord + a * stride + key)
+            every = every & (lo[t * A + a][:, None] <= c[None, :]) & (c[None, :] < hi[t * A + a][:, None])
+        some = some | every
+    return gl.where(some, s, -float("inf"))
+
+
+@gluon.jit
+def _softmax(s, m, l, scale, MASKED: gl.constexpr):
+    """(p, maximum, sum, factor of the old o), in units of log2."""
+    top = gl.maximum(m, gl.max(s, 1) * scale)
+    shift = gl.where(top == -float("inf"), 0.0, top) if MASKED else top
+    p = gl.exp2(s * scale - shift[:, None])
+    shrink = gl.exp2(m - shift)
+    return p, top, l * shrink + gl.sum(p, 1), shrink
+
+
+@gluon.jit
+def _step(
+    rings, boxes, scores, q, ks, kp, vs, vp, p, m, l, o,
+    BN: gl.constexpr, BK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr,
+    T: gl.constexpr, A: gl.constexpr, CAPPED: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """o takes p, the step before; the scores of this step become the next p."""
+    k_ring, v_ring, keys = rings
+    k_data, k_full, k_empty = k_ring
+    v_data, v_full, v_empty = v_ring
+    coord, stride, lo, hi = boxes
+    scale, cap = scores
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    mbarrier.wait(k_full.index(ks), kp)
+    if MASKED:  # loaded here, so that the product hides how long it takes
+        key, first = _columns(keys, ks, coord, gl.SliceLayout(0, layout), BN, BK)
+    k = k_data.index(ks).permute((1, 0))
+    s = warpgroup_mma(q, k, gl.zeros([64, BN], gl.float32, layout), use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(vs), vp)
+    o = warpgroup_mma(p, v_data.index(vs), o, is_async=True)
+    s = warpgroup_mma_wait(1, (s,))
+    mbarrier.arrive(k_empty.index(ks), count=1)
+    ks, kp = after(ks, kp, KS)
+    if CAPPED:
+        s = cap - 2 * cap / (gl.exp2(s * scale) + 1)
+        scale = 1.0
+    if MASKED:
+        s = _masked(s, key, first, coord, stride, lo, hi, T, A)
+    x, m, l, shrink = _softmax(s, m, l, scale, MASKED)
+    following = gl.convert_layout(x.to(q.dtype), p.type.layout)
+    o, p, following = warpgroup_mma_wait(0, (o, p, following))
+    mbarrier.arrive(v_empty.index(vs), count=1)
+    vs, vp = after(vs, vp, VS)
+    o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o.type.layout))[:, None]
+    return ks, kp, vs, vp, following, m, l, o
+
+
+@gluon.jit
+def _consume(
+    args, GROUP: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, D: gl.constexpr,
+    DV: gl.constexpr, QS: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, T: gl.constexpr, A: gl.constexpr,
+    CAPPED: gl.constexpr,
+):  # fmt: skip
+    """One multiplying warpgroup: its 64 rows of item after item."""
+    o_box, q_ring, rings, orders, coord, lo_table, hi_table, lse, scale, cap, heads, N, rows_padded, stride = args
+    q_data, q_full, q_empty = q_ring
+    k_ring, v_ring, keys = rings
+    k_data, k_full, k_empty = k_ring
+    v_data, v_full, v_empty = v_ring
+    told, told_full, told_empty = orders
+    dtype: gl.constexpr = q_data.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    qs, qp, ks, kp, vs, vp, ts, tp = 0, 0, 0, 0, 0, 0, 0, 0
+    turn = 0
+    mbarrier.wait(told_full.index(ts), tp)
+    steps = get(told, ts * 8)
+    while steps > 0:
+        b, h, row = get(told, ts * 8 + 1), get(told, ts * 8 + 2), get(told, ts * 8 + 3) + GROUP * 64
+        unmasked, union = get(told, ts * 8 + 4), get(told, ts * 8 + 5)
+        mbarrier.arrive(told_empty.index(ts), count=1)
+        ts, tp = after(ts, tp, 2)
+        rows = row + gl.arange(0, 64, row_layout)
+        lo = _bounds(lo_table + union * (T * A * rows_padded), rows, rows_padded, T, A)
+        hi = _bounds(hi_table + union * (T * A * rows_padded), rows, rows_padded, T, A)
+        slot = q_data.index(qs * GROUPS + GROUP)
+        q = slot._reinterpret(dtype, [64, D], PANEL)
+
+        mbarrier.wait(k_full.index(ks), kp)
+        key, first = _columns(keys, ks, coord, gl.SliceLayout(0, s_layout), BN, BK)
+        mbarrier.wait(q_full.index(qs), qp)
+        k = k_data.index(ks).permute((1, 0))
+        s = warpgroup_mma(q, k, gl.zeros([64, BN], gl.float32, s_layout), use_acc=False, is_async=True)
+        if QS == 2:  # by now the o that lay in place of the last q is written
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index(1 - qs), count=1, pred=turn > 0)
+        s = warpgroup_mma_wait(0, (s,))
+        mbarrier.arrive(k_empty.index(ks), count=1)
+        ks, kp = after(ks, kp, KS)
+        if CAPPED:
+            s = cap - 2 * cap / (gl.exp2(s * scale) + 1)
+        s = _masked(s, key, first, coord, stride, lo, hi, T, A)
+        m = gl.full([64], -float("inf"), gl.float32, row_layout)
+        l = gl.full([64], 0.0, gl.float32, row_layout)
+        x, m, l, _shrink = _softmax(s, m, l, 1.0 if CAPPED else scale, True)
+        p = gl.convert_layout(x.to(dtype), p_layout)
+        o = gl.zeros([64, DV], gl.float32, o_layout)
+
+        boxes = (coord, stride, lo, hi)
+        for _i in range(steps - 1 - unmasked):
+            ks, kp, vs, vp, p, m, l, o = _step(
+                rings, boxes, (scale, cap), q, ks, kp, vs, vp, p, m, l, o,
+                BN, BK, D, DV, KS, VS, T, A, CAPPED, True,
+            )  # fmt: skip
+        for _i in range(unmasked):
+            ks, kp, vs, vp, p, m, l, o = _step(
+                rings, boxes, (scale, cap), q, ks, kp, vs, vp, p, m, l, o,
+                BN, BK, D, DV, KS, VS, T, A, CAPPED, False,
+            )  # fmt: skip
+
+        mbarrier.wait(v_full.index(vs), vp)
+        o = warpgroup_mma(p, v_data.index(vs), o, is_async=True)
+        nothing = l == 0.0
+        found = gl.where(nothing, -float("inf"), (m + gl.log2(l)) * 0.6931471805599453)
+        gl.store(lse + (b * heads + h) * N + rows, found, mask=rows < N)
+        inverse = gl.where(nothing, 0.0, 1.0 / l)
+        o, p = warpgroup_mma_wait(0, (o, p))
+        mbarrier.arrive(v_empty.index(vs), count=1)
+        vs, vp = after(vs, vp, VS)
+        o = o * gl.convert_layout(inverse, gl.SliceLayout(1, o_layout))[:, None]
+        out = slot._reinterpret(dtype, [64, DV], PANEL)
+        out.store(o.to(dtype))
+        save(o_box, b, h, row, out, DV)
+        if QS == 1:
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index(qs), count=1)
+        qs, qp = after(qs, qp, QS)
+        turn += 1
+        mbarrier.wait(told_full.index(ts), tp)
+        steps = get(told, ts * 8)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def attend_hopper(
+    q_box, k_box, v_box, o_box, work, counter, indices, lo, hi, coord, lse, num_work, scale, cap, heads, ratio, N,
+    rows_padded, stride, far,
+    GROUPS: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+    QS: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, T: gl.constexpr, A: gl.constexpr, CAPPED: gl.constexpr,
+):  # fmt: skip
+    """GROUPS consumers of 64 rows, BN keys a step, tiles of BK keys; QS, KS, VS: slots of the rings."""
+    dtype: gl.constexpr = q_box.dtype
+    CHANNELS_Q: gl.constexpr = D if D > DV else DV  # o takes the place of q
+    q_data = gl.allocate_shared_memory(dtype, [QS * GROUPS, 64, CHANNELS_Q], PANEL)
+    q_ring = (q_data, barriers(QS, 1), barriers(QS, GROUPS))
+    k_data = gl.allocate_shared_memory(dtype, [KS, BN, D], PANEL)
+    k_ring = (k_data, barriers(KS, 1), barriers(KS, GROUPS))
+    keys = gl.allocate_shared_memory(gl.int32, [KS * 2, 1], PLAIN)
+    v_data = gl.allocate_shared_memory(dtype, [VS, BN, DV], PANEL)
+    v_ring = (v_data, barriers(VS, 1), barriers(VS, GROUPS))
+    orders = (gl.allocate_shared_memory(gl.int32, [16, 1], PLAIN), barriers(2, 1), barriers(2, GROUPS))
+    given = (q_box, k_box, v_box, q_ring, k_ring, v_ring, keys, orders, work, counter, indices, num_work, ratio, far)
+    rings = (k_ring, v_ring, keys)
+    taken = (o_box, q_ring, rings, orders, coord, lo, hi, lse, scale, cap, heads, N, rows_padded, stride)
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (taken, 0, GROUPS, BN, BK, D, DV, QS, KS, VS, T, A, CAPPED)),
+                (_consume, (taken, 1, GROUPS, BN, BK, D, DV, QS, KS, VS, T, A, CAPPED)),
+                (_produce, (given, GROUPS, BN, BK, D, DV, QS, KS, VS)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (taken, 0, GROUPS, BN, BK, D, DV, QS, KS, VS, T, A, CAPPED)),
+                (_produce, (given, GROUPS, BN, BK, D, DV, QS, KS, VS)),
+            ],
+            [1],
+            [24],
+        )
+
+
+class Sizes(NamedTuple):
+    """groups: consumers a program; keys: of a step; slots of the rings; programs a multiprocessor."""
+
+    groups: int
+    keys: int
+    q_slots: int
+    k_slots: int
+    v_slots: int
+    programs: int
+
+    @classmethod
+    def of(cls, block: tuple[int, int], width: int) -> Sizes:
+        """What is fastest for tiles of `block` tokens and at most `width` channels, padded."""
+        if block[0] == 2 * ROWS:
+            return cls(2, 128, 2, 3, 2, 1) if width <= 128 else cls(2, 64, 1, 2, 2, 1)
+        return cls(1, 64, 1, 3, 2, 2)
+
+
+class Boxed(NamedTuple):
+    """A plan's boxes with room to read past the last row and key, where nothing is allowed.
+
+    lo, hi: (S, T, A, rows) int32, rows a multiple of the query tile. coord: (A, keys) int32. far: a key past all tiles.
+    """
+
+    lo: Tensor
+    hi: Tensor
+    coord: Tensor
+    far: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> Boxed:
+        """The boxes of a plan, kept with it."""
+        if "boxed" not in plan.derived:
+            plan.derived["boxed"] = cls._of(plan)
+        return plan.derived["boxed"]  # type: ignore[return-value]
+
+    @classmethod
+    def _of(cls, plan: Plan) -> Boxed:
+        lo, hi, coord = plan.boxes.lo, plan.boxes.hi, plan.boxes.coord
+        if not len(coord):  # no axis: one that every key is on
+            lo = lo.new_full((*lo.shape[:2], 1, lo.shape[3]), -MOST)
+            hi = torch.full_like(lo, MOST)
+            coord = coord.new_zeros(1, plan.num_keys)
+        far = -(-plan.num_keys // 128) * 128
+        short = -plan.num_queries % 128
+        lo, hi = (torch.nn.functional.pad(x, (0, short)) for x in (lo, hi))
+        coord = torch.nn.functional.pad(coord, (0, far + 128 - plan.num_keys), value=MOST)  # below no bound
+        return cls(lo, hi, coord, far)
+
+
+def in_order(steps: Tensor, head: Tensor, heads: int, read: int) -> Tensor:
+    """The order in which programs draw work items: long ones first, those of a head together as far as that goes.
+
+    steps, head: (items,) int. read: bytes that all heads read; more than the cache keeps is better read head by head.
+    """
+    most = steps.amax().clamp(min=1)
+    classes = 4 if read > RESIDENT else 64
+    shorter = classes - 1 - steps * classes // (most + 1)
+    return torch.argsort((shorter * heads + head) * (most + 1) + most - steps, stable=True)
+
+
+def work_items(plan: Plan, batch: int, keys: int, read: int) -> Tensor:
+    """int32 (items, 8), in the order of work: batch entry, head, first row, first entry of the list, entries, steps of
+    `keys` keys, those of them that need no mask, union of boxes. Kept with the plan."""
+    kind = ("hopper forward", batch, keys, read > RESIDENT)
+    if kind not in plan.derived:
+        (bq, bk), heads, rows = plan.block, plan.num_heads, plan.num_row_tiles
+        b, h, r = torch.meshgrid(*(torch.arange(x, device=plan.device) for x in (batch, heads, rows)), indexing="ij")
+        group = plan.group_of.expand(batch, heads)[:, :, None]
+        at = group * rows + r
+        start = plan.indptr[at]
+        pieces, parts = max(1, bk // keys), max(1, keys // bk)
+        count = (plan.indptr[at + 1] - start) * pieces
+        steps = (-(-count // parts)).clamp(min=1)  # an empty list is one step of nothing
+        unmasked = torch.minimum(plan.num_full[at] * pieces // parts, steps - 1)  # the first step always masks
+        union = plan.union_of[group].expand_as(b)
+        work = torch.stack([b, h, r * bq, start, count, steps, unmasked, union], -1).flatten(0, 2)
+        order = in_order(work[:, 5], work[:, 0] * heads + work[:, 1], batch * heads, read)
+        plan.derived[kind] = work[order].int().contiguous()
+    return plan.derived[kind]  # type: ignore[return-value]
+
+
+def described(x: Tensor, rows: int, channels: int = CHANNELS) -> TensorDescriptor:
+    """x (B, H, L, C) as the copy engine reads it, `rows` tokens and `channels` channels of one head at a time."""
+    layout = gl.NVMMASharedLayout(channels * x.element_size(), 8 * x.element_size(), rank=4)
+    strides = [stride if size > 1 else CHANNELS for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, channels], layout)
+
+
+def padded(channels: int) -> int:
+    """The next power of two, at least a row of shared memory."""
+    return max(CHANNELS, 1 << (channels - 1).bit_length())
+
+
+def numbers(scale: float, softcap: float | None) -> tuple[float, float]:
+    """What the kernels multiply scores with, and the cap in units of log2; with a cap tanh(y) wants 2 log2(e) y."""
+    return (scale * LOG2E, 0.0) if softcap is None else (2 * LOG2E * scale / softcap, softcap * LOG2E)
+
+
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
+    """Why the forward kernel cannot run a problem, in words; empty when it can. k and v in the plan's token order."""
+    found = []
+    if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] != 9:
+        found.append("it is compiled for GPUs of compute capability 9")
+        return found
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        found.append(f"it multiplies bfloat16 and float16, not {q.dtype}")
+    if max(q.shape[3], v.shape[3]) > 256 or v.shape[3] % 8:
+        found.append(f"it takes up to 256 channels, those of v a multiple of 8, not {q.shape[3]} and {v.shape[3]}")
+    if not all(copyable(x) for x in (q, k, v)):
+        found.append("its copies need a last stride of 1, the others multiples of 16 bytes, and 16-byte addresses")
+    if any(size not in (ROWS, 2 * ROWS) for size in plan.block):
+        found.append(f"its tiles are 64 or 128 tokens on a side, the plan's {plan.block}")
+    elif plan.block[0] == ROWS and max(q.shape[3], v.shape[3]) > 128:
+        found.append("with more than 128 channels it takes tiles of 128 rows only")
+    if plan.bits is not None or plan.token_indices is not None:
+        found.append("it has no bit masks and no lists of single keys")
+    if plan.boxes.lo.shape[1] * max(1, plan.boxes.coord.shape[0]) > 4:
+        found.append("its registers hold the bounds of four intervals a row")
+    return found
+
+
+def copyable(x: Tensor) -> bool:
+    """Whether the copy engine can read x."""
+    steps = [stride for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
+    aligned = all(step > 0 and step * x.element_size() % 16 == 0 for step in steps)
+    return aligned and x.stride(3) == 1 and x.data_ptr() % 16 == 0 and x.numel() > 0
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """(o (B, H, N, Dv) in q's dtype and, where Dv = D, its layout; lse (B, H, N) float32).
+
+    q (B, H, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv) in the plan's token order, as `supports` admits them; scale > 0.
+    A row that sees nothing gives zeros and -inf. The host waits for nothing.
+    """
+    (batch, heads, n, d), (kv_heads, m), dv = q.shape, k.shape[1:3], v.shape[3]
+    size = Sizes.of(plan.block, max(padded(d), padded(dv)))
+    work = work_items(plan, batch, size.keys, 2 * batch * kv_heads * m * (d + dv))
+    boxes = Boxed.of(plan)
+    o = torch.empty_like(q) if dv == d else q.new_empty(batch, heads, n, dv)
+    lse = q.new_empty(batch, heads, n, dtype=torch.float32)
+    tokens = min(size.keys, plan.block[1])
+    programs = min(processors(q.device) * size.programs, len(work))
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    attend_hopper[(programs,)](
+        described(q, ROWS), described(k, tokens), described(v, tokens), described(o, ROWS), work, counter,
+        plan.indices, boxes.lo, boxes.hi, boxes.coord, lse, len(work),
+        *numbers(scale, softcap), heads, heads // kv_heads, n, boxes.lo.shape[3], boxes.coord.shape[1], boxes.far,
+        GROUPS=size.groups, BN=size.keys, BK=plan.block[1], D=padded(d), DV=padded(dv),
+        QS=size.q_slots, KS=size.k_slots, VS=size.v_slots, T=boxes.lo.shape[1], A=boxes.lo.shape[2],
+        CAPPED=softcap is not None, num_warps=4, maxnreg=None if size.groups == 2 else SHARED_REGISTERS,
+    )  # fmt: skip
+    return o, lse

@@ -1,0 +1,162 @@
+"""The triton backend: this package's own kernels, forward and backward, over the lists and boxes of any plan.
+
+One kernel each for o, for dq and for dk and dv, whatever the pattern; nothing is compiled for one. Query heads that
+share a key head and lists are rows of one product where tiles are small; keys and values are never repeated.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saccade.softmax.bias import Alibi, RelativeTable, axes_of
+from saccade.softmax.lists import turned
+from saccade.softmax.normalizers import Entmax, Softmax
+from saccade.softmax.problem import Bias, Problem
+from saccade.where import Pattern, Plan
+
+name = "triton"
+differentiable = True
+BLOCK = (128, 128)
+GRID_BLOCK = (64, 64)
+SIDES = (16, 32, 64, 128, 256)  # tokens that a tile may have on a side
+MOST_CHANNELS = 256
+PACKED = 64  # rows of scores that one program should have where heads share their lists
+
+
+def reasons(problem: Problem) -> list[str]:
+    """Why this backend cannot run a problem; empty when it can."""
+    q, v, where = problem.q, problem.v, problem.where
+    found = []
+    if not installed():
+        found.append("triton is missing; pip install triton")
+    if q.device.type != "cuda" and not interpreted():
+        found.append(f"its kernels are compiled for CUDA, not for {q.device.type}")
+    if q.dtype == torch.float64:
+        found.append("it computes in at most float32")
+    if max(q.shape[3], v.shape[3]) > MOST_CHANNELS:
+        found.append(f"more than {MOST_CHANNELS} channels do not fit its tiles, got {q.shape[3]} and {v.shape[3]}")
+    if isinstance(problem.normalizer, Entmax):
+        found += _reasons_of_entmax(problem, problem.normalizer)
+    elif not isinstance(problem.normalizer, Softmax):
+        found.append(f"it normalises by softmax and entmax, not {problem.normalizer.name}")
+    if problem.bias is not None and not isinstance(problem.bias, RelativeTable | Alibi):
+        found.append(f"it knows the biases RelativeTable and Alibi, not {type(problem.bias).__name__}")
+    if isinstance(where, Plan):
+        if where.bits is not None:
+            found.append("it has no bit masks")
+        if any(side not in SIDES for side in where.block):
+            found.append(f"the plan's tiles {where.block} are none of {', '.join(map(str, SIDES))} tokens on a side")
+    return found
+
+
+def _reasons_of_entmax(problem: Problem, normalizer: Entmax) -> list[str]:
+    if not installed():
+        return []
+    from saccade.softmax.kernels import entmax
+
+    plan = problem.where if isinstance(problem.where, Plan) else None
+    found = entmax.reasons(problem.q, problem.v, plan, normalizer.alpha)
+    return found + [f"its entmax knows no {n}" for n in ("bias", "softcap") if getattr(problem, n) is not None]
+
+
+@functools.cache
+def installed() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def run(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """(o, lse); lse is None for entmax, which has none."""
+    if isinstance(problem.normalizer, Entmax):
+        from saccade.softmax.kernels.entmax import attend_entmax
+
+        plan = problem.plan(BLOCK)
+        return attend_entmax(problem.q, problem.k, problem.v, plan, problem.scale, problem.normalizer.alpha), None
+    return call(problem, settle(problem))
+
+
+class Settled(NamedTuple):
+    """What a call needs that no value of q, k or v decides: tensors of a bias, of the plan and of its transposed lists,
+    and the integers beside them; see `kernels.ops`."""
+
+    bias: list[Tensor]
+    plan: list[Tensor | None]
+    turned: list[Tensor]
+    sizes: list[int]
+
+
+def settle(problem: Problem) -> Settled:
+    """Plan a problem. With the tables on a GPU the host waits for nothing."""
+    from saccade.softmax.kernels import ops
+    from saccade.softmax.kernels.arguments import Lists, Tables
+
+    plan = problem.plan(BLOCK)
+    if isinstance(problem.where, Pattern) and plan.grid is not None and len(plan.grid.cell) > 1:
+        plan = problem.plan(GRID_BLOCK)  # windows on a grid are closer to smaller tiles
+    tables = Tables.of(plan)
+    by_key = Lists.of(turned(plan)) if wants_gradients(problem) else None
+    entries = problem.bias.table[0].numel() if isinstance(problem.bias, RelativeTable) else 0
+    pack = _pack(plan, problem.q.shape[1] // problem.k.shape[1])
+    return Settled(
+        [] if problem.bias is None else _positions(problem.bias, plan),
+        ops.tensors_of(tables),
+        [] if by_key is None else [by_key.indptr, by_key.indices, by_key.num_full],
+        ops.sizes_of(tables, plan.block, pack, entries, 0 if by_key is None else by_key.num_lists, plan.grid),
+    )
+
+
+def call(problem: Problem, settled: Settled) -> tuple[Tensor, Tensor]:
+    """(o, lse) of a problem whose plan is settled: one operator, differentiable."""
+    from saccade.softmax.kernels import ops
+
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
+    scale = problem.scale
+    if scale <= 0:  # the kernels take maxima before they scale
+        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
+    bias, table = settled.bias, None
+    if isinstance(problem.bias, RelativeTable):
+        table = problem.bias.table.flatten(1).float()
+    elif isinstance(problem.bias, Alibi):
+        bias = [problem.bias.slopes.float(), *bias]
+    cap = problem.softcap or 0.0
+    return ops.attend(q, k, v, problem.sink, table, bias, settled.plan, settled.turned, settled.sizes, scale, cap)
+
+
+def wants_gradients(problem: Problem) -> bool:
+    """Gradients are on, and an input, the sink or a parameter of the bias asks for them."""
+    table = problem.bias.table if isinstance(problem.bias, RelativeTable) else None
+    inputs = (problem.q, problem.k, problem.v, problem.sink, table)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def _pack(plan: Plan, ratio: int) -> int:
+    """How many query heads of a key head one program takes: where all heads share their lists, as fill its rows."""
+    pack = 1
+    while plan.num_groups == 1 and plan.block[0] * pack < PACKED and ratio % (2 * pack) == 0:
+        pack *= 2
+    return pack
+
+
+def _positions(bias: Bias, plan: Plan) -> list[Tensor]:
+    """Where queries and keys stand for a bias, in the plan's order; for a table on each axis, with its extents."""
+    n, m = plan.num_queries, plan.num_keys
+    q_at = (torch.arange(n, device=plan.device) if plan.q_order is None else plan.q_order) + (m - n)
+    k_at = torch.arange(m, device=plan.device) if plan.k_order is None else plan.k_order
+    if not isinstance(bias, RelativeTable):
+        return [q_at.int(), k_at.int()]
+    axes = ([at] if bias.grid is None else axes_of(at, bias.grid) for at in (q_at, k_at))
+    return [
+        *(torch.stack(each).int() for each in axes),
+        torch.tensor(bias.extents, dtype=torch.int32, device=plan.device),
+    ]
