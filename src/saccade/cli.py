@@ -196,6 +196,9 @@ def draw(
     length: Annotated[int | None, typer.Option(help="Tokens (default 256; a grid's own).")] = None,
     shape: Shape = None,
     capture: Capture = None,
+    cost: Annotated[
+        bool, typer.Option("--cost", help="Also forecast how fast a GPU gets through the pattern, listed in every way.")
+    ] = False,
 ) -> None:
     """Draw who attends to whom: what a mechanism does on real input, or what a pattern admits."""
     from saccade.bench.draw import draw_mechanism, draw_pattern
@@ -209,6 +212,9 @@ def draw(
         if length is not None:
             positive("length", length)
         _check_image(path)
+        if cost:
+            typer.echo(_forecast(what, length, _shape(shape) if shape else None, path))
+            return
         drawing = draw_pattern(parse_pattern(what), length) if "(" in what else None
         workloads = _workloads(_shape(shape) if shape else None, capture, [length or 256])
     if drawing is None:
@@ -216,6 +222,23 @@ def draw(
         with _refusing(Unreadable, Failed):
             drawing = draw_mechanism(cls, workloads, length or 256)
     typer.echo(drawing.save(path))
+
+
+def _forecast(what: str, length: int | None, shape: tuple[int, int, int, int, int] | None, path: Path) -> Path:
+    """Print what a pattern will cost, and draw it: whom it admits, or the fastest lists where that is too large."""
+    from saccade.bench.cost import listings, shape_of, table
+    from saccade.bench.draw import MOST_TOKENS, draw_pattern
+    from saccade.bench.expression import parse_pattern
+
+    if "(" not in what:
+        raise ValueError(f"cost: got {what!r}; a forecast is made of a pattern, such as 'Window(64) & Causal()'")
+    pattern = parse_pattern(what)
+    shape = shape or shape_of(pattern, length)
+    found = listings(pattern, shape)
+    _console().print(table(found, shape))
+    if shape[3] > MOST_TOKENS:
+        return found[0].plan.draw(path)
+    return draw_pattern(pattern, shape[3]).save(path)
 
 
 def _console(stderr: bool = False) -> Any:

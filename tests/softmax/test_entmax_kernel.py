@@ -10,8 +10,8 @@ import torch
 from cases import Case
 
 from saccade.softmax import Entmax
-from saccade.softmax.kernels import entmax as kernels
 from saccade.softmax.kernels.entmax import Launch, attend_entmax
+from saccade.softmax.kernels.entmax import launch as kernels
 from saccade.testing.budget import assert_close, same_bits
 from saccade.where import (
     Causal,

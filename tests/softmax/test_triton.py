@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import cases
 import oracle
 import pytest
@@ -13,14 +15,14 @@ from saccade.softmax import FromCoordinates, attend, explain, triton
 from saccade.softmax.kernels import arguments, ops
 from saccade.softmax.problem import Problem
 from saccade.testing.budget import assert_close
-from saccade.where import Causal, Full, PerHead, Plan, Window
+from saccade.where import Causal, Full, Neighborhood, PerHead, Plan, Window, plan_chosen
 
-SIDES = st.sampled_from([16, 32])
+SIDES = st.sampled_from([4, 16, 16, 32])
 
 
 @st.composite
 def problems(draw):
-    """A float32 problem that the kernels take: tiles of 16 or 32 tokens, two biases, softmax."""
+    """A float32 problem that the kernels take: tiles of 4 to 32 tokens on a side, two biases, softmax."""
     heads, kv_heads = draw(st.sampled_from(cases.RATIOS))
     batch, d, dv = draw(st.integers(1, 2)), draw(st.integers(1, 33)), draw(st.integers(1, 33))
     pattern, n, m, grid = draw(cases.patterns(heads))
@@ -52,21 +54,21 @@ def differentiated(case, run, cotangents):
     return {"o": o.detach(), "lse": lse.detach()} | {f"gradient of {n}": z for n, z in zeros.items()} | named
 
 
-def agree(case, run=attend):
-    """Values and gradients of the kernels in float32 are within the budget of the oracle run eagerly in float32."""
+def agree(case, run=attend, dtype=torch.float32):
+    """Values and gradients of the kernels are within the budget of the oracle run eagerly in their dtype."""
     cotangents = torch.randn(case.q.shape[:3] + case.v.shape[-1:]), torch.randn(case.q.shape[:3])
-    single = case.to(torch.float32)
-    truth = differentiated(case, cases.Case.truth, cotangents)
-    eager = differentiated(single, cases.Case.truth, cotangents)
-    found = differentiated(single, lambda case: case.run("triton", run), cotangents)
+    narrow = case.to(dtype)
+    truth = differentiated(narrow.to(torch.float64), cases.Case.truth, cotangents)
+    eager = differentiated(narrow, cases.Case.truth, cotangents)
+    found = differentiated(narrow, lambda case: case.run("triton", run), cotangents)
     most = max(float(x.masked_fill(x == -torch.inf, 0).abs().max()) for x in truth.values())
     for name, exact in truth.items():
         size = case.size() * max(most, float(case.v.abs().max()))
-        assert found[name].dtype == torch.float32
-        assert_close(found[name], exact, eager[name].float(), name=name, terms=case.terms(), scale=size)
+        assert found[name].dtype == (torch.float32 if name == "lse" else dtype)
+        assert_close(found[name], exact, eager[name].to(found[name]), name=name, terms=case.terms(), scale=size)
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(problems())
 def test_kernels_agree_with_the_oracle(case):
     agree(case)
@@ -76,8 +78,8 @@ def shifted(q, k, v, where, **options):
     """A broken twin: it reads every list one tile late."""
     tables = arguments.Tables.of
 
-    def late(plan):
-        return tables(plan)._replace(indices=(plan.indices + 1) % plan.num_col_tiles)
+    def late(plan, in_cells):
+        return tables(plan, in_cells)._replace(indices=(plan.indices + 1) % plan.num_col_tiles)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arguments.Tables, "of", late)
@@ -93,12 +95,44 @@ def test_a_list_read_wrongly_is_caught():
         agree(case, shifted)
 
 
-@pytest.mark.parametrize("block", [(16, 16), (16, 64), (32, 16), (64, 128), (128, 64)])
+@pytest.mark.parametrize("block", [(16, 64), (32, 16), (64, 128), (128, 64), (1, 16), (2, 8), (32, 1)])
 def test_every_tile(block):
     pattern = Causal() & Window(40)
     q, k, v = (torch.randn(1, heads, 150, 20, dtype=torch.float64) for heads in (4, 1, 1))
     where, entries = pattern.plan(150, heads=4, block=block), oracle.entries_of(pattern.dense(150, 150, 4))
     agree(cases.Case(q, k, v, where, entries, {"softcap": 2.0}))
+
+
+CELLS = [
+    (Neighborhood((8, 16), 5), (16, 16)),
+    (Neighborhood((4, 4, 8), (3, 3, 5), stride=(1, 2, 2)), (32, 16)),
+    (Neighborhood((6, 40), (4, 7), causal=(True, False)), (16, 16)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("anywhere", [False, True])
+@pytest.mark.parametrize(("pattern", "block"), CELLS, ids=str)
+def test_cells_of_a_grid(pattern, block, anywhere, dtype):
+    """Cells are read where they lie, in float16 through descriptors; those that begin anywhere, too."""
+    n = math.prod(pattern.grid)
+    q, k, v = (
+        torch.randn(2, heads, n, 12 if dtype == torch.float32 else 16, dtype=torch.float64) for heads in (2, 1, 1)
+    )
+    where = pattern.gathered(n, heads=2, block=block) if anywhere else pattern.plan(n, heads=2, block=block)
+    assert (where.token_grid is not None) == anywhere
+    agree(cases.Case(q, k, v, where, oracle.entries_of(pattern.dense(n, n, 2))), dtype=dtype)
+
+
+def test_lists_of_single_queries_are_shared_by_their_heads():
+    """A list a query and key head, as a router of single queries makes them: its query heads are rows of one product."""
+    chosen = torch.randint(-1, 4, (4, 50, 2))
+    group_of = torch.arange(4).view(2, 2).repeat_interleave(2, 1)
+    where = plan_chosen(Causal(), chosen, group_of, 50, 50, (1, 16), alike=2).verify()
+    entries = oracle.entries_chosen(Causal().dense(50)[0], chosen, group_of, (1, 16), None, None)
+    q, k, v = (torch.randn(2, heads, 50, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    assert triton.settle(Problem.of(q.float(), k.float(), v.float(), where)).sizes[len(ops.NUMBERS) + 2] == 2
+    agree(cases.Case(q, k, v, where, entries))
 
 
 def test_equal_inputs_give_equal_bits():

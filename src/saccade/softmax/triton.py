@@ -19,12 +19,13 @@ from saccade.softmax.lists import turned
 from saccade.softmax.normalizers import Entmax, Softmax
 from saccade.softmax.problem import Bias, Problem
 from saccade.where import Pattern, Plan
+from saccade.where.gathered import in_tiles
 
 name = "triton"
 differentiable = True
 BLOCK = (128, 128)
 GRID_BLOCK = (64, 64)
-SIDES = (16, 32, 64, 128, 256)  # tokens that a tile may have on a side
+SIDES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens that a tile may have on a side
 MOST_CHANNELS = 256
 PACKED = 64  # rows of scores that one program should have where heads share their lists
 
@@ -92,28 +93,39 @@ class Settled(NamedTuple):
 
     bias: list[Tensor]
     plan: list[Tensor | None]
-    turned: list[Tensor]
+    turned: list[Tensor | None]
     sizes: list[int]
 
 
 def settle(problem: Problem) -> Settled:
     """Plan a problem. With the tables on a GPU the host waits for nothing."""
     from saccade.softmax.kernels import ops
-    from saccade.softmax.kernels.arguments import Lists, Tables
+    from saccade.softmax.kernels.arguments import ByKey, Tables
 
     plan = problem.plan(BLOCK)
     if isinstance(problem.where, Pattern) and plan.grid is not None and len(plan.grid.cell) > 1:
         plan = problem.plan(GRID_BLOCK)  # windows on a grid are closer to smaller tiles
-    tables = Tables.of(plan)
-    by_key = Lists.of(turned(plan)) if wants_gradients(problem) else None
+    in_cells = plan.token_grid is not None and problem.bias is None  # a bias would need the keys in two orders
+    tables = Tables.of(plan, in_cells)
+    by_key = None
+    if wants_gradients(problem):
+        by_key = ByKey.of(_by_key(plan) if in_cells else turned(plan))
     entries = problem.bias.table[0].numel() if isinstance(problem.bias, RelativeTable) else 0
     pack = _pack(plan, problem.q.shape[1] // problem.k.shape[1])
+    grid, lists = plan.token_grid if in_cells else plan.grid, 0 if by_key is None else by_key.num_lists
     return Settled(
         [] if problem.bias is None else _positions(problem.bias, plan),
         ops.tensors_of(tables),
-        [] if by_key is None else [by_key.indptr, by_key.indices, by_key.num_full],
-        ops.sizes_of(tables, plan.block, pack, entries, 0 if by_key is None else by_key.num_lists, plan.grid),
+        [] if by_key is None else list(by_key[:-1]),
+        ops.sizes_of(tables, plan.block, pack, entries, lists, grid, in_cells),
     )
+
+
+def _by_key(plan: Plan) -> Plan:
+    """The pairs of a plan of cells in tiles, by key, kept with the plan."""
+    if "by key" not in plan.derived:
+        plan.derived["by key"] = in_tiles(plan).transpose()
+    return plan.derived["by key"]  # type: ignore[return-value]
 
 
 def call(problem: Problem, settled: Settled) -> tuple[Tensor, Tensor]:
@@ -141,9 +153,9 @@ def wants_gradients(problem: Problem) -> bool:
 
 
 def _pack(plan: Plan, ratio: int) -> int:
-    """How many query heads of a key head one program takes: where all heads share their lists, as fill its rows."""
+    """How many query heads of a key head one program takes: of those that share their lists, as fill its rows."""
     pack = 1
-    while plan.num_groups == 1 and plan.block[0] * pack < PACKED and ratio % (2 * pack) == 0:
+    while plan.block[0] * pack < PACKED and ratio % (2 * pack) == 0 and plan.alike % (2 * pack) == 0:
         pack *= 2
     return pack
 

@@ -37,6 +37,7 @@ class Plan:
     q_order, k_order: (N,), (M,) int64, the plan's token order (position p holds token order[p]), or None.
     causal: no listed pair looks ahead, so density counts against the causal triangle.
     grid: the grid that key tiles are cells of, where the boxes' axes are its axes, or None.
+    alike: query heads follow the same lists in runs of so many, as the host knows without reading group_of.
     transposed: the lists run per key tile over query tiles instead (dk and dv want that).
 
     Plans come from `Pattern.plan`, from routers, or from `Plan.from_mask`.
@@ -60,6 +61,7 @@ class Plan:
     k_order: Tensor | None = None
     causal: bool = False
     grid: Grid | None = None
+    alike: int = 1
     transposed: bool = False
 
     @classmethod
@@ -397,6 +399,8 @@ class Plan:
         tile = self.rows() * self.num_col_tiles + listed
         _demand(len(tile.unique()) == len(tile), "indices", "a tile is listed both full and partial")
         _demand_below(self.group_of, self.num_groups, "group_of")
+        runs = self.num_heads % self.alike == 0 and self.group_of.unflatten(1, (-1, self.alike)).diff(dim=2).any()
+        _demand(self.num_heads % self.alike == 0 and not bool(runs), "alike", "heads of a run follow different lists")
         _demand_below(self.union_of, self.boxes.lo.shape[0], "union_of")
         cols = (self.rows() % self.num_row_tiles if self.transposed else listed)[full]
         _demand(~self._ragged(cols).any(), "num_full", "a tile beyond the last key is called full")

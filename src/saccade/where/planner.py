@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -112,6 +113,11 @@ def search(bounds: Bounds, num_rows: int, num_cols: int) -> tuple[Tensor, Tensor
     return rows, cols, full
 
 
+def _runs(follows: Sequence[int], size: int) -> bool:
+    """Whether heads follow the same union in runs of `size`."""
+    return all(len(set(follows[at : at + size])) == 1 for at in range(0, len(follows), size))
+
+
 def tables(
     pattern: Pattern, n: int, m: int, heads: int, block: tuple[int, int], device: torch.device, *, sort: bool
 ) -> tuple[Boxes, int, Plan]:
@@ -126,8 +132,8 @@ def tables(
     q_order = k_order = None
     if order is not None:
         k_order = ordered(order, 0, m, block[1], device)
-        alike = n == m and order.cell(block[0]) == order.cell(block[1])
-        q_order = k_order if alike else ordered(order, m - n, n, block[0], device)
+        same = n == m and order.cell(block[0]) == order.cell(block[1])
+        q_order = k_order if same else ordered(order, m - n, n, block[0], device)
         boxes = Boxes(boxes.coord[:, k_order], boxes.lo[..., q_order], boxes.hi[..., q_order])
     most = sum(p.most_tiles(n, m, block, order) for p in distinct)
     causal = all(p.looks_back(n, m) for p in distinct)
@@ -135,7 +141,10 @@ def tables(
     if len(distinct) > 1:
         group_of = sent(torch.tensor([follows]), device)
     grid = grid_of(unions, order, m, block[1])
-    plan = Plan.empty(boxes, group_of, block, q_order=q_order, k_order=k_order, causal=causal, grid=grid)
+    alike = max(a for a in range(1, heads + 1) if heads % a == 0 and _runs(follows, a))
+    plan = Plan.empty(
+        boxes, group_of, block, q_order=q_order, k_order=k_order, causal=causal, grid=grid, alike=alike
+    )  # fmt: skip
     return boxes, most, plan
 
 
@@ -199,6 +208,7 @@ def plan_chosen(
     tokens: Tensor | None = None,
     token_log_weights: Tensor | None = None,
     most: int | None = None,
+    alike: int = 1,
 ) -> Plan:
     """The plan of a routed pattern: of the tiles that `pattern` admits, those that the data chose.
 
@@ -206,11 +216,12 @@ def plan_chosen(
     any order, repeats ignored, or as marks (G, rows, cols) bool. group_of: (B, H) or (1, H) int, the list group of each
     batch entry and query head. tokens: single keys of each query tile, (G, rows, K') int, -1 for none, where a repeat
     counts again, or marks (G, rows, M) bool. token_log_weights: like tokens, added to the scores (sampled: log 1/p).
-    most: marked tiles that a row has at most (default: all may be marked); a GPU sets aside room for as many.
+    most: marked tiles that a row has at most (default: all may be marked); a GPU sets aside room for as many. alike:
+    heads follow the same lists in runs of so many (default 1).
     """
     device = chosen.device
     boxes, _, plan = tables(pattern, n, m, 1, block, device, sort=False)
-    plan = replace(plan, group_of=group_of)
+    plan = replace(plan, group_of=group_of, alike=alike)
     num_groups, num_rows, _ = chosen.shape
     if num_rows != plan.num_row_tiles:
         raise ValueError(

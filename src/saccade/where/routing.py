@@ -134,6 +134,7 @@ class Router:
         scores = self.estimator(q.detach(), k.detach(), block).masked_fill(~some, -torch.inf)
         chosen = self.selector(scores, must)
         lists = torch.arange(batch * chosen.shape[1], device=q.device).view(batch, -1)
-        group_of = lists.repeat_interleave(heads // chosen.shape[1], 1)
+        alike = heads // chosen.shape[1]
+        group_of = lists.repeat_interleave(alike, 1)
         most = getattr(self.selector, "most", None)
-        return plan_chosen(self.pattern, chosen.flatten(0, 1), group_of, n, m, block, most=most)
+        return plan_chosen(self.pattern, chosen.flatten(0, 1), group_of, n, m, block, most=most, alike=alike)

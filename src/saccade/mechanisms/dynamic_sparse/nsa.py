@@ -154,8 +154,9 @@ class NSA(Mixer):
         with torch.no_grad():
             wide = torch.promote_types(q.dtype, torch.float32)
             chosen = self.select(q.to(wide), keys.to(wide), lse, num_tokens).flatten(0, 1)
-        lists = torch.arange(batch * kv_heads, device=q.device).view(batch, -1).repeat_interleave(heads // kv_heads, 1)
-        return plan_chosen(Causal(), chosen, lists, n, num_tokens, (1, self.select_size))
+        alike = heads // kv_heads
+        lists = torch.arange(batch * kv_heads, device=q.device).view(batch, -1).repeat_interleave(alike, 1)
+        return plan_chosen(Causal(), chosen, lists, n, num_tokens, (1, self.select_size), alike=alike)
 
     def mix(self, x: Tensor, q: Tensor, tokens: Tensor, stretches: Tensor) -> Tensor:
         """y for the queries of x, the last N of the tokens."""

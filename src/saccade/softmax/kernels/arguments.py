@@ -38,7 +38,8 @@ class Rows(NamedTuple):
 class Tables(NamedTuple):
     """A plan, see `Plan`; `group_stride` is 0 where all batch entries share their lists.
 
-    cells_along_y, cells_along_x: how many key tiles lie along the last two axes of its grid, if it has one.
+    along_y, along_x: how many key tiles lie along the last two axes of its grid, if it has one; how many tokens, if the
+    lists are those of cells that begin anywhere on it.
     """
 
     indptr: Tensor
@@ -59,18 +60,20 @@ class Tables(NamedTuple):
     num_queries: int
     num_keys: int
     num_rows: int
-    cells_along_y: int
-    cells_along_x: int
+    along_y: int
+    along_x: int
 
     @classmethod
-    def of(cls, plan: Plan) -> Tables:
+    def of(cls, plan: Plan, in_cells: bool = False) -> Tables:
+        """in_cells: the lists of single keys of the plan, cell by cell, in place of those of tiles, which are empty."""
         group_of, boxes = plan.group_of, plan.boxes
-        grid = plan.grid or Grid((), ())
-        along = [1, 1, *(length // size for length, size in zip(grid.lengths, grid.cell, strict=True))]
+        grid = (plan.token_grid if in_cells else plan.grid) or Grid((), ())
+        steps = (1,) * len(grid.cell) if in_cells else grid.cell
+        along = [1, 1, *(length // step for length, step in zip(grid.lengths, steps, strict=True))]
+        lists = plan.cells if in_cells else (plan.indptr, plan.indices, plan.num_full)
+        tokens = (plan.token_indptr, plan.token_indices, plan.token_num_full, plan.token_log_weights)
         return cls(
-            plan.indptr,
-            plan.indices,
-            plan.num_full,
+            *lists,
             group_of,
             group_of.shape[1] if group_of.shape[0] > 1 else 0,
             plan.union_of,
@@ -79,10 +82,7 @@ class Tables(NamedTuple):
             boxes.hi,
             plan.q_order,
             plan.k_order,
-            plan.token_indptr,
-            plan.token_indices,
-            plan.token_num_full,
-            plan.token_log_weights,
+            *((None,) * 4 if in_cells else tokens),
             plan.num_queries,
             plan.num_keys,
             plan.num_row_tiles,
@@ -90,17 +90,20 @@ class Tables(NamedTuple):
         )
 
 
-class Lists(NamedTuple):
-    """Tile lists alone, `num_lists` a group: those of a transposed plan."""
+class ByKey(NamedTuple):
+    """A transposed plan: for each key tile, `num_lists` a group, the query tiles; the keys in its order."""
 
     indptr: Tensor
     indices: Tensor
     num_full: Tensor
+    coord: Tensor
+    k_order: Tensor | None
     num_lists: int
 
     @classmethod
-    def of(cls, plan: Plan) -> Lists:
-        return cls(plan.indptr, plan.indices, plan.num_full, plan.num_row_tiles)
+    def of(cls, plan: Plan) -> ByKey:
+        lists = plan.indptr, plan.indices, plan.num_full
+        return cls(*lists, plan.boxes.coord, plan.k_order, plan.num_row_tiles)
 
 
 class Table(NamedTuple):

@@ -18,6 +18,7 @@ import triton.language as tl
 from saccade.softmax.kernels.scores import (
     LOG2E,
     bounds,
+    cell_at,
     cell_of,
     coordinates,
     logits,
@@ -25,6 +26,7 @@ from saccade.softmax.kernels.scores import (
     read,
     seen,
     slope,
+    steps_of,
     table_index,
     tile_of,
     tokens_of,
@@ -72,14 +74,15 @@ def of_queries(
     delta, starts, lengths, scores, dtable, tables,
     D: tl.constexpr, DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PT: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, BOXES: tl.constexpr, AXES: tl.constexpr,
-    BIAS_AXES: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, SCATTER: tl.constexpr,
+    BIAS_AXES: tl.constexpr, ANYWHERE: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr,
+    SCATTER: tl.constexpr,
 ):  # fmt: skip
     """dq of BM rows after BN more keys. SCATTER: these keys' dk and dv are added to those of others."""
     if PX > 0:
-        cell = cell_of(first, tables, PT, PY, PX)
+        cell = cell_of(first, tables, PT, PY, PX, ANYWHERE)
     else:
         cell = None
-    place = cell if PT * PY > 1 else None
+    place = cell if PT * PY > 1 or ANYWHERE else None
     ks = read(k, k_box, batch, kv_head, num_kv_heads, first, place, found, tables.num_keys, BN, D, PAD_D, FULL)
     vs = read(v, v_box, batch, kv_head, num_kv_heads, first, place, found, tables.num_keys, BN, DV, PAD_DV, FULL)
     s = tl.dot(qs, ks.T, input_precision=PRECISION)
@@ -115,11 +118,10 @@ def attend_backward_queries(
     D: tl.constexpr, DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PACK: tl.constexpr,
     BOXES: tl.constexpr, AXES: tl.constexpr, BIAS_AXES: tl.constexpr,
-    PT: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, PRECISION: tl.constexpr,
+    PT: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, ANYWHERE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, laid out as in `attend_forward`; dk, dv: float32, for single keys; dtable: (H, size) float32 or None."""
-    PARTS: tl.constexpr = BQ * PACK // BM
-    STEPS: tl.constexpr = BK // BN
+    PARTS: tl.constexpr = max(1, BQ * PACK // BM)
     part = tl.num_programs(0) - 1 - tl.program_id(0)
     row_tile = part // PARTS
     packs = ratio // PACK
@@ -133,8 +135,8 @@ def attend_backward_queries(
 
     r = part % PARTS * BM + tl.arange(0, BM)
     rows = row_tile * BQ + r % BQ
-    heads = first_head + r // BQ
-    exists = rows < tables.num_queries
+    heads = first_head + tl.minimum(r // BQ, PACK - 1)
+    exists = (rows < tables.num_queries) & (r < BQ * PACK)
     if tables.q_order is None:
         tokens = rows.to(tl.int64)
     else:
@@ -146,26 +148,33 @@ def attend_backward_queries(
     at = do.x + batch.to(tl.int64) * do.stride_b + heads.to(tl.int64) * do.stride_h + tokens * do.stride_n
     dos = tl.load(at[:, None] + o_channel[None, :], mask=exists[:, None] & (o_channel < DV)[None, :], other=0.0)
     lse, delta = summaries(summary, batch, heads, rows)
+    lse = tl.where(exists, lse, float("inf"))  # rows that only fill up the program weigh nothing
 
-    starts, lengths = bounds(tables, union, rows, BOXES * AXES, PT * PY == 1)
+    starts, lengths = bounds(tables, union, rows, BOXES * AXES, PT * PY == 1 and not ANYWHERE)
     found_dq = tl.zeros([BM, PAD_D], tl.float32)
-    start = tl.load(tables.indptr + entry)
-    steps = (tl.load(tables.indptr + entry + 1) - start).to(tl.int32) * STEPS
-    full = tl.load(tables.num_full + entry) * STEPS
+    start, count, steps, full = steps_of(tables, entry, BK, BN)
     listed = tables.indices + start
     for step in tl.range(0, full):
-        first, keys, found = tile_of(listed, step, tables.k_order, tables.num_keys, BK, BN, STEPS, True)
+        if ANYWHERE:
+            first, keys = cell_at(listed, step, tables, PT, PY, PX)
+            found = keys
+        else:
+            first, keys, found = tile_of(listed, count, step, tables.k_order, tables.num_keys, BK, BN, True)
         found_dq = of_queries(
             found_dq, qs, dos, k, v, k_box, v_box, None, None, batch, kv_head, num_kv_heads, heads, rows, first, keys,
             found, None, lse, delta, starts, lengths, scores, dtable, tables, D, DV, PAD_D, PAD_DV, BM, BN, PT, PY, PX,
-            BOXES, AXES, BIAS_AXES, PRECISION, True, False,
+            BOXES, AXES, BIAS_AXES, ANYWHERE, PRECISION, True, False,
         )  # fmt: skip
     for step in tl.range(full, steps):
-        first, keys, found = tile_of(listed, step, tables.k_order, tables.num_keys, BK, BN, STEPS, False)
+        if ANYWHERE:
+            first, keys = cell_at(listed, step, tables, PT, PY, PX)
+            found = keys
+        else:
+            first, keys, found = tile_of(listed, count, step, tables.k_order, tables.num_keys, BK, BN, False)
         found_dq = of_queries(
             found_dq, qs, dos, k, v, k_box, v_box, None, None, batch, kv_head, num_kv_heads, heads, rows, first, keys,
             found, None, lse, delta, starts, lengths, scores, dtable, tables, D, DV, PAD_D, PAD_DV, BM, BN, PT, PY, PX,
-            BOXES, AXES, BIAS_AXES, PRECISION, False, False,
+            BOXES, AXES, BIAS_AXES, ANYWHERE, PRECISION, False, False,
         )  # fmt: skip
     if tables.token_indptr is not None:
         start = tl.load(tables.token_indptr + entry)
@@ -175,7 +184,7 @@ def attend_backward_queries(
             found_dq = of_queries(
                 found_dq, qs, dos, k, v, None, None, dk, dv, batch, kv_head, num_kv_heads, heads, rows, 0, keys, found,
                 slots, lse, delta, starts, lengths, scores, dtable, tables, D, DV, PAD_D, PAD_DV, BM, BN, 0, 0, 0,
-                BOXES, AXES, BIAS_AXES, PRECISION, False, True,
+                BOXES, AXES, BIAS_AXES, False, PRECISION, False, True,
             )  # fmt: skip
     at = dq.x + batch.to(tl.int64) * dq.stride_b + heads.to(tl.int64) * dq.stride_h + tokens * dq.stride_n
     found_dq *= scores.scale / LOG2E
@@ -214,27 +223,26 @@ def attend_backward_keys(
     BQ: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ADD: tl.constexpr,
     BOXES: tl.constexpr, AXES: tl.constexpr, BIAS_AXES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv: Heads; turned: the transposed Lists. q, do: in the plan's order; q_box, do_box: descriptors or None.
+    """dk, dv: Heads; turned: ByKey. q, do: in the plan's order; q_box, do_box: descriptors or None.
 
     BN of the BK keys of a tile a program, BM of the BQ queries a step, all query heads of the key head one after
     another. ADD: on top of what dk and dv hold.
     """
-    PARTS: tl.constexpr = BK // BN
-    STEPS: tl.constexpr = BQ // BM
+    PARTS: tl.constexpr = max(1, BK // BN)
     part = tl.program_id(0)  # the first keys have mostly the longest lists
     col_tile = part // PARTS
     kv_head = tl.program_id(1)
     batch = tl.program_id(2)
     first_key = col_tile * BK + part % PARTS * BN
     keys = first_key + tl.arange(0, BN)
-    exists = keys < tables.num_keys
-    if tables.k_order is None:
+    exists = (keys < tables.num_keys) & (tl.arange(0, BN) < BK)
+    if turned.k_order is None:
         tokens = keys
     else:
-        tokens = tl.load(tables.k_order + keys, mask=exists, other=tables.num_keys)
+        tokens = tl.load(turned.k_order + keys, mask=exists, other=tables.num_keys)
     ks = read(k, None, batch, kv_head, 0, 0, None, tokens, tables.num_keys, BN, D, PAD_D, False)
     vs = read(v, None, batch, kv_head, 0, 0, None, tokens, tables.num_keys, BN, DV, PAD_DV, False)
-    at = coordinates(tables.coord, keys, tables.num_keys, AXES)
+    at = coordinates(turned.coord, keys, tables.num_keys, AXES)
     found_dk = tl.zeros([BN, PAD_D], tl.float32)
     found_dv = tl.zeros([BN, PAD_DV], tl.float32)
     for member in tl.range(0, ratio):
@@ -242,18 +250,16 @@ def attend_backward_keys(
         group = tl.load(tables.group_of + batch * tables.group_stride + head)
         union = tl.load(tables.union_of + group) * (BOXES * AXES) * tables.num_queries
         entry = group * turned.num_lists + col_tile
-        start = tl.load(turned.indptr + entry)
-        steps = (tl.load(turned.indptr + entry + 1) - start).to(tl.int32) * STEPS
-        full = tl.load(turned.num_full + entry) * STEPS
+        start, count, steps, full = steps_of(turned, entry, BQ, BM)
         listed = turned.indices + start
         for step in tl.range(0, full):
-            first, rows, _ = tile_of(listed, step, None, tables.num_queries, BQ, BM, STEPS, False)
+            first, rows, _ = tile_of(listed, count, step, None, tables.num_queries, BQ, BM, False)
             found_dk, found_dv = of_keys(
                 found_dk, found_dv, ks, vs, q, do, q_box, do_box, batch, head, first, rows, keys, summary, at, union,
                 scores, tables, D, DV, PAD_D, PAD_DV, BM, BOXES, AXES, BIAS_AXES, PRECISION, True,
             )  # fmt: skip
         for step in tl.range(full, steps):
-            first, rows, _ = tile_of(listed, step, None, tables.num_queries, BQ, BM, STEPS, False)
+            first, rows, _ = tile_of(listed, count, step, None, tables.num_queries, BQ, BM, False)
             found_dk, found_dv = of_keys(
                 found_dk, found_dv, ks, vs, q, do, q_box, do_box, batch, head, first, rows, keys, summary, at, union,
                 scores, tables, D, DV, PAD_D, PAD_DV, BM, BOXES, AXES, BIAS_AXES, PRECISION, False,

@@ -12,7 +12,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from saccade.softmax.kernels.scores import LOG2E, bounds, cell_of, logits, masked, read, tile_of, tokens_of
+from saccade.softmax.kernels.scores import (
+    LOG2E,
+    bounds,
+    cell_at,
+    cell_of,
+    logits,
+    masked,
+    read,
+    steps_of,
+    tile_of,
+    tokens_of,
+)
 
 
 @triton.jit
@@ -21,14 +32,14 @@ def absorb(
     starts, lengths, scores, tables,
     D: tl.constexpr, DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PT: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, BOXES: tl.constexpr, AXES: tl.constexpr,
-    BIAS_AXES: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr,
+    BIAS_AXES: tl.constexpr, ANYWHERE: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """The state (acc, top, total) of BM rows after BN more keys; FULL: every row sees every one of them."""
     if PX > 0:
-        cell = cell_of(first, tables, PT, PY, PX)
+        cell = cell_of(first, tables, PT, PY, PX, ANYWHERE)
     else:
         cell = None
-    place = cell if PT * PY > 1 else None
+    place = cell if PT * PY > 1 or ANYWHERE else None
     ks = read(k, k_box, batch, kv_head, num_kv_heads, first, place, found, tables.num_keys, BN, D, PAD_D, FULL)
     s = tl.dot(qs, ks.T, input_precision=PRECISION)
     # Scores that are scaled and nothing else are scaled inside the exponential: one operation less a pair.
@@ -57,16 +68,15 @@ def attend_forward(
     D: tl.constexpr, DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PACK: tl.constexpr,
     BOXES: tl.constexpr, AXES: tl.constexpr, BIAS_AXES: tl.constexpr,
-    PT: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, PRECISION: tl.constexpr,
+    PT: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, ANYWHERE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q, k, v, o: Heads; k_box, v_box: descriptors of k and v, or None; lse: Rows; ratio: query heads a key head.
 
-    BM rows a program: the BQ queries of a tile, or a part of them, of PACK heads that share a list. BN keys a step, a
-    part of BK. PT, PY, PX: the cell of the plan's grid that these are, or zeros if it has none; k_box and v_box lie on
-    that grid, unless it is a line.
+    BM rows a program: the BQ queries of a tile, or a part of them, of PACK heads that share a list. BN keys a step: a
+    part of the BK of a tile, or several tiles. PT, PY, PX: the cell of the plan's grid that they are, zeros if it has
+    none; k_box and v_box lie on that grid, unless it is a line. ANYWHERE: the lists are of such cells, by first keys.
     """
-    PARTS: tl.constexpr = BQ * PACK // BM
-    STEPS: tl.constexpr = BK // BN
+    PARTS: tl.constexpr = max(1, BQ * PACK // BM)
     part = tl.num_programs(0) - 1 - tl.program_id(0)  # long lists are mostly the last: they start first
     row_tile = part // PARTS
     packs = ratio // PACK
@@ -80,8 +90,8 @@ def attend_forward(
 
     r = part % PARTS * BM + tl.arange(0, BM)
     rows = row_tile * BQ + r % BQ
-    heads = first_head + r // BQ
-    exists = rows < tables.num_queries
+    heads = first_head + tl.minimum(r // BQ, PACK - 1)
+    exists = (rows < tables.num_queries) & (r < BQ * PACK)
     if tables.q_order is None:
         tokens = rows.to(tl.int64)
     else:
@@ -90,7 +100,7 @@ def attend_forward(
     at = q.x + batch.to(tl.int64) * q.stride_b + heads.to(tl.int64) * q.stride_h + tokens * q.stride_n
     qs = tl.load(at[:, None] + channel[None, :], mask=exists[:, None] & (channel < D)[None, :], other=0.0)
 
-    starts, lengths = bounds(tables, union, rows, BOXES * AXES, PT * PY == 1)
+    starts, lengths = bounds(tables, union, rows, BOXES * AXES, PT * PY == 1 and not ANYWHERE)
     acc = tl.zeros([BM, PAD_DV], tl.float32)
     if scores.sink is None:
         top = tl.full([BM], float("-inf"), tl.float32)
@@ -99,23 +109,29 @@ def attend_forward(
         top = tl.load(scores.sink + heads).to(tl.float32) * LOG2E
         total = tl.full([BM], 1.0, tl.float32)
 
-    start = tl.load(tables.indptr + entry)
-    steps = (tl.load(tables.indptr + entry + 1) - start).to(tl.int32) * STEPS
-    full = tl.load(tables.num_full + entry) * STEPS
+    start, count, steps, full = steps_of(tables, entry, BK, BN)
     listed = tables.indices + start
     for step in tl.range(0, full):
-        first, keys, found = tile_of(listed, step, tables.k_order, tables.num_keys, BK, BN, STEPS, True)
+        if ANYWHERE:
+            first, keys = cell_at(listed, step, tables, PT, PY, PX)
+            found = keys
+        else:
+            first, keys, found = tile_of(listed, count, step, tables.k_order, tables.num_keys, BK, BN, True)
         acc, top, total = absorb(
             acc, top, total, qs, k, v, k_box, v_box, batch, kv_head, num_kv_heads, heads, rows, first, keys, found,
             None, starts, lengths, scores, tables, D, DV, PAD_D, PAD_DV, BM, BN, PT, PY, PX, BOXES, AXES, BIAS_AXES,
-            PRECISION, True,
+            ANYWHERE, PRECISION, True,
         )  # fmt: skip
     for step in tl.range(full, steps):
-        first, keys, found = tile_of(listed, step, tables.k_order, tables.num_keys, BK, BN, STEPS, False)
+        if ANYWHERE:
+            first, keys = cell_at(listed, step, tables, PT, PY, PX)
+            found = keys
+        else:
+            first, keys, found = tile_of(listed, count, step, tables.k_order, tables.num_keys, BK, BN, False)
         acc, top, total = absorb(
             acc, top, total, qs, k, v, k_box, v_box, batch, kv_head, num_kv_heads, heads, rows, first, keys, found,
             None, starts, lengths, scores, tables, D, DV, PAD_D, PAD_DV, BM, BN, PT, PY, PX, BOXES, AXES, BIAS_AXES,
-            PRECISION, False,
+            ANYWHERE, PRECISION, False,
         )  # fmt: skip
     if tables.token_indptr is not None:
         start = tl.load(tables.token_indptr + entry)
@@ -128,14 +144,14 @@ def attend_forward(
             acc, top, total = absorb(
                 acc, top, total, qs, k, v, None, None, batch, kv_head, num_kv_heads, heads, rows, 0, keys, found, slots,
                 starts, lengths, scores, tables, D, DV, PAD_D, PAD_DV, BM, BN, 0, 0, 0, BOXES, AXES, BIAS_AXES,
-                PRECISION, True,
+                False, PRECISION, True,
             )  # fmt: skip
         for step in tl.range(full, tl.cdiv(count, BN)):
             keys, found, slots = tokens_of(start, count, step, tables, BN)
             acc, top, total = absorb(
                 acc, top, total, qs, k, v, None, None, batch, kv_head, num_kv_heads, heads, rows, 0, keys, found, slots,
                 starts, lengths, scores, tables, D, DV, PAD_D, PAD_DV, BM, BN, 0, 0, 0, BOXES, AXES, BIAS_AXES,
-                PRECISION, False,
+                False, PRECISION, False,
             )  # fmt: skip
 
     blind = total == 0.0

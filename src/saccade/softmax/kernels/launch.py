@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from saccade.softmax.kernels.arguments import Heads, Lists, Rows, Scores, Tables
+from saccade.softmax.kernels.arguments import ByKey, Heads, Rows, Scores, Tables
 from saccade.softmax.kernels.backward import attend_backward_keys, attend_backward_queries, summarize_rows
 from saccade.softmax.kernels.forward import attend_forward
 from saccade.where.grid import Grid
@@ -30,7 +30,11 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Launch:
-    """One problem, as every kernel takes it. pack: query heads that share their lists and so a program's rows."""
+    """One problem, as every kernel takes it.
+
+    pack: query heads that share their lists and so a program's rows. grid: what key tiles are cells of; anywhere: the
+    lists are of cells that begin anywhere on it.
+    """
 
     q: Tensor
     k: Tensor
@@ -40,6 +44,7 @@ class Launch:
     block: tuple[int, int]
     pack: int
     grid: Grid | None = None
+    anywhere: bool = False
 
     @property
     def boxes(self) -> tuple[int, int]:
@@ -60,6 +65,7 @@ class Launch:
             "BK": self.block[1],
             "BOXES": boxes,
             "AXES": axes,
+            "ANYWHERE": self.anywhere,
             "BIAS_AXES": 0 if table is None else len(table.extents),
             "PRECISION": "ieee" if self.q.dtype == torch.float32 else "tf32",
         }
@@ -67,7 +73,7 @@ class Launch:
     def programs(self, rows: int) -> tuple[int, int, int]:
         """The grid of a kernel with `rows` rows of query tiles a program."""
         batch, heads = self.q.shape[:2]
-        return self.tables.num_rows * (self.block[0] * self.pack // rows), heads // self.pack, batch
+        return self.tables.num_rows * max(1, self.block[0] * self.pack // rows), heads // self.pack, batch
 
     def keys(self, size: int) -> tuple[tuple[Any, ...], Tables, dict[str, int]]:
         """What a kernel that takes `size` keys a step is given of them: (k, v, their descriptors), the plan, the cell.
@@ -76,26 +82,31 @@ class Launch:
         plan reorders are copied: gathered in the kernel they would come too late.
         """
         cell: tuple[int, ...] = (0, 0, 0)
-        if self.grid is not None and len(self.grid.cell) == 1:
+        if self.grid is not None and len(self.grid.cell) == 1 and size <= self.block[1] and not self.anywhere:
             cell = (1, 1, size)
         elif self.grid is not None and size == math.prod(self.grid.cell):
             fill = (1,) * (3 - len(self.grid.cell))
             boxes = described((1, *fill, *self.grid.cell), *on_grid((*fill, *self.grid.lengths), self.k, self.v))
-            if boxes:
+            if boxes or self.anywhere:
                 cell = (*fill, *self.grid.cell)
                 k, v, tables = self.k, self.v, self.tables._replace(k_order=None)
+                boxes = boxes or (None, None)
                 return (Heads.of(k), Heads.of(v), *boxes), tables, dict(zip(("PT", "PY", "PX"), cell, strict=True))
         k, v = (ordered(x, self.tables.k_order) for x in (self.k, self.v))
-        boxes = described((1, 1, size), k, v) or (None, None)
+        boxes = (size <= self.block[1] and described((1, 1, size), k, v)) or (None, None)
         tables = self.tables._replace(k_order=None)
         return (Heads.of(k), Heads.of(v), *boxes), tables, dict(zip(("PT", "PY", "PX"), cell, strict=True))
+
+    def whole(self, size: Sizes) -> Sizes:
+        """Sizes that take a cell at a step, where that begins anywhere."""
+        return size._replace(cols=self.block[1]) if self.anywhere else size
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """(o (B, H, N, Dv) in q's dtype, lse (B, H, N) float32)."""
         (batch, heads, n, _), dv = self.q.shape, self.v.shape[3]
         o = torch.empty_like(self.q) if dv == self.q.shape[3] else self.q.new_empty(batch, heads, n, dv)
         lse = self.q.new_empty(batch, heads, n, dtype=torch.float32)
-        size = forward_sizes(self.block, self.pack, max(padded(self.q.shape[3]), padded(dv)), self.q.dtype)
+        size = self.whole(forward_sizes(self.block, self.pack, max(padded(self.q.shape[3]), padded(dv)), self.q.dtype))
         keys, tables, cell = self.keys(size.cols)
         attend_forward[self.programs(size.rows)](
             Heads.of(self.q), *keys, Heads.of(o), Rows.of(lse), self.scores, tables, heads // self.k.shape[1],
@@ -105,7 +116,7 @@ class Launch:
         return o, lse
 
     def backward(
-        self, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, turned: Lists
+        self, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, turned: ByKey
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
         """(dq, dk, dv, gradient of the relative table or None, summary of the rows)."""
         (batch, heads, n, d), kv_heads, dv = self.q.shape, self.k.shape[1], self.v.shape[3]
@@ -124,7 +135,7 @@ class Launch:
         table = self.scores.table
         dtable = None if table is None else torch.zeros_like(table.values, dtype=torch.float32)
         width = max(padded(d), padded(dv))
-        size = backward_sizes(self.block, self.pack, width, self.q.dtype)
+        size = self.whole(backward_sizes(self.block, self.pack, width, self.q.dtype))
         keys, tables, cell = self.keys(size.cols)
         attend_backward_queries[self.programs(size.rows)](
             Heads.of(self.q), *keys, dos, Heads.of(dq), Heads.of(dk), Heads.of(dv_), Rows.of(summary),
@@ -134,11 +145,12 @@ class Launch:
         )  # fmt: skip
         size = turned_sizes(self.block, width, self.q.dtype)
         q, do = ordered(self.q, self.tables.q_order), ordered(do, self.tables.q_order)
-        boxes = described((1, 1, size.cols), q, do) or (None, None)
-        attend_backward_keys[(turned.num_lists * (self.block[1] // size.rows), kv_heads, batch)](
+        boxes = (size.cols <= self.block[0] and described((1, 1, size.cols), q, do)) or (None, None)
+        constants = {name: value for name, value in self.constants.items() if name != "ANYWHERE"}
+        attend_backward_keys[(turned.num_lists * max(1, self.block[1] // size.rows), kv_heads, batch)](
             Heads.of(q), Heads.of(self.k), Heads.of(self.v), *boxes, Heads.of(do), Heads.of(dk),
             Heads.of(dv_), Rows.of(summary), self.scores, self.tables, turned,
-            heads // kv_heads, BM=size.cols, BN=size.rows, ADD=scattered, **self.constants,
+            heads // kv_heads, BM=size.cols, BN=size.rows, ADD=scattered, **constants,
             num_warps=size.warps, num_stages=size.stages,
         )  # fmt: skip
         return dq, dk.to(self.k.dtype), dv_.to(self.v.dtype), dtable, summary
@@ -169,14 +181,17 @@ def ordered(x: Tensor, order: Tensor | None) -> Tensor:
 
 
 def summary_rows(n: int, tile: int) -> int:
-    """Rows of the summary of n queries, in whole tiles."""
+    """Rows of the summary of n queries, in whole tiles, and at least one that stands for no query."""
     whole = max(tile, SUMMARIZED)
-    return -(-n // whole) * whole
+    return (n // whole + 1) * whole
 
 
 def padded(size: int) -> int:
     """The next power of two, at least 16."""
     return max(16, triton.next_power_of_2(size))
+
+
+LEAST = 16  # rows and columns of a product
 
 
 def forward_sizes(block: tuple[int, int], pack: int, width: int, dtype: torch.dtype) -> Sizes:
@@ -185,7 +200,7 @@ def forward_sizes(block: tuple[int, int], pack: int, width: int, dtype: torch.dt
     From 64 rows on a warpgroup's products read shared memory; with fewer one warp takes all rows, so that it shares the
     keys with no other.
     """
-    rows, cols = block[0] * pack, block[1]
+    rows, cols = max(LEAST, block[0] * pack), max(LEAST, block[1])
     if dtype == torch.float32:
         return _single(rows, cols, width)
     if rows < 64:
@@ -196,7 +211,7 @@ def forward_sizes(block: tuple[int, int], pack: int, width: int, dtype: torch.dt
 
 def backward_sizes(block: tuple[int, int], pack: int, width: int, dtype: torch.dtype) -> Sizes:
     """Sizes of the kernel that forms dq."""
-    rows, cols = block[0] * pack, block[1]
+    rows, cols = max(LEAST, block[0] * pack), max(LEAST, block[1])
     if dtype == torch.float32:
         return _single(rows, cols, width)
     if rows < 64:
@@ -206,7 +221,7 @@ def backward_sizes(block: tuple[int, int], pack: int, width: int, dtype: torch.d
 
 def turned_sizes(block: tuple[int, int], width: int, dtype: torch.dtype) -> Sizes:
     """Sizes of the kernel that forms dk and dv: rows of keys, columns of queries."""
-    cols, rows = block
+    cols, rows = (max(LEAST, size) for size in block)
     if dtype == torch.float32:
         return _single(rows, cols, width)
     if rows < 64:

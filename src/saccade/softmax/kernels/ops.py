@@ -3,7 +3,7 @@
     saccade::attend(q, k, v, sink, table, bias, plan, turned, sizes, scale, cap) -> (o, lse)
 
 table: the values of a relative table; bias: the other tensors of a `Table` or of `Slopes`; plan: the tensors of
-`Tables`; turned: those of the transposed `Lists`, needed for gradients alone; sizes: the integers of them all. Tensors
+`Tables`; turned: those of the transposed `ByKey`, needed for gradients alone; sizes: the integers of them all. Tensors
 and numbers, nothing else, so that a graph that holds a call can be captured, compiled and exported.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from saccade.softmax.kernels.arguments import Lists, Scores, Slopes, Table, Tables
+from saccade.softmax.kernels.arguments import ByKey, Scores, Slopes, Table, Tables
 from saccade.softmax.kernels.launch import Launch, summary_rows
 from saccade.where.grid import Grid
 
@@ -29,13 +29,13 @@ def tensors_of(tables: Tables) -> list[Tensor | None]:
 
 
 def sizes_of(
-    tables: Tables, block: tuple[int, int], pack: int, table: int, num_lists: int, grid: Grid | None
+    tables: Tables, block: tuple[int, int], pack: int, table: int, num_lists: int, grid: Grid | None, anywhere: bool
 ) -> list[int]:
     """All integers of a call: of the tables, tile sizes, packed heads, entries of a relative table, transposed lists a
-    group, grid.
+    group, whether cells begin anywhere on a grid, the grid.
     """
     axes = [] if grid is None else [*grid.lengths, *grid.cell]
-    return [*(getattr(tables, name) for name in NUMBERS), *block, pack, table, num_lists, *axes]
+    return [*(getattr(tables, name) for name in NUMBERS), *block, pack, table, num_lists, int(anywhere), *axes]
 
 
 def _launch(
@@ -51,14 +51,14 @@ def _launch(
     cap: float,
 ) -> Launch:
     numbers = dict(zip(NUMBERS, sizes, strict=False))
-    bq, bk, pack, size, _, *axes = sizes[len(NUMBERS) :]
+    bq, bk, pack, size, _, anywhere, *axes = sizes[len(NUMBERS) :]
     half = len(axes) // 2
     grid = Grid(tuple(axes[:half]), tuple(axes[half:])) if axes else None
     tables = Tables(**dict(zip(PLAN, plan, strict=True)), **numbers)  # type: ignore[arg-type]
     relative = None if table is None else Table(table, size, *bias)
     slopes = Slopes(*bias) if table is None and bias else None
     scores = Scores(scale * LOG2E, cap * LOG2E if cap else None, sink, relative, slopes)
-    return Launch(q, k, v, scores, tables, (bq, bk), pack, grid)
+    return Launch(q, k, v, scores, tables, (bq, bk), pack, grid, bool(anywhere))
 
 
 @torch.library.custom_op("saccade::attend", mutates_args=())
@@ -70,7 +70,7 @@ def attend(
     table: Tensor | None,
     bias: list[Tensor],
     plan: list[Tensor | None],
-    turned: list[Tensor],
+    turned: list[Tensor | None],
     sizes: list[int],
     scale: float,
     cap: float,
@@ -99,15 +99,14 @@ def _attend_backward(
     table: Tensor | None,
     bias: list[Tensor],
     plan: list[Tensor | None],
-    turned: list[Tensor],
+    turned: list[Tensor | None],
     sizes: list[int],
     scale: float,
     cap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     launch = _launch(q, k, v, sink, table, bias, plan, sizes, scale, cap)
-    dq, dk, dv, dtable, summary = launch.backward(
-        do, dlse, o, lse, Lists(turned[0], turned[1], turned[2], sizes[len(NUMBERS) + 4])
-    )
+    by_key = ByKey(*turned, num_lists=sizes[len(NUMBERS) + 4])  # type: ignore[misc, arg-type, call-arg]
+    dq, dk, dv, dtable, summary = launch.backward(do, dlse, o, lse, by_key)
     return dq, dk, dv, q.new_zeros(0, dtype=torch.float32) if dtable is None else dtable, summary
 
 
@@ -136,16 +135,16 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, sink, table, bias, plan, turned, ctx.sizes, ctx.scale, ctx.cap = inputs
     kept = [*output, q, k, v, sink, table, *bias, *plan, *turned]
-    ctx.lengths = len(bias), len(plan), len(turned)
+    ctx.lengths = len(bias), len(plan)
     ctx.save_for_backward(*kept)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     o, lse, q, k, v, sink, table, *rest = ctx.saved_tensors
-    of_bias, of_plan, of_turned = ctx.lengths
+    of_bias, of_plan = ctx.lengths
     bias, plan, turned = rest[:of_bias], rest[of_bias : of_bias + of_plan], rest[of_bias + of_plan :]
-    nothing = ([None] * of_bias, None, [None] * of_turned, None, None, None)
+    nothing = (_none(bias), _none(plan), _none(turned), None, None, None)
     if do is None and dlse is None:
         return None, None, None, None, None, *nothing
     do = torch.zeros_like(o) if do is None else do if do.stride(3) == 1 else do.contiguous()
@@ -158,6 +157,11 @@ def _gradients(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, .
         share = (sink.float()[:, None] * LOG2E - summary[..., 0]).exp2()
         dsink = -(share * summary[..., 1]).sum((0, 2)).to(sink.dtype)
     return dq, dk, dv, dsink, None if table is None else dtable, *nothing
+
+
+def _none(given: list[Any]) -> list[None] | None:
+    """The gradient of a list that asks for none, in the form that PyTorch expects for its kind of list."""
+    return [None] * len(given) if all(isinstance(x, Tensor) for x in given) else None
 
 
 attend.register_autograd(_gradients, setup_context=_save)

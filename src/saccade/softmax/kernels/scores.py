@@ -79,14 +79,17 @@ def _within(start, length, c, DIM: tl.constexpr):
 
 
 @triton.jit
-def cell_of(first, tables, PT: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr):
+def cell_of(first, tables, PT: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, ANYWHERE: tl.constexpr):
     """Where on the grid the cell begins whose first key stands at place `first` of the plan: (t, y, x)."""
-    if PT * PY == 1:
+    if ANYWHERE:
+        row = first // tables.along_x
+        return row // tables.along_y, row % tables.along_y, first % tables.along_x
+    elif PT * PY == 1:
         return 0, 0, first
     else:
         tile = first // (PT * PY * PX)
-        row = tile // tables.cells_along_x
-        return row // tables.cells_along_y * PT, row % tables.cells_along_y * PY, tile % tables.cells_along_x * PX
+        row = tile // tables.along_x
+        return row // tables.along_y * PT, row % tables.along_y * PY, tile % tables.along_x * PX
 
 
 @triton.jit
@@ -167,21 +170,50 @@ def read(
 
 
 @triton.jit
-def tile_of(
-    listed, step, order, num_tokens, TILE: tl.constexpr, SIZE: tl.constexpr, STEPS: tl.constexpr, INSIDE: tl.constexpr
-):
-    """Step `step` through a list of tiles: the first of its SIZE places, all of them, and the tokens that stand there.
+def steps_of(lists, entry, TILE: tl.constexpr, SIZE: tl.constexpr):
+    """Where a list starts, the tiles that it has, the steps of SIZE places through it, and those through full tiles.
 
-    order: the token at each place, or None where it is the place itself. INSIDE: all of them exist.
+    Tiles of fewer than SIZE places go several to a step; none of them counts as full.
     """
-    first = tl.load(listed + step // STEPS) * TILE + step % STEPS * SIZE
-    places = first + tl.arange(0, SIZE)
+    start = tl.load(lists.indptr + entry)
+    count = (tl.load(lists.indptr + entry + 1) - start).to(tl.int32)
+    if TILE < SIZE:
+        return start, count, tl.cdiv(count, SIZE // TILE), count * 0
+    else:
+        return start, count, count * (TILE // SIZE), tl.load(lists.num_full + entry) * (TILE // SIZE)
+
+
+@triton.jit
+def tile_of(listed, count, step, order, num_tokens, TILE: tl.constexpr, SIZE: tl.constexpr, INSIDE: tl.constexpr):
+    """Step `step` through a list of `count` tiles: the first of its SIZE places, all of them, and the tokens there.
+
+    order: the token at each place, or None where it is the place itself. INSIDE: all of them exist. A place beyond the
+    list is one that does not exist.
+    """
+    r = tl.arange(0, SIZE)
+    if TILE < SIZE:
+        slot = step * (SIZE // TILE) + r // TILE
+        first = 0
+        places = tl.load(listed + slot, mask=slot < count, other=num_tokens) * TILE + r % TILE
+        places = tl.minimum(places, num_tokens)
+    else:
+        first = tl.load(listed + step // (TILE // SIZE)) * TILE + step % (TILE // SIZE) * SIZE
+        places = first + r
     if order is None:
         return first, places, places
     elif INSIDE:
         return first, places, tl.load(order + places)
     else:
         return first, places, tl.load(order + places, mask=places < num_tokens, other=num_tokens)
+
+
+@triton.jit
+def cell_at(listed, step, tables, PT: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr):
+    """Step `step` through a list of cells that begin anywhere on the grid: the first key, and all of them."""
+    first = tl.load(listed + step)
+    r = tl.arange(0, PT * PY * PX)
+    row = r // (PY * PX) * tables.along_y + r // PX % PY
+    return first, first + row * tables.along_x + r % PX
 
 
 @triton.jit
