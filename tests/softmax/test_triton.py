@@ -125,7 +125,7 @@ def test_cells_of_a_grid(pattern, block, anywhere, dtype):
 
 
 def test_lists_of_single_queries_are_shared_by_their_heads():
-    """A list a query and key head, as a router of single queries makes them: its query heads are rows of one product."""
+    """A list a query and key head, as a router of queries makes them: its query heads are rows of one product."""
     chosen = torch.randint(-1, 4, (4, 50, 2))
     group_of = torch.arange(4).view(2, 2).repeat_interleave(2, 1)
     where = plan_chosen(Causal(), chosen, group_of, 50, 50, (1, 16), alike=2).verify()
