@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from saccade.bench.contestant import watch_backends
-from saccade.softmax import RelativeTable, attend, explain, fa4, measure, measuring, rates, which, why
+from saccade.softmax import RelativeTable, attend, explain, fa4, hopper, measure, measuring, rates, which, why
 from saccade.testing.budget import assert_close
 from saccade.where import (
     Band,
@@ -47,6 +47,32 @@ def static(pattern):
     return lambda n, m: (pattern, oracle.entries_of(pattern.dense(n, m, H)))
 
 
+def tiled(pattern, block):
+    return lambda n, m: (pattern.plan(n, m, H, block, "cuda"), oracle.entries_of(pattern.dense(n, m, H)))
+
+
+def in_cells(pattern):
+    return lambda n, m: (pattern.gathered(n, m, H, (64, 64), "cuda"), oracle.entries_of(pattern.dense(n, m, H)))
+
+
+def single(n, m):
+    """A list a query and key head; single keys beside the tiles."""
+    chosen, tokens = torch.randint(-1, -(-m // 64), (B * KV, n, 2)), torch.randint(-1, m, (B * KV, n, 5))
+    group_of = torch.arange(B * KV).view(B, KV).repeat_interleave(H // KV, 1)
+    plan = plan_chosen(Causal(), chosen, group_of, n, m, (1, 64), tokens=tokens, alike=H // KV)
+    mask = Causal().dense(n, m)[0]
+    return plan.to("cuda"), oracle.entries_chosen(mask, chosen, group_of, (1, 64), tokens, None)
+
+
+# What only `triton` takes: tiles of any size, cells that begin anywhere, single queries and keys.
+TRITON = {
+    "tiles of 16": (tiled(Causal() & (Window(90) | Sinks(3)), (16, 16)), 301, 301),
+    "tiles of 32 by 128": (tiled(Causal() & Window(90), (32, 128)), 257, 301),
+    "tiles of 4 by 2": (tiled(Causal() & Window(9), (4, 2)), 70, 70),
+    "cells in two axes": (in_cells(Neighborhood((24, 40), (7, 9))), 960, 960),
+    "cells in three axes": (in_cells(Neighborhood((8, 16, 16), (3, 5, 6), stride=(1, 2, 1))), 2048, 2048),
+    "single queries and keys": (single, 150, 150),
+}
 PROBLEMS = {
     "full": (static(Full()), 256, 256),
     "full, odd": (static(Full()), 131, 257),
@@ -61,7 +87,9 @@ PROBLEMS = {
     "grid": (static(Neighborhood((16, 20), 5)), 320, 320),
     "routed": (routed, 300, 300),
 }
-BACKENDS = ("sdpa", *(["fa4"] if fa4.installed() else []), "flex", "tiles", "reference")
+GLUON = ["hopper"] if hopper.version().startswith(hopper.WRITTEN_FOR) else []
+OPTIONAL = [*(["fa4"] if fa4.installed() else []), *GLUON]
+BACKENDS = ("sdpa", *OPTIONAL, "triton", "flex", "tiles", "reference")
 DTYPES = (torch.float32, torch.bfloat16)
 RUNS = [
     pytest.param(backend, name, options, dtype, id=f"{backend}-{name}-{options}-{dtype}")
@@ -70,7 +98,7 @@ RUNS = [
     for options in ("plain", "all")
     for dtype in DTYPES
     if (backend != "sdpa" or (options == "plain" and name.startswith(("full", "causal", "one")) and "last" not in name))
-    and (backend != "fa4" or dtype != torch.float32)
+    and (backend not in OPTIONAL or dtype != torch.float32)
 ]
 
 
@@ -88,6 +116,44 @@ def test_values_and_gradients(backend, name, options, dtype):
     check(backend, name, options, dtype, D)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", TRITON)
+def test_plans_of_the_triton_backend(name, head_dim, dtype):
+    check("triton", name, "all", dtype, head_dim)
+
+
+@pytest.mark.parametrize("name", ["full", "causal", "window"])
+@pytest.mark.parametrize("backend", ["sdpa", *OPTIONAL, "triton", "flex"])
+def test_a_captured_graph_gives_the_same(backend, name):
+    """Forward and backward, captured once and replayed on other inputs: what the backend gives outside of a graph."""
+    if backend == "sdpa" and name == "window":
+        name = "causal"
+    (pattern, _), n = PROBLEMS[name][0](256, 256), 256
+    inputs = [torch.randn(B, heads, n, 64, device="cuda", dtype=torch.bfloat16) for heads in (H, KV, KV)]
+    grad = torch.randn_like(inputs[0])
+
+    def run():
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        o = attend(*leaves, pattern, backend=backend)
+        return [o.detach(), *torch.autograd.grad(o, leaves, grad)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    for x in (*inputs, grad):
+        x.normal_()
+    graph.replay()
+    torch.cuda.synchronize()
+    for mine, other in zip(found, run(), strict=True):
+        assert_close(mine.cpu(), other.cpu().double(), other.cpu(), terms=FEW)
+
+
 OTHERS = [
     pytest.param(name, head_dim, dtype, id=f"{name}-{head_dim}-{dtype}")
     for name, head_dim, dtype in (
@@ -101,13 +167,13 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("name", "head_dim", "dtype"), OTHERS)
-@pytest.mark.parametrize("backend", ["fa4"] if fa4.installed() else [])
+@pytest.mark.parametrize("backend", [*OPTIONAL, "triton"])
 def test_other_tiles_for_other_head_dims(backend, name, head_dim, dtype):
     check(backend, name, "all", dtype, head_dim)
 
 
 def check(backend, name, options, dtype, head_dim):
-    make, n, m = PROBLEMS[name]
+    make, n, m = (PROBLEMS | TRITON)[name]
     where, entries = make(n, m)
     inputs = [torch.randn(B, *shape, head_dim).to(dtype) for shape in ((H, n), (KV, m), (KV, m))]
     cotangents = torch.randn(B, H, n, head_dim).to(dtype), torch.randn(B, H, n)

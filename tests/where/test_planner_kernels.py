@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from strategies import axis, blocks, problems
 
@@ -21,7 +21,7 @@ from saccade.where.layout import Cells, permutation
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-FEW = settings(max_examples=25)
+FEW = settings(max_examples=25, phases=[phase for phase in Phase if phase is not Phase.explain])  # which takes minutes
 
 
 def planned(pattern, n, m, heads, block):

@@ -149,16 +149,21 @@ def _cpu() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this file belongs to; None for an installed package."""
+    """The commit of the checkout that this file belongs to, and "-dirty" where its package has changed since; None for
+    an installed package.
+    """
     here = Path(__file__).parent
     try:
         tracked = ["git", "-C", str(here), "ls-files", "--error-unmatch", "--", "../catalogue.py"]
         if subprocess.run(tracked, capture_output=True, timeout=5).returncode:
             return None
-        found = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+        git = ["git", "-C", str(here)]
+        found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+        changed = subprocess.run([*git, "status", "--porcelain", "--", ".."], capture_output=True, timeout=5).stdout
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None
+    commit = found.stdout.strip()
+    return (commit + "-dirty" if changed else commit) or None
 
 
 def write_atomic(path: Path, text: str) -> Path:

@@ -315,10 +315,11 @@ def _list(
                     full = full & (cols < num_whole)
             rest = some & (full == 0)
             if indices is not None:
+                # Compared with 0, a mask is bool in every version of the interpreter.
                 place = full_place + tl.cumsum(full.to(tl.int32), 0) - 1
-                tl.store(indices + place, cols, mask=full & (place < room))
+                tl.store(indices + place, cols, mask=(full & (place < room)) != 0)
                 place = rest_place + tl.cumsum(rest.to(tl.int32), 0) - 1
-                tl.store(indices + place, cols, mask=rest & (place < room))
+                tl.store(indices + place, cols, mask=(rest & (place < room)) != 0)
             full_place += tl.sum(full.to(tl.int32), 0)
             rest_place += tl.sum(rest.to(tl.int32), 0)
             near = near & (chunks > chunk)
