@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 STYLES = {"OK": "green", "FAILED": "bold red", "WAIVED": "yellow", "XPASS": "bold magenta"}
 
@@ -56,15 +56,27 @@ class Report:
         lines += [f"{row.mechanism}[{row.case}]-{row.check}: {row.status}: {row.message}" for row in self.failures]
         return "\n".join(lines)
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group:
+        """A row a mechanism and check, the cases of it counted; then every failure in full, at any width."""
+        from rich import box
+        from rich.console import Group
         from rich.markup import escape
         from rich.table import Table
+        from rich.text import Text
 
         seconds = sum(row.seconds for row in self.outcomes)
-        table = Table(title=f"{len(self.outcomes)} checks, {len(self.failures)} failures, {seconds:.1f} s")
-        for column in ("mechanism", "check", "case", "status", "seconds", "message"):
-            table.add_column(column, justify="right" if column == "seconds" else "left", no_wrap=column == "status")
+        title = f"{len(self.outcomes)} checks, {len(self.failures)} failures, {seconds:.1f} s"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in ("mechanism", "check", "status", "cases", "seconds"):
+            table.add_column(column, justify="right" if column in ("cases", "seconds") else "left", no_wrap=True)
+        kinds: dict[tuple[str, str, str], list[Row]] = {}
         for row in self.outcomes:
-            status = f"[{STYLES[row.status]}]{row.status}[/]"
-            table.add_row(row.mechanism, row.check, escape(row.case), status, f"{row.seconds:.2f}", escape(row.message))
-        return table
+            kinds.setdefault((row.mechanism, row.check, row.status), []).append(row)
+        for (mechanism, check, status), rows in kinds.items():
+            spent = sum(row.seconds for row in rows)
+            table.add_row(mechanism, check, f"[{STYLES[status]}]{status}[/]", str(len(rows)), f"{spent:.2f}")
+        told = []
+        for row in self.failures:
+            head = f"[{STYLES[row.status]}]{row.status}[/] {row.mechanism} {row.check} {escape(row.case)}"
+            told.append(Text.from_markup(f"{head}\n  {escape(row.message)}"))
+        return Group(table, *told)

@@ -1,7 +1,7 @@
 """Which keys may each query see? Patterns as unions of boxes, grids and token orders, plans, routing."""
 
 from saccade.where.boxes import Boxes
-from saccade.where.pattern import And, Or, Pattern, PerHead
+from saccade.where.pattern import And, Box, Frame, Or, Pattern, PerHead, Span
 from saccade.where.patterns import (
     Band,
     BlockBand,
@@ -28,12 +28,14 @@ __all__ = [
     "Band",
     "BlockBand",
     "Blocks",
+    "Box",
     "Boxes",
     "Causal",
     "Columns",
     "CumulativeMass",
     "Dilated",
     "Documents",
+    "Frame",
     "Full",
     "Neighborhood",
     "Or",
@@ -44,6 +46,7 @@ __all__ = [
     "Prefix",
     "Router",
     "Sinks",
+    "Span",
     "Strided",
     "Summaries",
     "Threshold",
