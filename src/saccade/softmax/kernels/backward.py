@@ -154,28 +154,20 @@ def attend_backward_queries(
     found_dq = tl.zeros([BM, PAD_D], tl.float32)
     start, count, steps, full = steps_of(tables, entry, BK, BN)
     listed = tables.indices + start
-    for step in tl.range(0, full):
-        if ANYWHERE:
-            first, keys = cell_at(listed, step, tables, PT, PY, PX)
-            found = keys
-        else:
-            first, keys, found = tile_of(listed, count, step, tables.k_order, tables.num_keys, BK, BN, True)
-        found_dq = of_queries(
-            found_dq, qs, dos, k, v, k_box, v_box, None, None, batch, kv_head, num_kv_heads, heads, rows, first, keys,
-            found, None, lse, delta, starts, lengths, scores, dtable, tables, D, DV, PAD_D, PAD_DV, BM, BN, PT, PY, PX,
-            BOXES, AXES, BIAS_AXES, ANYWHERE, PRECISION, True, False,
-        )  # fmt: skip
-    for step in tl.range(full, steps):
-        if ANYWHERE:
-            first, keys = cell_at(listed, step, tables, PT, PY, PX)
-            found = keys
-        else:
-            first, keys, found = tile_of(listed, count, step, tables.k_order, tables.num_keys, BK, BN, False)
-        found_dq = of_queries(
-            found_dq, qs, dos, k, v, k_box, v_box, None, None, batch, kv_head, num_kv_heads, heads, rows, first, keys,
-            found, None, lse, delta, starts, lengths, scores, dtable, tables, D, DV, PAD_D, PAD_DV, BM, BN, PT, PY, PX,
-            BOXES, AXES, BIAS_AXES, ANYWHERE, PRECISION, False, False,
-        )  # fmt: skip
+    for partial in tl.static_range(2):  # full tiles first, which need no mask
+        for step in tl.range(full if partial else 0, steps if partial else full):
+            if ANYWHERE:
+                first, keys = cell_at(listed, step, tables, PT, PY, PX)
+                found = keys
+            else:
+                first, keys, found = tile_of(
+                    listed, count, step, tables.k_order, tables.num_keys, BK, BN, partial == 0
+                )  # fmt: skip
+            found_dq = of_queries(
+                found_dq, qs, dos, k, v, k_box, v_box, None, None, batch, kv_head, num_kv_heads, heads, rows, first,
+                keys, found, None, lse, delta, starts, lengths, scores, dtable, tables, D, DV, PAD_D, PAD_DV, BM, BN,
+                PT, PY, PX, BOXES, AXES, BIAS_AXES, ANYWHERE, PRECISION, partial == 0, False,
+            )  # fmt: skip
     if tables.token_indptr is not None:
         start = tl.load(tables.token_indptr + entry)
         count = (tl.load(tables.token_indptr + entry + 1) - start).to(tl.int32)
@@ -252,18 +244,13 @@ def attend_backward_keys(
         entry = group * turned.num_lists + col_tile
         start, count, steps, full = steps_of(turned, entry, BQ, BM)
         listed = turned.indices + start
-        for step in tl.range(0, full):
-            first, rows, _ = tile_of(listed, count, step, None, tables.num_queries, BQ, BM, False)
-            found_dk, found_dv = of_keys(
-                found_dk, found_dv, ks, vs, q, do, q_box, do_box, batch, head, first, rows, keys, summary, at, union,
-                scores, tables, D, DV, PAD_D, PAD_DV, BM, BOXES, AXES, BIAS_AXES, PRECISION, True,
-            )  # fmt: skip
-        for step in tl.range(full, steps):
-            first, rows, _ = tile_of(listed, count, step, None, tables.num_queries, BQ, BM, False)
-            found_dk, found_dv = of_keys(
-                found_dk, found_dv, ks, vs, q, do, q_box, do_box, batch, head, first, rows, keys, summary, at, union,
-                scores, tables, D, DV, PAD_D, PAD_DV, BM, BOXES, AXES, BIAS_AXES, PRECISION, False,
-            )  # fmt: skip
+        for partial in tl.static_range(2):
+            for step in tl.range(full if partial else 0, steps if partial else full):
+                first, rows, _ = tile_of(listed, count, step, None, tables.num_queries, BQ, BM, False)
+                found_dk, found_dv = of_keys(
+                    found_dk, found_dv, ks, vs, q, do, q_box, do_box, batch, head, first, rows, keys, summary, at,
+                    union, scores, tables, D, DV, PAD_D, PAD_DV, BM, BOXES, AXES, BIAS_AXES, PRECISION, partial == 0,
+                )  # fmt: skip
     found_dk *= scores.scale / LOG2E
     channel = tl.arange(0, PAD_D)
     to = dk.x + batch.to(tl.int64) * dk.stride_b + kv_head.to(tl.int64) * dk.stride_h

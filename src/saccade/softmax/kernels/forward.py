@@ -111,48 +111,34 @@ def attend_forward(
 
     start, count, steps, full = steps_of(tables, entry, BK, BN)
     listed = tables.indices + start
-    for step in tl.range(0, full):
-        if ANYWHERE:
-            first, keys = cell_at(listed, step, tables, PT, PY, PX)
-            found = keys
-        else:
-            first, keys, found = tile_of(listed, count, step, tables.k_order, tables.num_keys, BK, BN, True)
-        acc, top, total = absorb(
-            acc, top, total, qs, k, v, k_box, v_box, batch, kv_head, num_kv_heads, heads, rows, first, keys, found,
-            None, starts, lengths, scores, tables, D, DV, PAD_D, PAD_DV, BM, BN, PT, PY, PX, BOXES, AXES, BIAS_AXES,
-            ANYWHERE, PRECISION, True,
-        )  # fmt: skip
-    for step in tl.range(full, steps):
-        if ANYWHERE:
-            first, keys = cell_at(listed, step, tables, PT, PY, PX)
-            found = keys
-        else:
-            first, keys, found = tile_of(listed, count, step, tables.k_order, tables.num_keys, BK, BN, False)
-        acc, top, total = absorb(
-            acc, top, total, qs, k, v, k_box, v_box, batch, kv_head, num_kv_heads, heads, rows, first, keys, found,
-            None, starts, lengths, scores, tables, D, DV, PAD_D, PAD_DV, BM, BN, PT, PY, PX, BOXES, AXES, BIAS_AXES,
-            ANYWHERE, PRECISION, False,
-        )  # fmt: skip
+    for partial in tl.static_range(2):  # full tiles first, which need no mask
+        for step in tl.range(full if partial else 0, steps if partial else full):
+            if ANYWHERE:
+                first, keys = cell_at(listed, step, tables, PT, PY, PX)
+                found = keys
+            else:
+                first, keys, found = tile_of(
+                    listed, count, step, tables.k_order, tables.num_keys, BK, BN, partial == 0
+                )  # fmt: skip
+            acc, top, total = absorb(
+                acc, top, total, qs, k, v, k_box, v_box, batch, kv_head, num_kv_heads, heads, rows, first, keys, found,
+                None, starts, lengths, scores, tables, D, DV, PAD_D, PAD_DV, BM, BN, PT, PY, PX, BOXES, AXES, BIAS_AXES,
+                ANYWHERE, PRECISION, partial == 0,
+            )  # fmt: skip
     if tables.token_indptr is not None:
         start = tl.load(tables.token_indptr + entry)
         count = (tl.load(tables.token_indptr + entry + 1) - start).to(tl.int32)
         full = 0
         if tables.token_num_full is not None:
             full = tl.load(tables.token_num_full + entry) // BN
-        for step in tl.range(0, full):
-            keys, found, slots = tokens_of(start, count, step, tables, BN)
-            acc, top, total = absorb(
-                acc, top, total, qs, k, v, None, None, batch, kv_head, num_kv_heads, heads, rows, 0, keys, found, slots,
-                starts, lengths, scores, tables, D, DV, PAD_D, PAD_DV, BM, BN, 0, 0, 0, BOXES, AXES, BIAS_AXES,
-                False, PRECISION, True,
-            )  # fmt: skip
-        for step in tl.range(full, tl.cdiv(count, BN)):
-            keys, found, slots = tokens_of(start, count, step, tables, BN)
-            acc, top, total = absorb(
-                acc, top, total, qs, k, v, None, None, batch, kv_head, num_kv_heads, heads, rows, 0, keys, found, slots,
-                starts, lengths, scores, tables, D, DV, PAD_D, PAD_DV, BM, BN, 0, 0, 0, BOXES, AXES, BIAS_AXES,
-                False, PRECISION, False,
-            )  # fmt: skip
+        for partial in tl.static_range(2):
+            for step in tl.range(full if partial else 0, tl.cdiv(count, BN) if partial else full):
+                keys, found, slots = tokens_of(start, count, step, tables, BN)
+                acc, top, total = absorb(
+                    acc, top, total, qs, k, v, None, None, batch, kv_head, num_kv_heads, heads, rows, 0, keys, found,
+                    slots, starts, lengths, scores, tables, D, DV, PAD_D, PAD_DV, BM, BN, 0, 0, 0, BOXES, AXES,
+                    BIAS_AXES, False, PRECISION, partial == 0,
+                )  # fmt: skip
 
     blind = total == 0.0
     o_channel = tl.arange(0, PAD_DV)
