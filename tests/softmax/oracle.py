@@ -118,17 +118,28 @@ def sigmoid(shift: float) -> Weigh:
 
 
 def entmax(alpha: float) -> Weigh:
-    """p_e = max(0, (alpha - 1) s_e - tau)^(1 / (alpha - 1)) that add up to 1; tau by halving."""
+    """p_e = max(0, (alpha - 1) s_e - tau)^(1 / (alpha - 1)) that add up to 1; tau by halving.
 
-    def weigh(s: Tensor) -> Tensor:
-        z = (alpha - 1) * s
+    The halving has no derivative; the sum's has: d tau = sum_e u_e dz_e / sum_e u_e, u = p^(2 - alpha) on the support.
+    """
+
+    def halved(z: Tensor) -> Tensor:
         top = z.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
         below, above = top - 1, top  # the sum is at least 1 at top - 1, and 0 at top
         for _ in range(80):
             tau = (below + above) / 2
             large = (z - tau).clamp(min=0).pow(1 / (alpha - 1)).sum(-1, keepdim=True) >= 1
             below, above = torch.where(large, tau, below), torch.where(large, above, tau)
-        return (z - below).clamp(min=0).pow(1 / (alpha - 1))
+        return (z - below).clamp(min=0)
+
+    def weigh(s: Tensor) -> Tensor:
+        d = halved((alpha - 1) * s.detach())  # p^(alpha - 1)
+        on = d != 0
+        z = torch.where(on, (alpha - 1) * s, 0.0)
+        u = torch.where(on, d.masked_fill(~on, 1.0).pow((2 - alpha) / (alpha - 1)), 0.0)
+        moved = z - (u * z).sum(-1, keepdim=True) / u.sum(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
+        d = d.masked_fill(~on, 1.0) + torch.where(on, moved - moved.detach(), 0.0)
+        return torch.where(on, d.pow(1 / (alpha - 1)), 0.0)
 
     return weigh
 
