@@ -5,6 +5,7 @@ apart.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +19,18 @@ from saccade.where import Causal, Pattern, PerHead, Plan, Sinks, Window
 
 @dataclass(frozen=True)
 class DuoState:
-    """Keys and values (2, B, heads, tokens, D): of the heads that keep all, and of those that keep sinks and recent
-    ones.
+    """Keys (B, heads, tokens, D) and values (B, heads, tokens, Dv): of the heads that keep all, and of those that keep
+    sinks and recent ones.
     """
 
-    whole: Tensor
-    recent: Tensor
+    whole: tuple[Tensor, Tensor]
+    recent: tuple[Tensor, Tensor]
+
+
+def joined(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Two runs of keys and values as one."""
+    keys, values = (torch.cat(pair, 2) for pair in zip(before, after, strict=True))
+    return keys, values
 
 
 class DuoAttention(CachePolicy):
@@ -105,12 +112,12 @@ class DuoAttention(CachePolicy):
             [h for h, is_full in enumerate(full) if is_full],
             [h for h, is_full in enumerate(full) if train or not is_full],
         ]
-        new = torch.stack([k, v])
-        whole, recent = (new[:, :, heads] for heads in at)
+        whole, recent = ((k[:, heads], v[:, heads]) for heads in at)
         if state is not None:
-            whole, recent = torch.cat([state.whole, whole], 3), torch.cat([state.recent, recent], 3)
-        if recent.shape[3] > self.sink + self.recent:
-            recent = torch.cat([recent[..., : self.sink, :], recent[..., -self.recent :, :]], 3)
+            whole, recent = joined(state.whole, whole), joined(state.recent, recent)
+        if recent[0].shape[2] > self.sink + self.recent:
+            early, late = ([x[:, :, part] for x in recent] for part in (slice(self.sink), slice(-self.recent, None)))
+            recent = joined(early, late)
         out = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
         found = []
         for heads, (keys, values) in zip(at, (whole, recent), strict=True):
