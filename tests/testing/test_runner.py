@@ -57,7 +57,7 @@ def test_capabilities_choose_the_checks():
 
     lost = {"step_equals_whole", "state_round_trip", "saves_work", "full_budget", "causality", "head_equivariance"}
     assert names(Sliding) - names(Bare) == lost | {"varlen_equals_loop"}
-    of_attention = {"full_budget", "head_equivariance", "nan_spread", "saves_work"}
+    of_attention = {"full_budget", "head_equivariance", "nan_spread", "saves_work", "value_width"}
     assert names(Sliding) - names(Decayed) == of_attention | {"kept_keys"}
     assert names(Sliding) == set(check_names())
 

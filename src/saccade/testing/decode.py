@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.contract import CachePolicy, Mechanism
+from saccade.contract import Attention, CachePolicy, Mechanism
 from saccade.testing.budget import assert_close, same_bits
 from saccade.testing.gradients import gradients_agree
 from saccade.testing.registry import named
@@ -41,6 +41,29 @@ def step_equals_whole(subject: Subject) -> None:
     """Decoding token by token from nothing gives every row of the whole."""
     rows, _ = decode(subject.module, subject.inputs())
     subject.agrees(rows, "output of step")
+
+
+@named(applies=lambda subject: issubclass(subject.cls, Attention))
+def value_width(subject: Subject) -> None:
+    """Wider values than keys come out right, whole and token by token, or a ValueError that names v refuses them."""
+    module, (q, k, v) = subject.module, subject.inputs()
+    wide = torch.cat([v, v[..., :1] - v[..., -1:]], -1)
+    refusal = None
+    with torch.no_grad():
+        try:
+            out = module(q, k, wide)
+        except ValueError as error:
+            refusal = str(error)
+        if refusal is not None:
+            assert refusal.startswith("v: "), f"values of {wide.shape[3]} channels: got {refusal!r}; name v first"
+            return
+        truth = module.oracle(q, k, wide)
+        single = subject.build(torch.float32).oracle(q.float(), k.float(), wide.float())
+    eager = widen(truth, single)
+    assert_close(out, truth, eager, name="output of wide values", terms=subject.case.length)
+    if subject.cls.can_step():
+        rows, _ = decode(module, (q, k, wide))
+        assert_close(rows, truth, eager, name="output of step with wide values", terms=subject.case.length)
 
 
 @named(applies=lambda subject: subject.cls.can_step())

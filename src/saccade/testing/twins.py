@@ -195,6 +195,32 @@ class NoCarry(Decayed):
         return super().step(x)
 
 
+@twin("value_width", "output of wide values")
+class SquareValues(Sliding):
+    """Writes the values' channels beyond those of the keys as zeros."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return super().compute(q, k, v * (torch.arange(v.shape[3]) < q.shape[3]), **options)
+
+
+@twin("value_width", "output of step with wide values")
+class SquareSteps(Sliding):
+    """The same, in decoding alone."""
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, *, state: Any = None) -> tuple[Tensor, Any]:
+        return super().step(q, k, v * (torch.arange(v.shape[3]) < q.shape[3]), state=state)
+
+
+@twin("value_width", "name v first")
+class VagueRefusal(Sliding):
+    """Refuses wide values and does not say what was wrong."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        if v.shape[3] != q.shape[3]:
+            raise ValueError("shapes differ")
+        return super().compute(q, k, v, **options)
+
+
 class Volatile:
     """Holds a tensor that a copy keeps and a pickle loses."""
 
