@@ -214,8 +214,7 @@ def attend_pages(
     torch.Size([2, 6, 1, 8])
     """
     problem = _checked(q, pages, scale, sink, softcap)
-    if len(q) != len(pages.table):
-        raise ValueError(f"q: got a batch of {len(q)} beside pages of {len(pages.table)} sequences; they must agree")
+    _check_batch(q, pages)
     _check_chosen(chosen, pages)
     if _choose(backend, problem, pages) == "triton":
         from saccade.softmax.kernels import decode
@@ -223,9 +222,7 @@ def attend_pages(
         found = decode.attend(problem, pages, chosen)
     else:
         found = _sunk(problem, *_gather(problem, pages, chosen, causal=True))
-    o, lse = found
-    o = o.to(q.dtype)
-    return (o, lse) if return_lse else o
+    return _answer(*found, q.dtype, return_lse)
 
 
 def attend_cascade(
@@ -255,8 +252,7 @@ def attend_cascade(
     """
     problem = _checked(q, pages, scale, sink, softcap)
     _checked(q, prefix, scale, sink, softcap)
-    if len(q) != len(pages.table):
-        raise ValueError(f"q: got a batch of {len(q)} beside pages of {len(pages.table)} sequences; they must agree")
+    _check_batch(q, pages)
     if len(prefix.table) < 1 or len(q) % len(prefix.table):
         raise ValueError(
             f"prefix: got {len(prefix.table)} sequences beside q's {len(q)}; pass one, or as many as divide them"
@@ -272,8 +268,11 @@ def attend_cascade(
     else:
         shared = _gather(problem, prefix, None, causal=False)
         found = _sunk(problem, *merge([shared, _gather(problem, pages, chosen, causal=True)]))
-    o, lse = found
-    o = o.to(q.dtype)
+    return _answer(*found, q.dtype, return_lse)
+
+
+def _answer(o: Tensor, lse: Tensor, dtype: torch.dtype, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    o = o.to(dtype)
     return (o, lse) if return_lse else o
 
 
@@ -284,6 +283,11 @@ def _checked(q: Tensor, pages: Pages, scale: float | None, sink: Tensor | None, 
     batch = len(q) if isinstance(q, Tensor) and q.ndim else 1
     k, v = (x[:1].expand(batch, -1, -1, -1) for x in (pages.k, pages.v))
     return Problem.of(q, k, v, scale=scale, sink=sink, softcap=softcap, return_lse=True)
+
+
+def _check_batch(q: Tensor, pages: Pages) -> None:
+    if len(q) != len(pages.table):
+        raise ValueError(f"q: got a batch of {len(q)} beside pages of {len(pages.table)} sequences; they must agree")
 
 
 def _check_chosen(chosen: Chosen | None, pages: Pages) -> None:
