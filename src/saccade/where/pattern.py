@@ -143,7 +143,8 @@ class Pattern:
         n, m, heads, device: as in `plan`. block: tokens a tile of queries has, and a cell or tile of keys. by: "cells"
         cuts the box into boxes of block[1] keys, for kernels that read such at once; "keys" lists it key by key, which
         dilations need. The pattern must be one box a head on one grid (a Neighborhood, also with & of other patterns)
-        or sequence. Cost: time and memory proportional to n + m and the listed keys.
+        or sequence. Cost: time and memory proportional to n + m and the listed keys; on a GPU, unlike in `plan`, the
+        host waits for the sizes of the lists, so keep the plan.
 
         >>> from saccade.where import Neighborhood
         >>> pattern = Neighborhood((64, 64), 13)
