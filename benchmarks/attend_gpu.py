@@ -139,7 +139,12 @@ def graphed(call: Call) -> Call:
         print(f"not captured: {error}"[:200])
         torch.cuda.synchronize()
         return call
-    return graph.replay
+    return functools.partial(_replayed, graph, call)
+
+
+def _replayed(graph: torch.cuda.CUDAGraph, call: Call) -> None:
+    """Replay; `call` holds the tensors that the graph reads, which are freed and unmapped without it."""
+    graph.replay()
 
 
 def with_backward(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> Call:
