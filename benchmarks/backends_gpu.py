@@ -18,7 +18,7 @@ from saccade.softmax.rates import MEASURED, Table
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backends", nargs="+", default=["sdpa", "fa4", "triton", "flex"])
+    parser.add_argument("--backends", nargs="+", default=["sdpa", "fa4", "triton", "hopper", "flex"])
     parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--out", type=Path, help="default: the table that the package brings")
@@ -35,7 +35,7 @@ def _shown(row: object) -> dict[str, object]:
     found = dict(vars(row))
     rates = found.pop("rates")
     found |= {"host": f"{found['host'] * 1e6:.0f} us", "tables": f"{found['tables'] * 1e6:.0f} us"}
-    kinds = ("full", "causal", "window", "tiles", "cut", "cut more", "rows")
+    kinds = ("full", "causal", "window", "tiles", "cut", "cut more", "cells", "rows")
     return found | {kind: f"{rates[kind] / 1e12:.0f}" if kind in rates else None for kind in kinds}
 
 

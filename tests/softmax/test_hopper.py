@@ -8,6 +8,7 @@ import torch
 from saccade.softmax.kernels import hopper, hopper_backward
 from saccade.testing.budget import assert_close
 from saccade.where import Causal, Columns, Full, Neighborhood, PerHead, Plan, Sinks, Window, plan_chosen
+from saccade.where.grid import Grid
 
 B, H, KV = 2, 4, 2
 FEW = 4  # terms of the band: two units in the last place beside twice the eager error
@@ -33,6 +34,9 @@ PLANS = {
     "nothing for some": static(Window(3) & Columns(1, 7, 2), 300),
     "heads": static(PerHead([Causal(), Window(40) & Causal(), Full(), Causal()]), 257, 301),
     "grid": static(Neighborhood((24, 20), 7), 480),
+    "cells": static(Neighborhood((24, 40), 7), 960, None, (64, 64)),
+    "causal cells": static(Neighborhood((32, 16), (9, 5), (2, 1), causal=(False, True)), 512, None, (64, 64)),
+    "cells in three axes": static(Neighborhood((8, 12, 8), 5), 768, None, (64, 64)),
     "routed": lambda: routed((128, 128)),
     "routed, low tiles": lambda: routed((64, 128)),
     "routed, small tiles": lambda: routed((64, 64)),
@@ -49,7 +53,8 @@ OTHERS = (
 )
 RUNS = [(name, *USUAL) for name in PLANS]
 RUNS += [(name, *other) for name in ("causal, last queries", "grid", "routed") for other in OTHERS]
-RUNS += [(name, *OTHERS[1]) for name in ("routed, low tiles", "routed, small tiles", "narrow tiles")]
+RUNS += [(name, *OTHERS[1]) for name in ("routed, low tiles", "routed, small tiles", "narrow tiles", "cells")]
+RUNS += [(name, *OTHERS[2]) for name in ("cells", "cells in three axes")]
 
 
 def steps_of(plan: Plan, keys: int) -> dict[tuple[int, int, int], list[tuple[int, bool]]]:
@@ -152,8 +157,9 @@ def test_values_and_gradients(name, d, dv, dtype, softcap):
     assert hopper.supports(*inputs, plan) == []
     cotangents = torch.randn(B, H, n, dv, device="cuda").to(dtype), torch.randn(B, H, n, device="cuda")
     mask = plan.dense()
-    if plan.q_order is not None:
-        mask = mask[..., plan.q_order, :][..., plan.k_order]
+    if hopper.grid_of(plan) is None:
+        mask = mask if plan.q_order is None else mask[..., plan.q_order, :]
+        mask = mask if plan.k_order is None else mask[..., plan.k_order]
     scale = d**-0.5
     exact = plain([x.double() for x in inputs], mask, scale, softcap, cotangents)
     eager = plain(inputs, mask, scale, softcap, cotangents)
@@ -165,6 +171,25 @@ def test_values_and_gradients(name, d, dv, dtype, softcap):
     assert len(found) == (5 if d <= 128 and plan.block[1] == 128 else 2)
     for what, mine, truth, beside in zip(("o", "lse", "dq", "dk", "dv"), found, exact, eager, strict=False):
         assert_close(mine, truth, beside.nan_to_num(0.0) if what != "lse" else beside, name=what, terms=FEW)
+
+
+def test_cells_are_of_both_sides():
+    assert hopper.grid_of(PLANS["cells"]()) == Grid((1, 24, 40), (1, 8, 8))
+    assert hopper.grid_of(PLANS["cells in three axes"]()) == Grid((8, 12, 8), (4, 4, 4))
+    grid = Neighborhood((24, 40), 7)
+    for plan in (grid.plan(960, block=(128, 64)), grid.plan(320, 960, block=(64, 64)), PLANS["routed, small tiles"]()):
+        assert hopper.grid_of(plan) is None
+
+
+@pytest.mark.gpu
+def test_cells_of_any_layout():
+    plan = PLANS["cells"]().to("cuda")
+    whole = torch.randn(B, 960, H + 2 * KV, 64, device="cuda").bfloat16().transpose(1, 2)
+    q, k, v = whole.split((H, KV, KV), 1)
+    o, lse = hopper.forward(q, k, v, plan, 0.125, None)
+    again, lse_again = hopper.forward(*(x.contiguous() for x in (q, k, v)), plan, 0.125, None)
+    assert torch.equal(o, again)
+    assert torch.equal(lse, lse_again)
 
 
 @pytest.mark.gpu

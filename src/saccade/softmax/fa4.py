@@ -80,17 +80,18 @@ def run(problem: Problem) -> tuple[Tensor, Tensor | None]:
         softcap = torch.full((1,), problem.softcap, dtype=torch.float32, device=q.device)
         tensors = [*(options.get("aux_tensors") or []), softcap]
         options |= {"score_mod": score, "score_mod_bwd": score_backward, "aux_tensors": tensors}
-    o, lse = flash_attn_func(
+    wants_lse = problem.needs_lse or problem.sink is not None
+    found = flash_attn_func(
         *(x.transpose(1, 2) for x in (q, k, v)),
         softmax_scale=problem.scale,
         deterministic=torch.are_deterministic_algorithms_enabled(),
-        return_lse=True,
+        return_lse=wants_lse,
         **options,
     )
-    o = o.transpose(1, 2)
+    o, lse = found[0].transpose(1, 2), found[1]
     if plan is not None and plan.q_order is not None:
         back = torch.argsort(plan.q_order)
-        o, lse = o[:, :, back], lse[:, :, back]
+        o, lse = o[:, :, back], lse[:, :, back] if wants_lse else None
     if problem.sink is not None:
         o, lse = absorb(o, lse, problem.sink)
     return o, lse

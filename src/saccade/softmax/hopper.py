@@ -24,6 +24,7 @@ from saccade.where import Plan
 name = "hopper"
 differentiable = True
 BLOCK = (128, 128)
+GRID_BLOCK = (64, 64)
 WRITTEN_FOR = "3.6"  # versions of Triton
 
 
@@ -47,8 +48,15 @@ def reasons(problem: Problem) -> list[str]:
     from saccade.softmax.kernels import hopper, hopper_backward
 
     supports = hopper_backward.supports if problem.wants_gradients else hopper.supports
-    q, k, v = _contiguous(problem)
-    return supports(q, k, v, problem.plan(BLOCK))
+    return supports(*_contiguous(problem), planned(problem))
+
+
+def planned(problem: Problem) -> Plan:
+    """The plan of a problem; without gradients, windows on a grid are cut into smaller tiles, which fit them better."""
+    plan = problem.plan(BLOCK)
+    if isinstance(problem.where, Plan) or problem.wants_gradients or plan.grid is None or len(plan.grid.cell) < 2:
+        return plan
+    return problem.plan(GRID_BLOCK)
 
 
 @functools.cache
@@ -62,18 +70,21 @@ def version() -> str:
 
 def run(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """(o, lse)."""
-    plan = problem.plan(BLOCK)
+    from saccade.softmax.kernels import hopper
+
+    plan = planned(problem)
     q, k, v = _contiguous(problem)
-    if plan.q_order is not None:
-        q = q[:, :, plan.q_order]
-    if plan.k_order is not None:
-        k, v = k[:, :, plan.k_order], v[:, :, plan.k_order]
+    q_order, k_order = (None, None) if hopper.grid_of(plan) else (plan.q_order, plan.k_order)
+    if q_order is not None:
+        q = q[:, :, q_order]
+    if k_order is not None:
+        k, v = k[:, :, k_order], v[:, :, k_order]
     scale = problem.scale
     if scale <= 0:  # the kernels take maxima before they scale
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     o, lse = _Hopper.apply(q, k, v, plan, scale, problem.softcap)
-    if plan.q_order is not None:
-        back = torch.argsort(plan.q_order)
+    if q_order is not None:
+        back = torch.argsort(q_order)
         o, lse = o[:, :, back], lse[:, :, back]
     return (o, lse) if problem.sink is None else absorb(o, lse, problem.sink)
 

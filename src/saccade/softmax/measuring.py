@@ -16,7 +16,7 @@ from saccade.errors import known
 from saccade.softmax.backends import ORDER, backend, reasons
 from saccade.softmax.problem import Problem
 from saccade.softmax.rates import BACKWARD, Priced, Row, Table, Work, table_of, user_path
-from saccade.where import Blocks, Causal, Columns, Full, Pattern, Plan, Window, plan_chosen
+from saccade.where import Blocks, Box, Causal, Frame, Full, Neighborhood, Pattern, Plan, Span, Window, plan_chosen
 
 LENGTH, HEADS = 8192, 128  # of a probe in half precision: so much work that the device is later than the host
 SLOW = 2, 8  # float32 takes so many times fewer tokens and heads
@@ -27,7 +27,7 @@ CALLS = 3  # in a row, so that none waits for the host
 
 def measure(
     *,
-    backends: Sequence[str] = ("sdpa", "fa4", "triton", "flex"),
+    backends: Sequence[str] = ("sdpa", "fa4", "triton", "hopper", "flex"),
     head_dims: Sequence[int] = (64, 128),
     dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32),
     path: Path | None = None,
@@ -70,6 +70,21 @@ class Timed:
     host: float
 
 
+@dataclass(frozen=True)
+class Speckled(Pattern):
+    """Keys whose last bits are 0, whatever the query: it cuts every tile, by `axes` coordinates that no order sorts."""
+
+    axes: int
+
+    def allows(self, i: torch.Tensor, j: torch.Tensor, num_keys: int) -> torch.Tensor:
+        return (j % 2**self.axes == 0).expand(torch.broadcast_shapes(i.shape, j.shape))
+
+    def boxes(self, frame: Frame) -> list[Box]:
+        lo = torch.zeros_like(frame.queries)
+        bits = [(frame.keys >> axis) % 2 for axis in range(self.axes)]
+        return [{("bit", axis, frame.tag): Span(bit, lo, lo + 1) for axis, bit in enumerate(bits)}]
+
+
 def _probes(chosen: Priced, length: int, heads: int) -> dict[str, Pattern | Plan]:
     """What is timed, by the kind of work that it adds to those before it."""
     found: dict[str, Pattern | Plan] = {}
@@ -77,9 +92,10 @@ def _probes(chosen: Priced, length: int, heads: int) -> dict[str, Pattern | Plan
         rows, cols = (-(-length // size) for size in chosen.BLOCK)
         listed = torch.rand(1, rows, cols, device="cuda", generator=torch.Generator("cuda").manual_seed(0)) < 1 / SHARE
         group_of = torch.zeros(1, heads, dtype=torch.int64, device="cuda")
-        found["cut"] = Columns(1, 2)  # cuts every tile, by one coordinate
-        found["cut more"] = Columns(1, 2) & Columns(2, 3)  # by two
+        found["cut"], found["cut more"] = Speckled(1), Speckled(2)
         found["rows"] = Blocks(96)  # next to nothing in a row
+        if hasattr(chosen, "planned"):
+            found["cells"] = Neighborhood((length // 64, 64), (33, 17))  # cuts every tile
         found["tiles"] = plan_chosen(Full(), listed, group_of, length, length, chosen.BLOCK)
     dense: dict[str, Pattern | Plan] = {"full": Full(), "causal": Causal(), "window": Causal() & Window(length // 8)}
     return found | {kind: where for kind, where in dense.items() if kind in getattr(chosen, "built_in", ())}

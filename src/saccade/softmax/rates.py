@@ -3,8 +3,9 @@
     time = max(host, sum over kinds of  pairs(kind) 2 (D + Dv) f / (rate(kind) share))
 
 kinds of work, in (query, key) pairs: "full", "causal", "window" where a backend has code of its own for them; else
-"tiles", pairs of full tiles, and "cut", pairs of tiles that the boxes cut; and "rows", what begins and ends each query
-tile, counted as if it were one more key tile of 128. f: 1 forward, 7/2 with the backward. share: the part of the GPU
+"tiles", pairs of full tiles, and "cut", pairs of tiles that the boxes cut, or "cells" where such tiles are cells of a
+grid and a backend has code for that; and "rows", what begins and ends each query tile, counted as if it were one more
+key tile of 128. f: 1 forward, 7/2 with the backward. share: the part of the GPU
 that the call occupies. A table is kept for a compute capability, never for a device's name."""
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ MEASURED = Path(__file__).with_name("measured")
 
 class Priced(Protocol):
     """What the estimate reads of a backend: its name; the kinds of work it has code of its own for (`built_in`, default
-    none); the tiles it plans for (`BLOCK`); whether it splits the keys of few queries over the GPU (`splits_keys`,
+    none); the tiles it plans for (`BLOCK`), or the plan that it makes of a problem, with cells (`planned`); whether it
+    splits the keys of few queries over the GPU (`splits_keys`,
     default no)."""
 
     name: str
@@ -55,9 +57,13 @@ class Work:
             return cls(rows | {"tiles": pairs / where.num_groups})
         sides = reach(where)
         if sides is None:
-            plan = problem.plan((bq, bk))
+            planned = getattr(backend, "planned", None)
+            plan = problem.plan((bq, bk)) if planned is None else planned(problem)
             full, cut = _pairs(plan)
-            return cls(rows | {"tiles": full, "cut": cut}, plan.boxes.lo.shape[1] * plan.boxes.coord.shape[0])
+            in_cells = planned is not None and plan.grid is not None and len(plan.grid.cell) > 1
+            comparisons = 1 if in_cells else plan.boxes.lo.shape[1] * plan.boxes.coord.shape[0]
+            rows = {"rows": plan.num_row_tiles * float(plan.block[0] * ROWS)}
+            return cls(rows | {"tiles": full, "cells" if in_cells else "cut": cut}, comparisons)
         padded, width = -(-n // bq) * bq, _width(sides, n, m)
         ends = sum(side < math.inf for side in sides)
         kind = "full" if not ends else "causal" if sides == (math.inf, 0) else "window"
@@ -94,7 +100,8 @@ class Row:
     """One backend at one dtype and head dim, forward alone or with gradients.
 
     host: seconds until a call returns to the host. tables: seconds more for a plan that the backend meets for the first
-    time. rates: FLOP/s by kind; "cut" for one comparison of coordinates a pair, "cut more" for two; "rows" may lack.
+    time. rates: FLOP/s by kind; "cut" for one comparison of coordinates a pair, "cut more" for two, "cells" for any
+    number; "rows" may lack.
     """
 
     backend: str

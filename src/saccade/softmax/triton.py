@@ -102,9 +102,7 @@ def settle(problem: Problem) -> Settled:
     from saccade.softmax.kernels import ops
     from saccade.softmax.kernels.arguments import ByKey, Tables
 
-    plan = problem.plan(BLOCK)
-    if isinstance(problem.where, Pattern) and plan.grid is not None and len(plan.grid.cell) > 1:
-        plan = problem.plan(GRID_BLOCK)  # windows on a grid are closer to smaller tiles
+    plan = planned(problem)
     in_cells = plan.token_grid is not None and problem.bias is None  # a bias would need the keys in two orders
     tables = Tables.of(plan, in_cells)
     by_key = None
@@ -119,6 +117,14 @@ def settle(problem: Problem) -> Settled:
         [] if by_key is None else list(by_key[:-1]),
         ops.sizes_of(tables, plan.block, pack, entries, lists, grid, in_cells),
     )
+
+
+def planned(problem: Problem) -> Plan:
+    """The plan of a problem; windows on a grid are cut into smaller tiles, which fit them better."""
+    plan = problem.plan(BLOCK)
+    if isinstance(problem.where, Pattern) and plan.grid is not None and len(plan.grid.cell) > 1:
+        return problem.plan(GRID_BLOCK)
+    return plan
 
 
 def _by_key(plan: Plan) -> Plan:

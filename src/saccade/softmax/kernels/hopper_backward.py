@@ -120,7 +120,7 @@ def _produce(args, BQ: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, QS: gl.c
                 put(infos, qs * 4 + 1, h)
                 put(infos, qs * 4 + 2, gl.where(i // PIECES < full, -1, union))
                 mbarrier.expect(bar, 64 * D * 2 + 512)
-                copy(q_box, b, h, row, bar, q_data.index(qs), D, 64, 0, 64)
+                copy(q_box, (b, h, row), bar, q_data.index(qs), D, 64, 0, 64)
                 pair = stats.index(qs * 2)._reinterpret(gl.float32, [2, 64], LINES)
                 tma.async_copy_global_to_shared(stats_box, [b, h, 0, row], bar, pair)
                 qs, qp = after(qs, qp, QS)
@@ -128,11 +128,11 @@ def _produce(args, BQ: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, QS: gl.c
                     mbarrier.wait(v_empty.index(0), turn & 1 ^ 1)
                     mbarrier.expect(v_full.index(0), 128 * DV * 2)
                     for g in gl.static_range(2):
-                        copy(v_box, b, kv, col + g * 64, v_full.index(0), v_data.index(g), DV, 64, 0, 64)
+                        copy(v_box, (b, kv, col + g * 64), v_full.index(0), v_data.index(g), DV, 64, 0, 64)
                 has_v = 1
                 mbarrier.wait(o_empty.index(os), op)
                 mbarrier.expect(o_full.index(os), 64 * DV * 2)
-                copy(do_box, b, h, row, o_full.index(os), o_data.index(os), DV, 64, 0, 64)
+                copy(do_box, (b, h, row), o_full.index(os), o_data.index(os), DV, 64, 0, 64)
                 os, op = after(os, op, OS)
         if has_v == 0:
             mbarrier.wait(v_empty.index(0), turn & 1 ^ 1)
@@ -275,12 +275,12 @@ def _consume(
             mbarrier.arrive(q_empty.index(used), count=1)
         out = v_data.index(GROUP)._reinterpret(dtype, [64, DV], PANEL)
         out.store(dv.to(dtype))
-        save(dv_box, b, kv, col, out, DV)
+        save(dv_box, (b, kv, col), out, DV)
         tma.store_wait(0)
         gl.thread_barrier()
         out = v_data.index(GROUP)._reinterpret(dtype, [64, D], PANEL)
         out.store((dk * factor).to(dtype))
-        save(dk_box, b, kv, col, out, D)
+        save(dk_box, (b, kv, col), out, D)
         mbarrier.wait(ds_full.index(late), latep)
         dq = _queries_part(ds_data, late, k_data, qs >> 20, GROUP, D)
         dq = warpgroup_mma_wait(0, (dq,))
@@ -441,7 +441,7 @@ def backward(
     dq, dk, dv_ = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     attend_hopper_backward[(min(processors(q.device), len(work)),)](
-        described(q, ROWS), described(k, ROWS, pad_d // 2), described(v, ROWS), described(do, ROWS),
+        described(q, ROWS), described(k, ROWS, channels=pad_d // 2), described(v, ROWS), described(do, ROWS),
         TensorDescriptor(stats, list(stats.shape), list(stats.stride()), [1, 1, 2, ROWS], STATISTICS),
         described(dk, ROWS), described(dv_, ROWS), sums_box, work, lists, counter, by_key.indices, boxes.lo, boxes.hi,
         boxes.coord, len(work), *numbers(scale, softcap), scale, heads, heads // kv_heads, rows, boxes.coord.shape[1],
