@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from saccade import attend
 from saccade.softmax.kernels import hopper, hopper_backward
 from saccade.testing.budget import assert_close
 from saccade.where import Causal, Columns, Full, Neighborhood, PerHead, Plan, Sinks, Window, plan_chosen
@@ -164,10 +165,12 @@ def test_values_and_gradients(name, d, dv, dtype, softcap):
     exact = plain([x.double() for x in inputs], mask, scale, softcap, cotangents)
     eager = plain(inputs, mask, scale, softcap, cotangents)
     eager[1] = plain([x.float() for x in inputs], mask, scale, softcap, cotangents)[1]
-    o, lse = hopper.forward(*inputs, plan, scale, softcap)
+    walk = hopper.Walk.of(plan, *inputs)
+    o, lse = hopper.forward(*inputs, walk, scale, softcap)
     found = [o, lse]
     if not hopper_backward.supports(*inputs, plan):
-        found += hopper_backward.backward(cotangents[0], cotangents[1], o, lse, *inputs, plan, scale, softcap)
+        by_key = hopper_backward.KeyWalk.of(plan, *inputs)
+        found += hopper_backward.backward(*cotangents, o, lse, *inputs, walk, by_key, scale, softcap)
     assert len(found) == (5 if d <= 128 and plan.block[1] == 128 else 2)
     for what, mine, truth, beside in zip(("o", "lse", "dq", "dk", "dv"), found, exact, eager, strict=False):
         assert_close(mine, truth, beside.nan_to_num(0.0) if what != "lse" else beside, name=what, terms=FEW)
@@ -186,8 +189,9 @@ def test_cells_of_any_layout():
     plan = PLANS["cells"]().to("cuda")
     whole = torch.randn(B, 960, H + 2 * KV, 64, device="cuda").bfloat16().transpose(1, 2)
     q, k, v = whole.split((H, KV, KV), 1)
-    o, lse = hopper.forward(q, k, v, plan, 0.125, None)
-    again, lse_again = hopper.forward(*(x.contiguous() for x in (q, k, v)), plan, 0.125, None)
+    walk = hopper.Walk.of(plan, q, k, v)
+    o, lse = hopper.forward(q, k, v, walk, 0.125, None)
+    again, lse_again = hopper.forward(*(x.contiguous() for x in (q, k, v)), walk, 0.125, None)
     assert torch.equal(o, again)
     assert torch.equal(lse, lse_again)
 
@@ -198,17 +202,38 @@ def test_any_layout_and_no_lse_gradient():
     whole = torch.randn(B, 300, H + 2 * KV, 64, device="cuda").bfloat16().transpose(1, 2)
     q, k, v = whole.split((H, KV, KV), 1)
     do = torch.randn(B, 300, H, 64, device="cuda").bfloat16().transpose(1, 2)
-    o, lse = hopper.forward(q, k, v, plan, 0.125, None)
-    again, lse_again = hopper.forward(*(x.contiguous() for x in (q, k, v)), plan, 0.125, None)
+    walk = hopper.Walk.of(plan, q, k, v)
+    o, lse = hopper.forward(q, k, v, walk, 0.125, None)
+    again, lse_again = hopper.forward(*(x.contiguous() for x in (q, k, v)), walk, 0.125, None)
     assert torch.equal(o, again)
     assert torch.equal(lse, lse_again)
-    mine = hopper_backward.backward(do, None, o, lse, q, k, v, plan, 0.125, None)
+    by_key = hopper_backward.KeyWalk.of(plan, q, k, v)
+    mine = hopper_backward.backward(do, None, o, lse, q, k, v, walk, by_key, 0.125, None)
     zero = torch.zeros_like(lse)
     other = hopper_backward.backward(
-        do.contiguous(), zero, again, lse, *(x.contiguous() for x in (q, k, v)), plan, 0.125, None
+        do.contiguous(), zero, again, lse, *(x.contiguous() for x in (q, k, v)), walk, by_key, 0.125, None
     )
     assert torch.equal(mine[1], other[1])
     assert torch.equal(mine[2], other[2])
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # the compiler's, of itself
+@pytest.mark.parametrize("pattern", [Causal() & Window(200), Neighborhood((24, 40), 7)], ids=["window", "grid"])
+def test_one_graph(pattern):
+    """Bitwise what runs outside of a graph; gradients are added in no fixed order, and nearly the same."""
+    inputs = [torch.randn(1, 4, 960, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+
+    def call(q, k, v):
+        return attend(q * 2, k, v, pattern, backend="hopper", softcap=7.0) * 2
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert compiled(*inputs).equal(call(*inputs))
+    leaves = [x.requires_grad_() for x in inputs]
+    found, exact = (torch.autograd.grad(f(*leaves).float().sin().sum(), leaves) for f in (compiled, call))
+    for mine, true in zip(found, exact, strict=True):
+        assert_close(mine, true.double(), true, terms=FEW)
 
 
 @pytest.mark.gpu

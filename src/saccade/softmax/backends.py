@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -59,14 +60,15 @@ class Choice:
     table: Table | None
 
     @classmethod
-    def of(cls, problem: Problem) -> Choice:
+    def of(cls, problem: Problem, among: Sequence[str] = ()) -> Choice:
         """Of the backends that can run a problem the one with the lowest estimate; where none was measured, the first
-        of the order. Backends that stand behind one that was measured, and were not, are not asked."""
+        of the order. Backends that stand behind one that was measured, and were not, are not asked. among: which are
+        considered (default: all that run on the device)."""
         table = table_for(problem.q.device)
         seconds: dict[str, float] = {}
         refused: dict[str, list[str]] = {}
         able: list[str] = []
-        for name in ORDER if problem.q.device.type == "cuda" else HOST:
+        for name in among or (ORDER if problem.q.device.type == "cuda" else HOST):
             if able and (table is None or (seconds and not table.has(name))):
                 continue
             if found := reasons(name, problem):

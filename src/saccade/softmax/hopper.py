@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from saccade.softmax.merge import absorb
 from saccade.softmax.normalizers import Softmax
@@ -70,11 +69,41 @@ def version() -> str:
 
 def run(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """(o, lse)."""
-    from saccade.softmax.kernels import hopper
+    return call(problem, settle(problem))
 
-    plan = planned(problem)
+
+class Settled(NamedTuple):
+    """What a call needs that no value of q, k or v decides; see `kernels.hopper_ops`. orders: of queries, of keys and of
+    queries back, None where they stay."""
+
+    walk: list[Tensor]
+    by_key: list[Tensor]
+    orders: list[Tensor | None]
+    sizes: list[int]
+
+
+def settle(problem: Problem) -> Settled:
+    """Plan a problem. With the tables on a GPU the host waits for nothing."""
+    from saccade.softmax.kernels import hopper_ops
+    from saccade.softmax.kernels.hopper import Walk
+    from saccade.softmax.kernels.hopper_backward import KeyWalk
+
+    plan, (q, k, v) = planned(problem), (problem.q, problem.k, problem.v)
+    walk = Walk.of(plan, q, k, v)
+    by_key = list(KeyWalk.of(plan, q, k, v)) if problem.wants_gradients else []
+    orders: list[Tensor | None] = [None] * 3
+    if walk.grid is None:
+        back = None if plan.q_order is None else torch.argsort(plan.q_order)
+        orders = [plan.q_order, plan.k_order, back]
+    return Settled(hopper_ops.tensors_of(walk), by_key, orders, hopper_ops.sizes_of(walk))
+
+
+def call(problem: Problem, settled: Settled) -> tuple[Tensor, Tensor]:
+    """(o, lse) of a problem whose plan is settled: one operator, differentiable."""
+    from saccade.softmax.kernels import hopper_ops
+
     q, k, v = _contiguous(problem)
-    q_order, k_order = (None, None) if hopper.grid_of(plan) else (plan.q_order, plan.k_order)
+    q_order, k_order, back = settled.orders
     if q_order is not None:
         q = q[:, :, q_order]
     if k_order is not None:
@@ -82,9 +111,9 @@ def run(problem: Problem) -> tuple[Tensor, Tensor | None]:
     scale = problem.scale
     if scale <= 0:  # the kernels take maxima before they scale
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
-    o, lse = _Hopper.apply(q, k, v, plan, scale, problem.softcap)
-    if q_order is not None:
-        back = torch.argsort(q_order)
+    cap = problem.softcap or 0.0
+    o, lse = hopper_ops.attend(q, k, v, settled.walk, settled.by_key, settled.sizes, scale, cap)
+    if back is not None:
         o, lse = o[:, :, back], lse[:, :, back]
     return (o, lse) if problem.sink is None else absorb(o, lse, problem.sink)
 
@@ -92,25 +121,3 @@ def run(problem: Problem) -> tuple[Tensor, Tensor | None]:
 def _contiguous(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
     return q, k, v
-
-
-class _Hopper(torch.autograd.Function):
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
-        from saccade.softmax.kernels import hopper
-
-        o, lse = hopper.forward(q, k, v, plan, scale, softcap)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.plan, ctx.scale, ctx.softcap = plan, scale, softcap
-        return o, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        from saccade.softmax.kernels import hopper_backward
-
-        q, k, v, o, lse = ctx.saved_tensors
-        grads = hopper_backward.backward(do, dlse.contiguous(), o, lse, q, k, v, ctx.plan, ctx.scale, ctx.softcap)
-        return *grads, None, None, None

@@ -1,14 +1,15 @@
 """`attend` inside a graph that is being captured by torch.compile or torch.export.
 
 What no value decides, the choice of the backend and the plan, is settled while the graph is traced and stands in it as
-constants: the graph is specialised to the sizes and to the pattern. What is left is one operator (`kernels.ops`) or
-PyTorch's own attention. A pattern may be made inside the graph; a plan comes from outside of it.
+constants: the graph is specialised to the sizes and to the pattern. What is left is one operator (`kernels.ops`,
+`kernels.hopper_ops`) or PyTorch's own attention; on a GPU "auto" chooses among these, if one of them can. A pattern may
+be made inside the graph; a plan comes from outside of it.
 """
 
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,13 +17,15 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.compiler import assume_constant_result
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-from saccade.softmax.backends import choose
+from saccade.softmax.backends import Choice, choose, reasons
+from saccade.softmax.backends import backend as named
 from saccade.softmax.bias import RelativeTable
 from saccade.softmax.normalizers import Softmax
 from saccade.softmax.problem import Bias, Problem
 from saccade.where import Plan
 
 Facts = tuple[Any, ...]
+WHOLE = ("sdpa", "triton", "hopper")  # what a graph can hold, the first without lse
 
 
 def run(problem: Problem, backend: str) -> tuple[Tensor, Tensor | None]:
@@ -33,7 +36,11 @@ def run(problem: Problem, backend: str) -> tuple[Tensor, Tensor | None]:
     if name == "triton" and isinstance(problem.normalizer, Softmax):
         from saccade.softmax import triton
 
-        return triton.call(problem, triton.Settled(*_settled(where, facts)))
+        return triton.call(problem, triton.Settled(*_settled(name, where, facts)))
+    if name == "hopper":
+        from saccade.softmax import hopper
+
+        return hopper.call(problem, hopper.Settled(*_settled(name, where, facts)))
     if name == "sdpa" and not problem.needs_lse:
         grouped = problem.q.shape[1] != problem.k.shape[1]
         causal = problem.is_causal and problem.q.shape[2] > 1
@@ -117,12 +124,13 @@ def _problem(where: Any, facts: Facts) -> Problem:
 @assume_constant_result
 def _choice(where: Any, facts: Facts, backend: str) -> str:
     with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch.set_grad_enabled(facts[2]):
-        return choose(backend, _problem(where, facts)).name
+        problem = _problem(where, facts)
+        whole = WHOLE[problem.needs_lse :] if backend == "auto" and problem.q.device.type == "cuda" else ()
+        able = [name for name in whole if not reasons(name, problem)]
+        return Choice.of(problem, able).name if able else choose(backend, problem).name
 
 
 @assume_constant_result
-def _settled(where: Any, facts: Facts) -> tuple[Any, ...]:
-    from saccade.softmax import triton
-
+def _settled(name: str, where: Any, facts: Facts) -> tuple[Any, ...]:
     with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch.set_grad_enabled(facts[2]):
-        return tuple(triton.settle(_problem(where, facts)))
+        return tuple(cast(Any, named(name)).settle(_problem(where, facts)))

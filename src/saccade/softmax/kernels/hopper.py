@@ -649,9 +649,12 @@ def grid_of(plan: Plan) -> Grid | None:
 
 def on_grid(x: Tensor, grid: Grid) -> Tensor:
     """x (B, H, N, C) as (B * H, T, Y, X, C), copied where batch and heads do not lie in one row."""
-    if len(x) > 1 and x.stride(0) != x.shape[1] * x.stride(1):
-        x = x.contiguous()
-    return x.flatten(0, 1).unflatten(1, grid.lengths)
+    return (x if in_a_row(x) else x.contiguous()).flatten(0, 1).unflatten(1, grid.lengths)
+
+
+def in_a_row(x: Tensor) -> bool:
+    """Whether batch entries and heads of x (B, H, N, C) are one axis in memory."""
+    return len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1)
 
 
 def padded(channels: int) -> int:
@@ -698,35 +701,61 @@ def copyable(x: Tensor) -> bool:
     return aligned and x.stride(3) == 1 and x.data_ptr() % 16 == 0 and x.numel() > 0
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+class Walk(NamedTuple):
+    """What the forward kernel is given of a plan.
+
+    work: see `work_items`. indices: the plan's tiles. lo, hi, coord, far: see `Boxed`. block: rows and keys of a tile.
+    axes: of the boxes. grid: see `grid_of`.
+    """
+
+    work: Tensor
+    indices: Tensor
+    lo: Tensor
+    hi: Tensor
+    coord: Tensor
+    far: int
+    block: tuple[int, int]
+    axes: int
+    grid: Grid | None
+
+    @classmethod
+    def of(cls, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Walk:
+        """Of a plan, for tensors of these shapes."""
+        (batch, kv_heads, m, d), dv = k.shape, v.shape[3]
+        keys = Sizes.of(plan.block, max(padded(d), padded(dv))).keys
+        work = work_items(plan, batch, keys, 2 * batch * kv_heads * m * (d + dv))
+        return cls(work, plan.indices, *Boxed.of(plan), plan.block, len(plan.boxes.coord), grid_of(plan))
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, walk: Walk, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
     """(o (B, H, N, Dv) in q's dtype and, where Dv = D, its layout; lse (B, H, N) float32).
 
     q (B, H, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv), as `supports` admits them, in the plan's token order, or in
-    that of the grid where `grid_of` finds one; scale > 0. A row that sees nothing gives zeros and -inf. The host waits
-    for nothing.
+    that of the grid where there is one; scale > 0. A row that sees nothing gives zeros and -inf. The host waits for
+    nothing.
     """
     (batch, heads, n, d), (kv_heads, m), dv = q.shape, k.shape[1:3], v.shape[3]
-    size, grid = Sizes.of(plan.block, max(padded(d), padded(dv))), grid_of(plan)
-    work = work_items(plan, batch, size.keys, 2 * batch * kv_heads * m * (d + dv))
-    boxes, axes = Boxed.of(plan), len(plan.boxes.coord)
+    size, grid = Sizes.of(walk.block, max(padded(d), padded(dv))), walk.grid
+    o = torch.empty_like(q) if dv == d else q.new_empty(batch, heads, n, dv)
+    out = o
     if grid is None:
-        o = torch.empty_like(q) if dv == d else q.new_empty(batch, heads, n, dv)
-        tokens, along = min(size.keys, plan.block[1]), (1, 1)
-        copies = [described(x, count) for x, count in ((q, ROWS), (k, tokens), (v, tokens), (o, ROWS))]
+        tokens, along = min(size.keys, walk.block[1]), (1, 1)
+        copies = [described(x, count) for x, count in ((q, ROWS), (k, tokens), (v, tokens), (out, ROWS))]
     else:
-        o = q.new_empty(batch, heads, n, dv)
+        if not in_a_row(o):
+            out = torch.empty_like(o, memory_format=torch.contiguous_format)
         along = grid.lengths[1] // grid.cell[1], grid.lengths[2] // grid.cell[2]
-        copies = [described(on_grid(x, grid), *grid.cell) for x in (q, k, v, o)]
+        copies = [described(on_grid(x, grid), *grid.cell) for x in (q, k, v, out)]
     lse = q.new_empty(batch, heads, n, dtype=torch.float32)
-    programs = min(processors(q.device) * size.programs, len(work))
+    programs = min(processors(q.device) * size.programs, len(walk.work))
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     attend_hopper[(programs,)](
-        *copies, work, counter, plan.indices, boxes.lo, boxes.hi, boxes.coord, lse, len(work),
-        *numbers(scale, softcap), heads, heads // kv_heads, n, boxes.lo.shape[3],
-        boxes.coord.shape[1] if axes else m, boxes.far, along,
-        GROUPS=size.groups, BN=size.keys, BK=plan.block[1], D=padded(d), DV=padded(dv),
-        QS=size.q_slots, KS=size.k_slots, VS=size.v_slots, T=boxes.lo.shape[1], A=axes,
+        *copies, walk.work, counter, walk.indices, walk.lo, walk.hi, walk.coord, lse, len(walk.work),
+        *numbers(scale, softcap), heads, heads // kv_heads, n, walk.lo.shape[3],
+        walk.coord.shape[1] if walk.axes else m, walk.far, along,
+        GROUPS=size.groups, BN=size.keys, BK=walk.block[1], D=padded(d), DV=padded(dv),
+        QS=size.q_slots, KS=size.k_slots, VS=size.v_slots, T=walk.lo.shape[1], A=walk.axes,
         CAPPED=softcap is not None, CELL=None if grid is None else grid.cell,
         num_warps=4, maxnreg=None if size.groups == 2 else SHARED_REGISTERS,
     )  # fmt: skip
-    return o, lse
+    return o if out is o else o.copy_(out), lse

@@ -14,6 +14,8 @@ listed key tile added up in the second-level cache.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -36,7 +38,7 @@ from saccade.softmax.kernels.hopper import (
     PLAIN,
     RESIDENT,
     ROWS,
-    Boxed,
+    Walk,
     after,
     barriers,
     copy,
@@ -408,6 +410,20 @@ def supports(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
     return found
 
 
+class KeyWalk(NamedTuple):
+    """What the backward kernel is given of the transposed plan: see `key_items`; the query tiles of each key tile."""
+
+    work: Tensor
+    lists: Tensor
+    indices: Tensor
+
+    @classmethod
+    def of(cls, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> KeyWalk:
+        """Of a plan, for tensors of these shapes."""
+        (batch, heads, n, d), kv_heads, dv = q.shape, k.shape[1], v.shape[3]
+        return cls(*key_items(plan, batch, kv_heads, 2 * batch * heads * n * (d + dv)), turned(plan).indices)
+
+
 def backward(
     do: Tensor,
     dlse: Tensor | None,
@@ -416,7 +432,8 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: Plan,
+    walk: Walk,
+    by_key: KeyWalk,
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -428,9 +445,7 @@ def backward(
     (batch, heads, n, d), kv_heads, dv = q.shape, k.shape[1], v.shape[3]
     do = do if copyable(do) else do.contiguous()
     pad_d, pad_dv = padded(d), padded(dv)
-    work, lists = key_items(plan, batch, kv_heads, 2 * batch * heads * n * (d + dv))
-    by_key, boxes = turned(plan), Boxed.of(plan)
-    rows = boxes.lo.shape[3]
+    rows = walk.lo.shape[3]
     stats = q.new_empty(batch, heads, 2, rows, dtype=torch.float32)
     row_statistics[(rows // ROWS, batch * heads)](
         o, do, lse, dlse, stats, n, rows, heads, *o.stride()[:3], *do.stride()[:3], DV=dv, PAD=pad_dv
@@ -440,13 +455,13 @@ def backward(
     sums_box = TensorDescriptor(sums, list(sums.shape), [LINE, 1], [pad_d // 8, LINE], LINES.value)
     dq, dk, dv_ = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-    attend_hopper_backward[(min(processors(q.device), len(work)),)](
+    attend_hopper_backward[(min(processors(q.device), len(by_key.work)),)](
         described(q, ROWS), described(k, ROWS, channels=pad_d // 2), described(v, ROWS), described(do, ROWS),
         TensorDescriptor(stats, list(stats.shape), list(stats.stride()), [1, 1, 2, ROWS], STATISTICS),
-        described(dk, ROWS), described(dv_, ROWS), sums_box, work, lists, counter, by_key.indices, boxes.lo, boxes.hi,
-        boxes.coord, len(work), *numbers(scale, softcap), scale, heads, heads // kv_heads, rows, boxes.coord.shape[1],
-        trash,
-        BQ=plan.block[0], D=pad_d, DV=pad_dv, QS=2, OS=2, T=boxes.lo.shape[1], A=boxes.lo.shape[2],
+        described(dk, ROWS), described(dv_, ROWS), sums_box, *by_key[:2], counter, by_key.indices, walk.lo, walk.hi,
+        walk.coord, len(by_key.work), *numbers(scale, softcap), scale, heads, heads // kv_heads, rows,
+        walk.coord.shape[1], trash,
+        BQ=walk.block[0], D=pad_d, DV=pad_dv, QS=2, OS=2, T=walk.lo.shape[1], A=walk.lo.shape[2],
         CAPPED=softcap is not None, num_warps=4,
     )  # fmt: skip
     sums_in_rows[(rows // ROWS, batch * heads)](sums, dq, n, rows, heads, scale, *dq.stride()[:3], D=d, PAD=pad_d)
