@@ -73,8 +73,10 @@ def run(problem: Problem) -> tuple[Tensor, Tensor | None]:
 
 
 class Settled(NamedTuple):
-    """What a call needs that no value of q, k or v decides; see `kernels.hopper_ops`. orders: of queries, of keys and of
-    queries back, None where they stay."""
+    """What a call needs that no value of q, k or v decides; see `kernels.hopper_ops`.
+
+    orders: of queries, of keys and of queries back, None where they stay.
+    """
 
     walk: list[Tensor]
     by_key: list[Tensor]
