@@ -109,7 +109,7 @@ def test_show():
     assert "Every query gets its own value." in text
     assert "- It copies." in text
     assert "q, k, v (B, H, N, D), a sequence, causal" in text
-    assert "hidden states (B, N, C), tokens of a 2-D grid, not causal" in run("show", "blur").stdout
+    assert "hidden states (B, N, C), a grid of 2 axes, not causal" in run("show", "blur").stdout
 
 
 @pytest.fixture

@@ -98,8 +98,9 @@ class Spec:
     """What a mechanism declares about itself.
 
     id: file name and public name. name: the paper's own name. title: the paper's title. paper: arXiv id, or DOI. year:
-    first appearance. family: the folder. grid: rank of the token grid it needs (0: a sequence). discrete: decisions
-    (top-k, hashing) that have no gradient and may flip under rounding. uses: names of the primitives that it composes.
+    first appearance. family: the folder. grid: rank of the token grid it needs (0: a sequence), or several that it
+    takes, the one to be compared and drawn on first. discrete: decisions (top-k, hashing) that have no gradient and may
+    flip under rounding. uses: names of the primitives that it composes.
     """
 
     id: str
@@ -109,8 +110,25 @@ class Spec:
     year: int
     family: str
     uses: tuple[str, ...]
-    grid: int = 0
+    grid: int | tuple[int, ...] = 0
     discrete: bool = False
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Ranks of the grids that it takes, 0 for a sequence, the preferred one first."""
+        return self.grid if isinstance(self.grid, tuple) else (self.grid,)
+
+    @property
+    def tokens(self) -> str:
+        """What its tokens are, in words.
+
+        >>> Spec("a", "A", "A", "0", 2025, "f", (), grid=(2, 1, 0)).tokens
+        'a grid of 1 or 2 axes, or a sequence'
+        """
+        axes = sorted(rank for rank in self.ranks if rank)
+        words = " or ".join(filter(None, [", ".join(map(str, axes[:-1])), *map(str, axes[-1:])]))
+        kinds = [f"a grid of {words} {'axis' if axes == [1] else 'axes'}"] if axes else []
+        return ", or ".join([*kinds, *(["a sequence"] if 0 in self.ranks else [])])
 
 
 class Mechanism(nn.Module):
@@ -125,8 +143,9 @@ class Mechanism(nn.Module):
 
     def __init__(self, dims: Dims) -> None:
         super().__init__()
-        if self.spec.grid and (dims.grid is None or len(dims.grid) != self.spec.grid):
-            raise ValueError(f"dims.grid: {self.spec.id} works on a grid of {self.spec.grid} axes, got {dims.grid}")
+        rank = 0 if dims.grid is None else len(dims.grid)
+        if self.spec.ranks != (0,) and rank not in self.spec.ranks:
+            raise ValueError(f"dims.grid: {self.spec.id} works on {self.spec.tokens}, got {dims.grid}")
         self.dims = dims
 
     # Subclasses name their own inputs; `Any` throughout lets them.

@@ -167,6 +167,18 @@ def test_tiles_of_a_band_are_about_those_of_its_plan(where):
     assert abs(found.pairs["cut"] - cut) <= edge
 
 
+def test_cells_of_a_grid_are_a_kind_of_their_own_where_a_backend_has_code_for_them():
+    where = Neighborhood((16, 16), 5)
+    plain = Work.of(problem(where, 256, 256), Fake())
+    assert set(plain.pairs) == {"rows", "tiles", "cut"}
+    assert plain.comparisons == 2
+    fake = Fake()
+    fake.planned = lambda given: given.plan((16, 16))
+    found = Work.of(problem(where, 256, 256), fake)
+    full, cut = rates._pairs(where.plan(256, 256, H, (16, 16)))
+    assert found == Work({"rows": 256.0 * rates.ROWS, "tiles": full, "cells": cut}, 1)
+
+
 def test_pairs_of_other_patterns_are_those_of_their_plan():
     where = PerHead([Causal() & (Window(40) | Sinks(3)), Blocks(70), Documents([0, 100, N]), Full()])
     found = Work.of(problem(where), Fake())
@@ -227,6 +239,8 @@ REACHES = [
     (Causal() & Window(5), (4, 0)),
     (Causal() & Band(3, 7) & Full(), (3, 0)),
     (Band(3, 7) & Band(5, 2), (3, 2)),
+    (Band(None, 2), (math.inf, 2)),
+    (Band(7, -4), None),
     (Causal() | Window(5), None),
     (Causal() & Sinks(2), None),
     (Prefix(4), None),

@@ -219,13 +219,14 @@ def test_any_layout_and_no_lse_gradient():
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")  # the compiler's, of itself
+@pytest.mark.parametrize("backend", ["hopper", "triton"])
 @pytest.mark.parametrize("pattern", [Causal() & Window(200), Neighborhood((24, 40), 7)], ids=["window", "grid"])
-def test_one_graph(pattern):
+def test_one_graph(pattern, backend):
     """Bitwise what runs outside of a graph; gradients are added in no fixed order, and nearly the same."""
     inputs = [torch.randn(1, 4, 960, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
 
     def call(q, k, v):
-        return attend(q * 2, k, v, pattern, backend="hopper", softcap=7.0) * 2
+        return attend(q * 2, k, v, pattern, backend=backend, softcap=7.0) * 2
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     with torch.no_grad():

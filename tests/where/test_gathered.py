@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, reject
 from hypothesis import strategies as st
-from strategies import axis, blocks, documents, small
+from strategies import axis, blocks, documents, grid_blocks, small
 
 from saccade.where import Band, Blocks, Causal, Columns, Dilated, Full, Neighborhood, PerHead, Sinks, Strided, Window
 from saccade.where.gathered import Lattice, NotGathered, cell_shapes, cross_section, in_tiles, patch
@@ -33,6 +33,8 @@ def boxes(draw):
         pattern = Neighborhood(grid, kernel, stride, dilation, causal) & draw(other(total))
         kernel = [draw(st.integers(1, w)) for w in kernel]
         patterns = [pattern, Neighborhood(grid, kernel, 1, dilation)]
+        halo = draw(grid_blocks(grid, dilation))
+        patterns = [halo, pattern] if any(halo.left) or any(halo.right) else patterns
     else:
         total = draw(st.integers(1, 60))
         placed = st.one_of(st.builds(Window, small), st.builds(Dilated, small, small), st.just(Causal()))

@@ -10,7 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import blocks, problems
 
-from saccade.where import Boxes, Causal, Neighborhood, PerHead, Plan, Sinks, Strided, Window, plan_chosen
+from saccade.where import (
+    Band,
+    BlockBand,
+    Boxes,
+    Causal,
+    Columns,
+    GridBlocks,
+    Labels,
+    Neighborhood,
+    PerHead,
+    Plan,
+    Sinks,
+    Strided,
+    Window,
+    plan_chosen,
+)
 from saccade.where.draw import tile_map
 
 
@@ -39,6 +54,9 @@ def test_density_counts_what_dense_shows(problem, block):
     assert plan.num_attended == dense.sum().item() / heads
     ahead = dense.triu(1 + m - n).any()
     assert not (plan.causal and ahead)
+    tiles = -(-n // block[0]) * block[0] * -(-m // block[1]) * block[1]
+    assert plan.num_attended <= plan.num_computed <= tiles
+    assert plan.num_computed == plan.transpose().num_computed
 
 
 @given(problems(), blocks, st.randoms(use_true_random=False))
@@ -119,6 +137,91 @@ def test_residues_are_permuted_class_by_class():
     plan = (Strided(8) & Causal()).plan(1024, block=(64, 64))
     assert plan.num_tiles == 8 * 3  # two row tiles a residue: one below the diagonal's, two diagonal
     assert plan.is_full().sum() == 8
+
+
+def test_windows_are_laid_out_one_after_the_other():
+    """49 tokens a window: few tiles of 64, where cells of 8 x 8 would meet nine."""
+    grid, n = (56, 56), 56 * 56
+    for offset in (0, 3):
+        plan = GridBlocks(grid, 7, offset=offset).plan(n, block=(64, 64)).verify()
+        assert plan.num_computed < 3.5 * 64 * n
+    every = GridBlocks(grid, 7, dilation=8).plan(n, block=(64, 64)).verify()
+    assert every.num_computed < 3.5 * 64 * n
+    assert GridBlocks((64, 64), 8).plan(4096, block=(128, 64)).num_computed == 128 * 4096
+
+
+def test_stripes_are_laid_out_one_after_the_other():
+    stripes = PerHead([Columns(8, 16, 15), Columns(8, 16, 14)]) & BlockBand(128, None, -1)
+    plan = stripes.plan(4096, heads=2, block=(64, 64)).verify()
+    assert (plan.q_order, plan.k_order is None) == (None, False)
+    assert plan.num_tiles < 2 * 64 * (4096 / 16 / 64 + 1)
+    assert Columns(64, 16, 3).plan(4096, block=(64, 64)).k_order is None  # tiles already
+    band = (Columns(64, 8, 3) | BlockBand(64, 4)) & Causal()
+    assert band.plan(4096, block=(64, 64)).k_order is None  # it would scatter the band
+
+
+def test_labels_that_do_not_ascend_are_sorted():
+    """Diagonals of a grid, as they stand and as a sequence of diagonals: block-causal."""
+    steps = (torch.arange(32)[:, None] + torch.arange(32)).flatten()
+    plan, ordered = (Labels(l, left=None).plan(1024, block=(64, 64)) for l in (steps, steps.sort().values))
+    assert plan.verify().k_order.equal(steps.argsort(stable=True))
+    assert ordered.k_order is None
+    assert plan.num_tiles == ordered.num_tiles < 0.65 * 16**2
+    again = torch.arange(1024) % 16
+    assert Labels(again).plan(1024, block=(64, 64)).num_tiles == 16
+    assert (Labels(again) & Window(64)).plan(1024, block=(64, 64)).num_tiles < 32
+    queries = Labels(torch.arange(8), queries=again // 2).plan(1024, 8, block=(64, 1))
+    assert queries.num_tiles == 16 * 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "share"),
+    [
+        (Causal() & (Window(64) | Strided(8)), 0.30),
+        (Strided(8) & Causal() | Sinks(4), 0.10),
+        (PerHead([Strided(8), Window(8)]), 0.20),
+    ],
+    ids=repr,
+)
+def test_a_union_keeps_the_order_that_leaves_fewer_tiles(pattern, share):
+    n, heads = 8192, len(pattern.patterns) if isinstance(pattern, PerHead) else 1
+    plan = pattern.plan(n, heads=heads, block=(64, 64)).verify()
+    assert plan.k_order is not None
+    assert plan.num_tiles / heads < share * 128**2
+
+
+def test_a_union_whose_parts_an_order_would_scatter_stays_as_it_is():
+    assert (Causal() & (Window(64) | Strided(64))).plan(4096, block=(64, 64)).k_order is None
+    assert (Causal() & (Window(64) | Sinks(4))).plan(4096, block=(64, 64)).k_order is None
+
+
+def test_a_grid_keeps_its_order_beside_a_few_keys():
+    near = Neighborhood((32, 256), 7)
+    plans = [pattern.plan(8192, block=(64, 64)) for pattern in (near, near | Sinks(4))]
+    assert all(plan.k_order is not None for plan in plans)
+    assert plans[1].num_tiles <= plans[0].num_tiles + 128 * 4
+
+
+def test_nothing_at_all():
+    """A pattern of no boxes, alone, on one head, in a union and under &."""
+    none = Sinks(0)
+    assert none.plan(9, block=(4, 4)).verify().num_tiles == 0
+    mixed = PerHead([none, Window(3)]).plan(9, heads=2, block=(4, 4)).verify()
+    assert mixed.dense().equal(PerHead([none, Window(3)]).dense(9, heads=2))
+    assert (none | Window(3)).plan(9, block=(4, 4)).dense().equal(Window(3).dense(9))
+    assert (none & Window(3)).plan(9, block=(4, 4)).num_tiles == 0
+    both = PerHead([none, Sinks(2) | Strided(2) | Band(None, None)]).plan(9, heads=2, block=(2, 2)).verify()
+    assert both.dense()[1].all()
+    assert not both.dense()[0].any()
+
+
+def test_computed_pairs_are_those_of_whole_tiles_and_listed_keys():
+    pattern = Neighborhood((16, 16), 5)
+    plan, listed = pattern.plan(256, block=(64, 16)), pattern.gathered(256, block=(64, 16))
+    assert plan.num_computed == plan.num_tiles * 64 * 16
+    assert listed.num_computed == len(listed.token_indices) * 64
+    heads = PerHead([Window(8), Causal()]).plan(64, heads=2, block=(16, 16))
+    assert heads.num_computed == (7 + 10) / 2 * 256
 
 
 def test_heads_that_follow_the_same_pattern_share_lists():

@@ -18,6 +18,8 @@ from saccade.where import (
     Dilated,
     Documents,
     Full,
+    GridBlocks,
+    Labels,
     Neighborhood,
     Packed,
     PerHead,
@@ -61,6 +63,14 @@ PATTERNS = {
     "3-D and more": GRID & Neighborhood(GRID.grid, (13, 3, 5)),
     "3-D or more": GRID | Sinks(40),
     "summaries": Summaries(N, 32, 16) | Prefix(1),
+    "gaps": Band(900, -70) | BlockBand(300, 9, -8) | BlockBand(300, None, -40),
+    "stripes": Columns(8, 16, 3) & BlockBand(128, None, -1),
+    "nothing, and something": PerHead([Sinks(0), Window(64), Sinks(0) | Strided(8), Causal()]),
+    "labels": Labels(torch.arange(N) // 700, left=2),
+    "labels, sorted": Labels(torch.arange(N) * 7 % 64, left=None),
+    "3-D windows": GridBlocks(GRID.grid, (2, 7, 7), offset=(1, 3, 0)),
+    "3-D, at a stride": GridBlocks(GRID.grid, (7, 7, 7), dilation=(2, 6, 6)),
+    "3-D halos": GridBlocks(GRID.grid, (1, 8, 8), 3, (0, 3, 3), (0, 4, 4)),
 }
 
 
@@ -90,7 +100,7 @@ def test_static_plans(name, last, block):
     m = math.prod(pattern.grid) if isinstance(pattern, Neighborhood) else N
     m = math.prod(GRID.grid) if name.startswith("3-D") else m
     n = m if last == "all queries" else m // 3
-    heads = 4 if name == "heads" else 1
+    heads = len(pattern.patterns) if isinstance(pattern, PerHead) else 1
     expected = pattern.plan(n, m, heads, block=block)
     with waiting_forbidden():
         plan = pattern.plan(n, m, heads, block=block, device="cuda")

@@ -58,9 +58,11 @@ def test_lists_are_those_of_the_cpu(problem, block):
 
 
 @FEW
-@given(st.lists(axis(), min_size=1, max_size=3), st.integers(1, 60), st.floats(0, 0.9))
-def test_orders_are_those_of_the_cpu(axes, block, skipped):
+@given(st.lists(axis(), min_size=1, max_size=3), st.integers(1, 60), st.floats(0, 0.9), st.booleans())
+def test_orders_are_those_of_the_cpu(axes, block, skipped, windows):
     order = Cells(tuple(length for length, *_ in axes), tuple(d for *_, d, _ in axes))
+    if windows:
+        order = replace(order, sides=tuple(w for _, w, *_ in axes), shift=tuple(w - s for _, w, s, *_ in axes))
     total = math.prod(order.grid)
     first = int(skipped * total)
     expected = permutation(order, torch.arange(first, total), block)

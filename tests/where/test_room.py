@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -15,8 +16,11 @@ from saccade.where import (
     BlockBand,
     Blocks,
     Causal,
+    Columns,
     Dilated,
     Documents,
+    GridBlocks,
+    Labels,
     Neighborhood,
     Packed,
     PerHead,
@@ -45,6 +49,21 @@ def test_no_plan_exceeds_most_tiles(problem, block):
         assert planner.tile_pairs(pattern, n, m, block, CPU).sum() <= most
 
 
+@settings(max_examples=300)
+@given(problems(), blocks, st.data())
+def test_every_order_is_a_plan_and_exceeds_no_bound(problem, block, data):
+    """Whatever a pattern suggests, taken though another order may leave fewer tiles."""
+    pattern, n, m, heads = problem
+    heads_of = [pattern.at_head(h, heads) for h in range(heads)]
+    found = {order: None for one in heads_of for order in one.orders(m)}
+    order = data.draw(st.sampled_from([None, *found]))
+    most = sum(one.most_tiles(n, m, block, order) for one in dict.fromkeys(heads_of))
+    with mock.patch.object(planner, "best_order", return_value=(order, most)):
+        plan = pattern.plan(n, m, heads, block=block).verify()
+    assert plan.dense().equal(pattern.dense(n, m, heads))
+    assert plan.num_tiles <= most
+
+
 @pytest.mark.parametrize(
     ("pattern", "n"),
     [
@@ -53,6 +72,15 @@ def test_no_plan_exceeds_most_tiles(problem, block):
         (Band(100, 300), 4096),
         (Prefix(77), 4096),
         (Blocks(256), 4096),
+        (Band(None, -300), 4096),
+        (BlockBand(256, 8, -7), 4096),
+        (Columns(8, 16, 3), 4096),
+        (Labels(torch.arange(4096) // 100), 4096),
+        (Labels(torch.arange(4096) % 40), 4096),
+        (GridBlocks((64, 64), 7, offset=3), 4096),
+        (GridBlocks((64, 64), 8, dilation=8), 4096),
+        (GridBlocks((64, 64), 8, 3, 3), 4096),
+        (Causal() & (Window(64) | Strided(8)), 8192),
         (BlockBand(256, 2, 1), 4096),
         (Documents([0, 100, 3000, 4096]), 4096),
         (Packed(Causal(), Documents([0, 100, 3000, 4096])), 4096),
@@ -90,7 +118,7 @@ def test_looking_back_is_what_the_boxes_say(data):
 @given(neighborhoods(), blocks, st.integers(1, 9))
 def test_orders_sort_by_class_then_cell_then_place(grid, block, modulus):
     pattern, total = grid
-    found = [p for p in getattr(pattern, "parts", (pattern,)) if isinstance(p, Neighborhood)]
+    found = [p for p in getattr(pattern, "parts", (pattern,)) if hasattr(p, "dilation") and hasattr(p, "grid")]
     position = torch.arange(total // 3, total)
     cells = Cells(found[0].grid, found[0].dilation)
     shape = cells.cell(block[0])

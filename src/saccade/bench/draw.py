@@ -109,14 +109,20 @@ def reference(sample: Sample, causal: bool) -> Drawing:
     return Drawing("dense", sample.workload, matrix.cpu(), sample.dims.grid)
 
 
+def inputs_for(cls: type[Mechanism], workloads: Sequence[Workload]) -> tuple[Workload, int] | None:
+    """The inputs for a mechanism: of the ranks that it takes the first that some workload has, and that workload."""
+    return next(((w, rank) for rank in cls.spec.ranks for w in workloads if rank in w.ranks), None)
+
+
 def draw_mechanism(cls: type[Mechanism], workloads: Sequence[Workload], length: int) -> Drawing:
     """Draw `cls` on about `length` tokens of the first workload that it can take; `Failed` when it cannot run."""
     with guard():
-        fitting = [w for w in workloads if cls.spec.grid in w.ranks]
-        if not fitting:
+        found = inputs_for(cls, workloads)
+        if found is None:
             names = ", ".join(w.name for w in workloads)
-            raise ValueError(f"needs a grid of {cls.spec.grid} axes; none of the inputs ({names}) is one")
-    sample = fitting[0].sample(length, cls.spec.grid)
+            raise ValueError(f"needs {cls.spec.tokens}; none of the inputs ({names}) is one")
+    workload, rank = found
+    sample = workload.sample(length, rank)
     with guard():
         return influence(Entry(cls), sample)
 

@@ -32,11 +32,11 @@ class Problem:
     v: Tensor
     where: Pattern | Plan
     scale: float
-    bias: Bias | None = None
-    sink: Tensor | None = None
-    softcap: float | None = None
-    normalizer: Normalizer = Softmax()  # noqa: RUF009  frozen, and without a field that could change
-    needs_lse: bool = False
+    bias: Bias | None
+    sink: Tensor | None
+    softcap: float | None
+    normalizer: Normalizer
+    needs_lse: bool
 
     @classmethod
     def of(
@@ -100,8 +100,8 @@ class Problem:
 
 
 def reach(where: Pattern | Plan) -> tuple[float, float] | None:
-    """(left, right) when `where` says i - left <= j <= i + right and nothing else, infinite where it has no end; else
-    None.
+    """(left, right), both >= 0, when `where` says i - left <= j <= i + right and nothing else, infinite where it has no
+    end; else None.
 
     >>> from saccade.where import Causal, Sinks, Window
     >>> reach(Causal() & Window(4)), reach(Causal()), reach(Sinks(4))
@@ -118,7 +118,8 @@ def reach(where: Pattern | Plan) -> tuple[float, float] | None:
     if isinstance(where, Window):
         return where.size - 1, 0
     if isinstance(where, Band):
-        return where.left, where.right
+        left, right = (math.inf if end is None else end for end in (where.left, where.right))
+        return (left, right) if min(left, right) >= 0 else None  # kernels take windows that hold the query
     return None
 
 

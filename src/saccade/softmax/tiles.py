@@ -282,7 +282,7 @@ class Softmax:
         if bias.shape[1] == 1:
             grad = apart.sum((0, 2))[:, None]
         else:
-            at = self.bias.heads(batch, *shape).flatten()
+            at = self.bias.heads(batch, *shape).flatten().to(bias.device)
             grad = torch.zeros_like(bias).index_add_(1, at, apart.transpose(0, 1).flatten(1, 2))
         found = torch.autograd.grad(bias, self.bias.parameters, grad, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(self.bias.parameters, found, strict=True)]

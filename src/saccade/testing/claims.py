@@ -7,7 +7,7 @@ from saccade.testing.registry import named
 
 
 @named(over="claim")
-def claim(cls: type[Mechanism], name: str) -> None:
+def claim(cls: type[Mechanism], name: str) -> str:
     """What the paper claims is found, with a measured figure."""
     sentence, function = cls.claims()[name]
     finding = function()
@@ -16,3 +16,4 @@ def claim(cls: type[Mechanism], name: str) -> None:
         f"{name}: the figure {finding.figure!r} holds no number; say what was measured"
     )
     assert finding.holds, f"{name}: {sentence} Found: {finding.figure}"
+    return f"{sentence} Found: {finding.figure}"

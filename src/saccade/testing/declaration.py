@@ -42,6 +42,8 @@ def declaration(cls: type[Mechanism]) -> None:
     spec, text = cls.spec, documentation(cls)
     for field in ("id", "name", "title", "paper", "family", "uses"):
         assert getattr(spec, field), f"spec.{field}: empty"
+    known = bool(spec.ranks) and set(spec.ranks) <= {0, 1, 2, 3}
+    assert known, f"spec.grid: got {spec.grid}; pass the number of axes, 0 to 3, or a tuple of such"
     assert isinstance(spec.uses, tuple), f"spec.uses: got a {type(spec.uses).__name__}; pass a tuple of names"
     strange = sorted(set(spec.uses) - primitives())
     assert not strange, f"spec.uses: no public primitive is called {', '.join(map(repr, strange))}"

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 Applies = Callable[[Any], bool]
-Body = Callable[..., None]
+Body = Callable[..., str | None]  # what was found, in words, where there is something to tell
 
 
 @dataclass(frozen=True)

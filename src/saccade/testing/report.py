@@ -13,7 +13,10 @@ STYLES = {"OK": "green", "FAILED": "bold red", "WAIVED": "yellow", "XPASS": "bol
 
 @dataclass(frozen=True)
 class Row:
-    """One check's outcome. status: OK, FAILED, WAIVED (failed, as the ledger says), XPASS (passed, though waived)."""
+    """One check's outcome. status: OK, FAILED, WAIVED (failed, as the ledger says), XPASS (passed, though waived).
+
+    message: what went wrong, or what a claim that holds has found.
+    """
 
     mechanism: str
     check: str
@@ -57,7 +60,7 @@ class Report:
         return "\n".join(lines)
 
     def __rich__(self) -> Group:
-        """A row a mechanism and check, the cases of it counted; then every failure in full, at any width."""
+        """A row a mechanism and check, its cases counted; then what each claim found, and every failure in full."""
         from rich import box
         from rich.console import Group
         from rich.markup import escape
@@ -75,8 +78,9 @@ class Report:
         for (mechanism, check, status), rows in kinds.items():
             spent = sum(row.seconds for row in rows)
             table.add_row(mechanism, check, f"[{STYLES[status]}]{status}[/]", str(len(rows)), f"{spent:.2f}")
+        found = [row for row in self.outcomes if row.status == "OK" and row.message]
         told = []
-        for row in self.failures:
+        for row in [*found, *self.failures]:
             head = f"[{STYLES[row.status]}]{row.status}[/] {row.mechanism} {row.check} {escape(row.case)}"
             told.append(Text.from_markup(f"{head}\n  {escape(row.message)}"))
         return Group(table, *told)

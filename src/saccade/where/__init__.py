@@ -1,6 +1,14 @@
-"""Which keys may each query see? Patterns as unions of boxes, grids and token orders, plans, routing."""
+"""Which keys may each query see? Patterns as unions of boxes, grids and token orders, plans, routing.
+
+In a sequence: `Full`, `Causal`, `Window`, `Band`, `Prefix`, `Sinks`, `Blocks`, `BlockBand`, `Dilated`, `Strided`,
+`Columns`. On a grid: `Neighborhood` (windows that follow the query and stay inside), `GridBlocks` (blocks, shifted, in
+a halo, or at a stride, cut at the border). By data: `Labels`, `Documents`, `Packed`, `Summaries`. Combined: `&`, `|`,
+`PerHead`.
+"""
 
 from saccade.where.boxes import Boxes
+from saccade.where.grid_patterns import GridBlocks, Neighborhood
+from saccade.where.labels import Labels
 from saccade.where.pattern import And, Box, Frame, Or, Pattern, PerHead, Span
 from saccade.where.patterns import (
     Band,
@@ -11,7 +19,6 @@ from saccade.where.patterns import (
     Dilated,
     Documents,
     Full,
-    Neighborhood,
     Packed,
     Prefix,
     Sinks,
@@ -37,6 +44,8 @@ __all__ = [
     "Documents",
     "Frame",
     "Full",
+    "GridBlocks",
+    "Labels",
     "Neighborhood",
     "Or",
     "Packed",

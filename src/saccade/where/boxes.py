@@ -28,15 +28,17 @@ class Boxes:
 
     @classmethod
     def of(cls, unions: Sequence[list[Box]], n: int, m: int, device: torch.device) -> Boxes:
-        """The tables of several unions over the same tokens."""
+        """The tables of several unions over the same tokens; a union of no boxes allows nothing."""
         axes: dict[Hashable, Tensor] = {}
         for union in unions:
             for box in union:
                 axes.update({key: span.coord for key, span in box.items()})
-        if not axes:
+        if not axes and all(unions):
             none = torch.zeros(len(unions), 1, 0, n, dtype=torch.int32, device=device)
             return cls(torch.zeros(0, m, dtype=torch.int32, device=device), none, none)
-        num_boxes = max(len(union) for union in unions)
+        if not axes:  # a union of no boxes must miss the keys on some axis
+            axes[()] = torch.zeros(m, dtype=torch.int32, device=device)
+        num_boxes = max(1, *(len(union) for union in unions))
 
         def everywhere(lo: int, hi: int) -> Span:
             return Span(*(torch.full((1,), end, dtype=torch.int32, device=device).expand(n) for end in (0, lo, hi)))

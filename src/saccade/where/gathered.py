@@ -106,7 +106,8 @@ class Lattice:
             lo, hi = ((end.long() - c % d + d - 1).div(d, rounding_mode="floor") for end in (span.lo, span.hi))
         else:
             lo, hi = torch.zeros_like(c), size
-        return lo.clamp(min=0), torch.minimum(hi, size)
+        lo, hi = (torch.minimum(end.clamp(min=0), size) for end in (lo, hi))  # a window beyond the grid is empty
+        return lo, hi
 
     def readers(self, lo: Tensor, hi: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         """Steps of the queries that see a key at each coordinate; the inverse of `intervals`, whose ends never fall."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from saccade.where.layout import Cells
+from saccade.where.layout import Cells, Order
 from saccade.where.pattern import Box
 
 
@@ -19,7 +19,7 @@ class Grid(NamedTuple):
     cell: tuple[int, ...]
 
 
-def grid_of(unions: Sequence[list[Box]], order: Cells | None, num_keys: int, block: int) -> Grid | None:
+def grid_of(unions: Sequence[list[Box]], order: Order | None, num_keys: int, block: int) -> Grid | None:
     """What key tiles of `block` tokens in an order are to these unions of boxes; None if no cells of a grid."""
     names = list(dict.fromkeys(key for union in unions for box in union for key in box))
     if order is None and names == [("position", ())]:
@@ -29,4 +29,4 @@ def grid_of(unions: Sequence[list[Box]], order: Cells | None, num_keys: int, blo
         return None
     if order is None:
         return Grid(lengths, (block,)) if len(lengths) == 1 else None
-    return Grid(lengths, order.cell(block)) if order.whole(block) else None
+    return Grid(lengths, order.cell(block)) if isinstance(order, Cells) and order.whole(block) else None

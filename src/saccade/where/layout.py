@@ -3,7 +3,8 @@
 A block of consecutive tokens of a row-major grid is a thin strip: its neighbours' windows cover many tiles, each a
 little. Sorted tile by tile, so that a block is a compact patch, the same pattern covers few tiles, almost wholly. The
 same holds for residues: a dilated or strided pattern never leaves its residue class, so the classes are laid one after
-the other. Coordinates travel with the tokens, so the boxes need not know.
+the other; so are the windows of a partition, the stripes of keys that every query sees, tokens of one label.
+Coordinates travel with the tokens, so the boxes need not know.
 """
 
 from __future__ import annotations
@@ -13,22 +14,28 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from saccade.where.pattern import Box
+if TYPE_CHECKING:
+    from saccade.where.pattern import Box, Pattern
 
 
 @dataclass(frozen=True)
 class Cells:
     """Tokens of a row-major grid, one class of residues modulo `dilation` after the other, each cut into cells.
 
-    A sequence is a grid of one axis.
+    A sequence is a grid of one axis. sides: lengths of the cells (default: such that a tile is one). shift: tokens that
+    the first cell lacks, per axis (default none). keys_only: the queries stay as they are.
     """
 
     grid: tuple[int, ...]
     dilation: tuple[int, ...]
+    sides: tuple[int, ...] = ()
+    shift: tuple[int, ...] = ()
+    keys_only: bool = False
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -37,22 +44,23 @@ class Cells:
 
     def cell(self, block: int) -> tuple[int, ...]:
         """Lengths of the cells for tiles of `block` tokens."""
-        return tile_shape(block, self.lengths)
+        return self.sides or tile_shape(block, self.lengths)
 
     def whole(self, block: int) -> bool:
         """Every tile of `block` consecutive tokens is one cell."""
         even = all(length % d == 0 for length, d in zip(self.grid, self.dilation, strict=True))
+        even = even and not any(self.shift) and math.prod(self.cell(block)) == block
         return even and all(length % size == 0 for length, size in zip(self.lengths, self.cell(block), strict=True))
 
-    def axes(self, block: int) -> list[tuple[int, int, int, int]]:
-        """Of each axis: its length, its dilation, the length of its cells, and how many the longest class has."""
-        sizes = self.cell(block)
-        cells = [-(-length // size) for length, size in zip(self.lengths, sizes, strict=True)]
-        return list(zip(self.grid, self.dilation, sizes, cells, strict=True))
+    def axes(self, block: int) -> list[tuple[int, int, int, int, int]]:
+        """Of each axis: its length, dilation, length of its cells, how many the longest class has, and its shift."""
+        sizes, shifts = self.cell(block), self.shift or (0,) * len(self.grid)
+        cells = [-(-(n + shift) // size) for n, size, shift in zip(self.lengths, sizes, shifts, strict=True)]
+        return list(zip(self.grid, self.dilation, sizes, cells, shifts, strict=True))
 
     def count(self, block: int) -> int:
         """Numbers that `codes` are below; as many as tokens, or more where classes or cells differ in length."""
-        return math.prod(d * size * cells for _, d, size, cells in self.axes(block))
+        return math.prod(d * size * cells for _, d, size, cells, _ in self.axes(block))
 
     def codes(self, position: Tensor, block: int) -> Tensor:
         """Distinct numbers that ascend in this order."""
@@ -62,24 +70,75 @@ class Cells:
             position = position // length
         coordinates = [position, *reversed(coordinates)]
         code = torch.zeros_like(position)
-        for c, (_, d, _, _) in zip(coordinates, axes, strict=True):
+        for c, (_, d, *_) in zip(coordinates, axes, strict=True):
             code = code if d == 1 else torch.add(c % d, code, alpha=d)
-        steps = [c if d == 1 else c // d for c, (_, d, _, _) in zip(coordinates, axes, strict=True)]
-        for step, (_, _, size, cells) in zip(steps, axes, strict=True):
+        steps = [(c if d == 1 else c // d) + shift for c, (_, d, _, _, shift) in zip(coordinates, axes, strict=True)]
+        for step, (_, _, size, cells, _) in zip(steps, axes, strict=True):
             code = torch.add(step // size, code, alpha=cells)
-        for step, (_, _, size, _) in zip(steps, axes, strict=True):
+        for step, (_, _, size, *_) in zip(steps, axes, strict=True):
             code = torch.add(step % size, code, alpha=size)
         return code
 
 
-def best_order(unions: Sequence[list[Box]], num_keys: int) -> Cells | None:
-    """The order for tokens of these unions of boxes; None when the given one is best.
+@dataclass(frozen=True)
+class ByLabel:
+    """Tokens in the order of their labels, those of one label as they stand; both tables are int32 (`Labels`).
 
-    An axis may sort the tokens only when every box of every union constrains it: an order that helps one box of a union
-    would scatter the tiles of another.
+    keys: of the keys. queries: of the queries, which are the last of them.
     """
-    shared = set.intersection(*(set(box) for union in unions for box in union))
-    named = [key for key in shared if isinstance(key, tuple)]
+
+    keys: bytes
+    queries: bytes
+
+    def permutation(self, side: str, count: int) -> Tensor:
+        """The last `count` tokens of a side, numbered from 0, in their order: int64 (count,), on the CPU."""
+        labels = torch.frombuffer(bytearray(getattr(self, side)), dtype=torch.int32)
+        return torch.argsort(labels[-count:], stable=True)
+
+
+Order = Cells | ByLabel
+
+
+def classes_of(order: Order | None, num_keys: int) -> int:
+    """How many classes of residues an order lays one after the other, for a sequence; 1 if it is none of these."""
+    is_classes = isinstance(order, Cells) and order == Cells((num_keys,), order.dilation)
+    return order.dilation[0] if is_classes else 1  # type: ignore[union-attr]
+
+
+def straddling(d: int, count: int, num_keys: int, size: int) -> int:
+    """Tiles of `size` that hold tokens of several classes modulo d, laid out one after the other: the last `count`."""
+    first = num_keys - count
+    before = torch.tensor([(num_keys - c + d - 1) // d - (first - c + d - 1) // d for c in range(min(d, num_keys))])
+    ends = before.cumsum(0)[:-1]
+    return len(torch.unique(ends[(ends % size > 0) & (ends < count)] // size))
+
+
+def best_order(
+    patterns: Sequence[Pattern], unions: Sequence[list[Box]], n: int, m: int, block: tuple[int, int]
+) -> tuple[Order | None, int]:
+    """The order of tokens for these patterns, whose boxes are `unions`, None for the given one; and `most_tiles` in it.
+
+    An axis that every box of every union constrains sorts the tokens. Another order that a pattern suggests helps some
+    boxes and scatters the tiles of others: it is taken when there is room for fewer tiles in it, a quarter fewer than
+    in the given order, which costs no copy.
+    """
+
+    def most(order: Order | None) -> int:
+        return sum(pattern.most_tiles(n, m, block, order) for pattern in patterns)
+
+    best: Order | None = _shared(unions, m)
+    least = most(best)
+    bound = least if best is not None else 3 * least / 4
+    for order in dict.fromkeys(order for pattern in patterns for order in pattern.orders(m)):
+        if (tiles := most(order)) < bound:
+            best, least, bound = order, tiles, tiles
+    return best, least
+
+
+def _shared(unions: Sequence[list[Box]], num_keys: int) -> Cells | None:
+    """The order of an axis that every box of every union constrains."""
+    names = [set(box) for union in unions for box in union]
+    named = [key for key in set.intersection(*names) if isinstance(key, tuple)] if names else []
     grids = {(key[1], key[2], key[5]) for key in named if key[0] == "grid" and key[4] == "step"}
     if len(grids) == 1:
         ((grid, dilation, _),) = grids

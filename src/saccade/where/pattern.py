@@ -12,17 +12,18 @@ never forms an N x M array.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from saccade.errors import positive
+from saccade.where.layout import classes_of, straddling
 
 if TYPE_CHECKING:
-    from saccade.where.layout import Cells
+    from saccade.where.layout import Order
     from saccade.where.plan import Plan
 
 
@@ -74,12 +75,16 @@ class Pattern:
         """The boxes bound every key's position by its query's: none of the last n of m tokens looks ahead."""
         return False
 
-    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Order | None) -> int:
         """A number of tiles that the boxes cannot exceed, for tokens laid out in `order` (None: in their own).
 
         Tells before anything is counted how long the lists may become; every tile, unless a pattern knows better.
         """
         return all_tiles(n, m, block)
+
+    def orders(self, num_keys: int) -> tuple[Order, ...]:
+        """Orders of tokens in which this pattern's tiles may be fewer; a plan takes one where `most_tiles` says so."""
+        return ()
 
     def __and__(self, other: Pattern) -> Pattern:
         return And.of(self, other)
@@ -174,15 +179,58 @@ def check_block(block: Sequence[int]) -> tuple[int, int]:
     return positive("block", block[0]), positive("block", block[1])
 
 
+def check_ends(left: Any, right: Any, *, own: int = 1) -> None:
+    """Refuse ends that are neither integers nor None (open), or leave nothing: left + own + right must be positive."""
+    for name, value in (("left", left), ("right", right)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            kind = type(value).__name__
+            raise TypeError(f"{name}: got {value!r} ({kind}); pass an integer, or None for no bound")
+    if left is not None and right is not None and left + own + right < 1:
+        raise ValueError(f"right: got {right} for left {left}, which no key meets; pass at least {1 - own - left}")
+
+
 def all_tiles(n: int, m: int, block: tuple[int, int]) -> int:
     """Tiles of n queries and m keys."""
     return -(-n // block[0]) * -(-m // block[1])
 
 
-def strip_tiles(width: int, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
-    """Tiles, at most, when the keys of a query tile are in a run of `width`; every tile if tokens are laid out anew."""
-    strip = -(-n // block[0]) * ((width - 2) // block[1] + 2)
-    return all_tiles(n, m, block) if order else min(all_tiles(n, m, block), strip)
+def touched(size: int, count: int) -> int:
+    """Stretches of `size` tokens, at most, that `count` consecutive tokens fall into."""
+    return (count - 2) // size + 2
+
+
+def strip_tiles(reach: Callable[[int], int], n: int, m: int, block: tuple[int, int], order: Order | None) -> int:
+    """Tiles, at most, when `count` consecutive queries see `reach(count)` consecutive keys or fewer.
+
+    Laid out by residues, a tile's queries are spread, and so are their keys, over every class.
+    """
+    (bq, bk), num_rows, num_cols = block, -(-n // block[0]), -(-m // block[1])
+    d = 1 if order is None else classes_of(order, m)
+    if d == 1:
+        return all_tiles(n, m, block) if order is not None else num_rows * min(num_cols, touched(bk, reach(bq)))
+    each = d * touched(bk, -(-reach((bq - 1) * d + 1) // d)) + straddling(d, m, m, bk)
+    across = straddling(d, n, m, bq)  # their bounds, and those of such key tiles, span the sequence
+    return (num_rows - across) * min(num_cols, each) + across * num_cols
+
+
+def extremes(values: Tensor, size: int, how: str) -> Tensor:
+    """Extremes over runs of `size` along the last dimension; the last run may be short."""
+    short = -values.shape[-1] % size
+    if short:
+        values = torch.nn.functional.pad(values, (0, short), value=2**31 - 1 if how == "amin" else -(2**31))
+    return getattr(values.unflatten(-1, (-1, size)), how)(-1)
+
+
+def tile_ends(n: int, m: int, size: int) -> tuple[Tensor, Tensor]:
+    """Positions of the first and of the last query of each tile of `size`, of the last n of m tokens."""
+    first = torch.arange(m - n, m, size)
+    return first, (first + size - 1).clamp(max=m - 1)
+
+
+def interval_tiles(first: Tensor, end: Tensor, m: int, size: int) -> int:
+    """Tiles of `size` keys, at most, when the queries of row tile r see none but [first[r], end[r]) of m keys."""
+    last = (end.clamp(0, m) - 1).div(size, rounding_mode="floor")
+    return int((last - first.clamp(0, m) // size + 1).clamp(min=0).sum())
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
@@ -234,8 +282,11 @@ class And(Pattern):
     def looks_back(self, n: int, m: int) -> bool:
         return any(part.looks_back(n, m) for part in self.parts)
 
-    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Order | None) -> int:
         return min(part.most_tiles(n, m, block, order) for part in self.parts)
+
+    def orders(self, num_keys: int) -> tuple[Order, ...]:
+        return tuple(dict.fromkeys(order for part in self.parts for order in part.orders(num_keys)))
 
 
 @dataclass(frozen=True)
@@ -269,8 +320,11 @@ class Or(Pattern):
     def looks_back(self, n: int, m: int) -> bool:
         return all(part.looks_back(n, m) for part in self.parts)
 
-    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Order | None) -> int:
         return min(all_tiles(n, m, block), sum(part.most_tiles(n, m, block, order) for part in self.parts))
+
+    def orders(self, num_keys: int) -> tuple[Order, ...]:
+        return tuple(dict.fromkeys(order for part in self.parts for order in part.orders(num_keys)))
 
 
 def _flattened(kind: type[And] | type[Or], sign: str, parts: Sequence[Pattern]) -> Pattern:

@@ -6,16 +6,28 @@ Positions are absolute: of N queries and M keys, query row r stands at position 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from saccade.errors import check_cu_seqlens, positive
-from saccade.where.layout import Cells
-from saccade.where.pattern import Box, Frame, Pattern, Span, all_tiles, intersect, sent, strip_tiles
+from saccade.where.layout import Cells, Order, classes_of, straddling
+from saccade.where.pattern import (
+    Box,
+    Frame,
+    Pattern,
+    Span,
+    all_tiles,
+    check_ends,
+    intersect,
+    interval_tiles,
+    sent,
+    strip_tiles,
+    tile_ends,
+    touched,
+)
 
 
 def _position(frame: Frame, lo: Tensor, hi: Tensor) -> list[Box]:
@@ -27,23 +39,19 @@ def _residue(frame: Frame, modulus: int) -> Box:
     return {("residue", modulus, frame.tag): Span(frame.keys % modulus, rest, rest + 1)}
 
 
-def _touched(size: int, count: int) -> int:
-    """Stretches of `size` tokens, at most, that `count` consecutive tokens fall into."""
-    return (count - 2) // size + 2
-
-
 def _class_tiles(
-    modulus: int, n: int, m: int, block: tuple[int, int], order: Cells | None, width: int | None = None
+    modulus: int, n: int, m: int, block: tuple[int, int], order: Order | None, size: int | None = None
 ) -> int:
-    """Tiles, at most, of queries that see their own class of residues, or `width` consecutive keys of it."""
-    if order != Cells((m,), (modulus,)) or n < modulus:
+    """Tiles, at most, of queries that see their own class of residues, or `size` consecutive keys of it."""
+    if modulus == 1 or classes_of(order, m) != modulus or n < modulus:
         return all_tiles(n, m, block)
-    (bq, bk), num_rows = block, -(-n // block[0])
-    whole = min(-(-m // bk), _touched(bk, _touched(n // modulus, bq) * -(-m // modulus)))
-    if width is None:
-        return num_rows * whole
-    across = min(num_rows, modulus)  # tiles with queries of several classes
-    return min(num_rows * whole, num_rows * (_touched(bk, width) + 2) + across * whole)
+    (bq, bk), num_rows, num_cols = block, -(-n // block[0]), -(-m // block[1])
+    length, across = -(-m // modulus), straddling(modulus, n, m, bq)
+    several = min(num_cols, touched(bk, touched(n // modulus, bq) * length))
+    own = min(num_cols, touched(bk, length))
+    if size is not None:
+        own = min(own, touched(bk, bq + size - 1) + min(2, straddling(modulus, m, m, bk)))
+    return (num_rows - across) * own + across * several
 
 
 @dataclass(frozen=True)
@@ -74,8 +82,8 @@ class Causal(Pattern):
     def looks_back(self, n: int, m: int) -> bool:
         return True
 
-    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
-        if order:
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Order | None) -> int:
+        if order is not None:
             return all_tiles(n, m, block)
         rows, (bq, bk) = -(-n // block[0]), block
         return min(all_tiles(n, m, block), rows + (rows * (m - n) + bq * rows * (rows + 1) // 2) // bk)
@@ -83,29 +91,43 @@ class Causal(Pattern):
 
 @dataclass(frozen=True)
 class Band(Pattern):
-    """A band around the diagonal: i - left <= j <= i + right.
+    """A band along the diagonal: i - left <= j <= i + right.
 
-    left, right: tokens beside the query on either side, >= 0; with the query itself the band is left + 1 + right wide.
+    left, right: tokens beside the query on either side; None for all there are. A negative one leaves out the query
+    and tokens next to it: `Band(7, -4)` is the keys 4 to 7 back, `Band(None, -4)` all keys at least 4 back.
     """
 
-    left: int
-    right: int
+    left: int | None
+    right: int | None
 
     def __post_init__(self) -> None:
-        positive("left", self.left, least=0)
-        positive("right", self.right, least=0)
+        check_ends(self.left, self.right)
 
     def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:
-        return (j >= i - self.left) & (j <= i + self.right)
+        some = torch.ones(torch.broadcast_shapes(i.shape, j.shape), dtype=torch.bool)
+        if self.left is not None:
+            some = some & (j >= i - self.left)
+        return some if self.right is None else some & (j <= i + self.right)
+
+    def interval(self, q: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+        """The first key that queries at q see, and the first after the last."""
+        start = torch.zeros_like(q) if self.left is None else q - self.left
+        return start, torch.full_like(q, num_keys) if self.right is None else q + self.right + 1
 
     def boxes(self, frame: Frame) -> list[Box]:
-        return _position(frame, frame.queries - self.left, frame.queries + self.right + 1)
+        return _position(frame, *self.interval(frame.queries, frame.num_keys))
 
     def looks_back(self, n: int, m: int) -> bool:
-        return self.right == 0
+        return n == 1 if self.right is None else self.right <= 0
 
-    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
-        return strip_tiles(self.left + self.right + block[0], n, m, block, order)
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Order | None) -> int:
+        if order is None:
+            first, last = tile_ends(n, m, block[0])
+            return interval_tiles(self.interval(first, m)[0], self.interval(last, m)[1], m, block[1])
+        if self.left is None or self.right is None:
+            return all_tiles(n, m, block)
+        width = self.left + self.right
+        return strip_tiles(lambda count: count + width, n, m, block, order)
 
 
 @dataclass(frozen=True)
@@ -130,18 +152,21 @@ class Window(Pattern):
     def looks_back(self, n: int, m: int) -> bool:
         return True
 
-    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
-        return strip_tiles(self.size + block[0] - 1, n, m, block, order)
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Order | None) -> int:
+        return strip_tiles(lambda count: count + self.size - 1, n, m, block, order)
 
 
 @dataclass(frozen=True)
 class Prefix(Pattern):
-    """The first n keys, whatever the query: j < n. `Causal() | Prefix(n)` is the prefix language model."""
+    """The first n keys, whatever the query: j < n; none at all for n = 0.
+
+    `Causal() | Prefix(n)` is the prefix language model.
+    """
 
     n: int
 
     def __post_init__(self) -> None:
-        positive("n", self.n)
+        positive("n", self.n, least=0)
 
     @property
     def aligned(self) -> bool:
@@ -151,13 +176,15 @@ class Prefix(Pattern):
         return (j < self.n).expand(torch.broadcast_shapes(i.shape, j.shape))
 
     def boxes(self, frame: Frame) -> list[Box]:
-        return _position(frame, torch.zeros_like(frame.queries), torch.full_like(frame.queries, self.n))
+        start = torch.zeros_like(frame.queries)
+        return _position(frame, start, torch.full_like(frame.queries, self.n)) if self.n else []
 
     def looks_back(self, n: int, m: int) -> bool:
         return self.n <= m - n + 1
 
-    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
-        return all_tiles(n, m if order else min(m, self.n), block)
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Order | None) -> int:
+        touched_keys = min(m, self.n) if order is None else min(m, self.n * block[1])
+        return all_tiles(n, touched_keys, block)
 
 
 @dataclass(frozen=True)
@@ -187,8 +214,8 @@ class Blocks(Pattern):
     def looks_back(self, n: int, m: int) -> bool:
         return self.size == 1 or (n == 1 and m % self.size == 0)
 
-    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
-        return strip_tiles(self.size * _touched(self.size, block[0]), n, m, block, order)
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Order | None) -> int:
+        return strip_tiles(lambda count: self.size * touched(self.size, count), n, m, block, order)
 
 
 @dataclass(frozen=True)
@@ -242,8 +269,8 @@ class Documents(Pattern):
     def looks_back(self, n: int, m: int) -> bool:
         return n < len(self.cu_seqlens) and self.cu_seqlens[-n] == m - n + 1
 
-    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
-        if order:
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Order | None) -> int:
+        if order is not None:
             return all_tiles(n, m, block)
         (bq, bk), ends = block, self._ends
         rows = (ends - (m - n)).clamp(min=0)
@@ -284,7 +311,7 @@ class Packed(Pattern):
     def looks_back(self, n: int, m: int) -> bool:
         return self.documents.looks_back(n, m)
 
-    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Order | None) -> int:
         return self.documents.most_tiles(n, m, block, order)
 
 
@@ -313,10 +340,13 @@ class Dilated(Pattern):
     def looks_back(self, n: int, m: int) -> bool:
         return True
 
-    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
-        if order:
-            return _class_tiles(self.dilation, n, m, block, order, self.size + block[0] - 1)
-        return strip_tiles((self.size - 1) * self.dilation + block[0], n, m, block, order)
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Order | None) -> int:
+        if order is not None:
+            return _class_tiles(self.dilation, n, m, block, order, self.size)
+        return strip_tiles(lambda count: count + (self.size - 1) * self.dilation, n, m, block, order)
+
+    def orders(self, num_keys: int) -> tuple[Order, ...]:
+        return Strided(self.dilation).orders(num_keys)
 
 
 @dataclass(frozen=True)
@@ -334,8 +364,11 @@ class Strided(Pattern):
     def boxes(self, frame: Frame) -> list[Box]:
         return [_residue(frame, self.stride)]
 
-    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Order | None) -> int:
         return _class_tiles(self.stride, n, m, block, order)
+
+    def orders(self, num_keys: int) -> tuple[Order, ...]:
+        return (Cells((num_keys,), (self.stride,)),) if self.stride > 1 else ()
 
 
 @dataclass(frozen=True)
@@ -369,37 +402,68 @@ class Columns(Pattern):
         lo = torch.full_like(frame.queries, self.offset)
         return [{("stripe", self.size, self.stride, frame.tag): Span(stripe, lo, lo + 1)}]
 
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Order | None) -> int:
+        rows, cols, bk = -(-n // block[0]), -(-m // block[1]), block[1]
+        if order in self.orders(m):
+            return rows * min(cols, touched(bk, -(-m // (self.size * self.stride)) * self.size))
+        if order is not None:
+            return rows * cols
+        first, last = (end // self.size for end in tile_ends(m, m, bk))
+        between = (first % self.stride <= self.offset) & (last % self.stride >= self.offset)
+        return rows * int((between | (first // self.stride < last // self.stride)).sum())
+
+    def orders(self, num_keys: int) -> tuple[Order, ...]:
+        num_stripes = -(-num_keys // (self.size * self.stride))
+        grid = num_stripes, self.stride, self.size
+        return (Cells(grid, (1, self.stride, 1), sides=(num_stripes, 1, self.size), keys_only=True),)
+
 
 @dataclass(frozen=True)
 class BlockBand(Pattern):
     """A band of whole blocks: -right <= i // size - j // size < left.
 
-    size: tokens a block. left: blocks back, counting the query's own. right: blocks ahead (default 0).
+    size: tokens a block. left: blocks back, counting the query's own. right: blocks ahead (default 0). None for all
+    there are. Where left <= 0 or right < 0 the query's own block is left out, and those next to it:
+    `BlockBand(size, g + 1, -g)` is the block g back, `BlockBand(size, None, -g)` all blocks at least g back.
     """
 
     size: int
-    left: int
-    right: int = 0
+    left: int | None
+    right: int | None = 0
 
     def __post_init__(self) -> None:
         positive("size", self.size)
-        positive("left", self.left)
-        positive("right", self.right, least=0)
+        check_ends(self.left, self.right, own=0)
 
     def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:
         gap = i // self.size - j // self.size
-        return (gap < self.left) & (gap >= -self.right)
+        some = torch.ones_like(gap, dtype=torch.bool)
+        if self.left is not None:
+            some = some & (gap < self.left)
+        return some if self.right is None else some & (gap >= -self.right)
+
+    def interval(self, q: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+        """The first key that queries at q see, and the first after the last."""
+        block = q // self.size
+        start = torch.zeros_like(q) if self.left is None else (block - (self.left - 1)) * self.size
+        return start, torch.full_like(q, num_keys) if self.right is None else (block + self.right + 1) * self.size
 
     def boxes(self, frame: Frame) -> list[Box]:
-        start = frame.queries - frame.queries % self.size
-        return _position(frame, start - (self.left - 1) * self.size, start + (self.right + 1) * self.size)
+        return _position(frame, *self.interval(frame.queries, frame.num_keys))
 
     def looks_back(self, n: int, m: int) -> bool:
-        return self.right == 0 and Blocks(self.size).looks_back(n, m)
+        if self.right is None:
+            return n == 1
+        return self.right < 0 or (self.right == 0 and Blocks(self.size).looks_back(n, m))
 
-    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
-        num_blocks = _touched(self.size, block[0]) + self.left - 1 + self.right
-        return strip_tiles(self.size * num_blocks, n, m, block, order)
+    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Order | None) -> int:
+        if order is None:
+            first, last = tile_ends(n, m, block[0])
+            return interval_tiles(self.interval(first, m)[0], self.interval(last, m)[1], m, block[1])
+        if self.left is None or self.right is None:
+            return all_tiles(n, m, block)
+        more = self.left - 1 + self.right
+        return strip_tiles(lambda count: self.size * (touched(self.size, count) + more), n, m, block, order)
 
 
 @dataclass(frozen=True)
@@ -439,126 +503,3 @@ class Summaries(Pattern):
         begun = frame.queries + (self.num_tokens - frame.num_keys + 1 - self.size)
         ended = begun.div(self.stride, rounding_mode="floor") + 1
         return [{("summary", self, frame.tag): Span(frame.keys, torch.zeros_like(ended), ended.int())}]
-
-
-@dataclass(frozen=True)
-class Neighborhood(Pattern):
-    """Neighbourhood attention on a grid of 1-3 axes: the `kernel` nearest positions on each axis, clamped inside.
-
-    On an axis of length L, window w, not causal: start = clamp(leader - w // 2, 0, L - w), keys start .. start + w - 1,
-    always w of them; an even window has w // 2 to the left and w // 2 - 1 to the right. Causal: keys
-    max(0, leader - w + 1) .. i. With stride s the queries of a group i // s share the window of their leader,
-    min(s (i // s) + s // 2, L - 1) (causal: s (i // s) + s - 1). With dilation d the rule holds inside each residue
-    class i mod d, with that class's own length.
-
-    grid: (T, Y, X), (Y, X) or (X,), row-major, N = M = the product. kernel, stride, dilation, causal: one value or one
-    an axis. Needs kernel * dilation <= length and stride <= kernel on every axis.
-    Papers: arXiv 2204.07143 (clamping), 2209.15001 (dilation), 2504.16922 (stride, causal axes).
-    """
-
-    grid: tuple[int, ...]
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    causal: tuple[bool, ...]
-
-    def __init__(
-        self,
-        grid: Sequence[int],
-        kernel: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        dilation: int | Sequence[int] = 1,
-        causal: bool | Sequence[bool] = False,
-    ) -> None:
-        if not isinstance(grid, (tuple, list)) or not 1 <= len(grid) <= 3:
-            raise ValueError(f"grid: got {grid!r}; pass one to three lengths, (T, Y, X), (Y, X) or (X,)")
-        lengths = tuple(positive("grid", length) for length in grid)
-
-        def per_axis(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
-            values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * len(lengths)
-            if len(values) != len(lengths):
-                axes = len(lengths)
-                raise ValueError(f"{name}: got {value!r} for a grid of {axes} axes; pass one value, or one an axis")
-            return tuple(positive(name, item) for item in values)
-
-        object.__setattr__(self, "grid", lengths)
-        for name, value in (("kernel", kernel), ("stride", stride), ("dilation", dilation)):
-            object.__setattr__(self, name, per_axis(name, value))
-        flags = tuple(causal) if isinstance(causal, (tuple, list)) else (causal,) * len(lengths)
-        if len(flags) != len(lengths) or not all(isinstance(flag, bool) for flag in flags):
-            raise ValueError(f"causal: got {causal!r}; pass one bool, or one an axis of the grid {lengths}")
-        object.__setattr__(self, "causal", flags)
-        for length, w, s, d in zip(self.grid, self.kernel, self.stride, self.dilation, strict=True):
-            if w * d > length:
-                raise ValueError(
-                    f"kernel: got {w} with dilation {d} on an axis of {length}; kernel * dilation must fit, "
-                    f"pass at most {length // d}"
-                )
-            if s > w:
-                raise ValueError(
-                    f"stride: got {s} with kernel {w}; a stride beyond the kernel would leave queries outside their "
-                    f"window, pass at most {w}"
-                )
-
-    def _axes(self, position: Tensor, num_keys: int) -> list[Tensor]:
-        total = math.prod(self.grid)
-        if num_keys != total:
-            raise ValueError(f"grid: {self.grid} has {total} tokens, but there are {num_keys} keys; they must be equal")
-        coordinates = []
-        for length in reversed(self.grid[1:]):
-            coordinates.append(position % length)
-            position = position // length
-        return [position, *reversed(coordinates)]
-
-    def _interval(self, axis: int, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Start and end of the window of coordinates c on `axis`, counted inside their residue class."""
-        w, s, d = self.kernel[axis], self.stride[axis], self.dilation[axis]
-        length: int | Tensor = self.grid[axis]
-        if d > 1:
-            length, c = (self.grid[axis] + d - 1 - c % d) // d, c // d
-        group = c if s == 1 else c // s * s
-        if self.causal[axis]:
-            return ((group + s - 1).clamp(max=length - 1) - w + 1).clamp(min=0), c + 1
-        leader = c if s == 1 else (group + s // 2).clamp(max=length - 1)
-        start = (leader - w // 2).clamp(min=0).clamp(max=length - w)
-        return start, start + w
-
-    def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:
-        inside = torch.ones(torch.broadcast_shapes(i.shape, j.shape), dtype=torch.bool)
-        for axis, (a, b) in enumerate(zip(self._axes(i, num_keys), self._axes(j, num_keys), strict=True)):
-            d = self.dilation[axis]
-            start, end = self._interval(axis, a)
-            inside &= (a % d == b % d) & (b // d >= start) & (b // d < end)
-        return inside
-
-    def boxes(self, frame: Frame) -> list[Box]:
-        box: Box = {}
-        keys = self._axes(frame.keys, frame.num_keys)
-        queries = keys if frame.queries is frame.keys else self._axes(frame.queries, frame.num_keys)
-        for axis, (a, b) in enumerate(zip(queries, keys, strict=True)):
-            d = self.dilation[axis]
-            box[self.axis_key(axis, "step", frame.tag)] = Span(b // d if d > 1 else b, *self._interval(axis, a))
-            if d > 1:
-                rest = a % d
-                box[self.axis_key(axis, "class", frame.tag)] = Span(rest if a is b else b % d, rest, rest + 1)
-        return [box]
-
-    def axis_key(self, axis: int, part: str, tag: Hashable) -> Hashable:
-        """The name of a grid coordinate: shared by all patterns on this grid with this dilation."""
-        return ("grid", self.grid, self.dilation, axis, part, tag)
-
-    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
-        def reach(axis: int, size: int) -> int:
-            """Coordinates that `size` consecutive ones of an axis see, at most."""
-            w, s = self.kernel[axis], self.stride[axis]
-            return w + size - 1 if self.causal[axis] else w + (_touched(s, size) - 1) * s
-
-        cells = Cells(self.grid, self.dilation)
-        if order is None and self.dilation[0] == 1:
-            inner = math.prod(self.grid[1:])
-            return strip_tiles(reach(0, _touched(inner, block[0])) * inner, n, m, block, order)
-        if order != cells or n != m or not all(cells.whole(size) for size in block):
-            return all_tiles(n, m, block)
-        sides = zip(cells.cell(block[0]), cells.cell(block[1]), cells.lengths, strict=True)
-        met = (min(length // u, _touched(u, reach(axis, t))) for axis, (t, u, length) in enumerate(sides))
-        return -(-n // block[0]) * math.prod(met)

@@ -311,6 +311,19 @@ class Plan:
             count.index_add_(0, group, mask.sum(1))
         return float(count[self.group_of].double().mean())
 
+    @functools.cached_property
+    def num_computed(self) -> float:
+        """Pairs of the listed tiles, taken whole, and of the listed single keys, averaged as `num_attended` is.
+
+        What a backend multiplies when it computes by tile: `num_attended / num_computed` of it is of use.
+        """
+        count = torch.zeros(self.num_groups, dtype=torch.int64, device=self.device)
+        tiles = self.indptr.diff().view(self.num_groups, -1).sum(1)
+        count += tiles * (self.block[0] * self.block[1])
+        if self.token_indptr is not None:
+            count += self.token_indptr.diff().view(self.num_groups, -1).sum(1) * self.block[0]
+        return float(count[self.group_of].double().mean())
+
     @property
     def density(self) -> float:
         """Attended pairs / admissible pairs: all N x M, or the causal part of them when no listed pair looks ahead."""

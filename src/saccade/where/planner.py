@@ -19,10 +19,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from saccade.where.boxes import LEAST, MOST, Boxes
+from saccade.where.boxes import Boxes
 from saccade.where.grid import grid_of
-from saccade.where.layout import Cells, best_order, permutation
-from saccade.where.pattern import Frame, Pattern, sent
+from saccade.where.layout import Cells, Order, best_order, permutation
+from saccade.where.pattern import Frame, Pattern, extremes, sent
 from saccade.where.plan import Plan
 
 FANOUT = 8  # tiles a coarser tile holds on either side
@@ -65,14 +65,6 @@ class Bounds:
             some |= meets
             full |= within & meets
         return some, full
-
-
-def extremes(values: Tensor, size: int, how: str) -> Tensor:
-    """Extremes over runs of `size` along the last dimension; the last run may be short."""
-    short = -values.shape[-1] % size
-    if short:
-        values = torch.nn.functional.pad(values, (0, short), value=MOST if how == "amin" else LEAST)
-    return getattr(values.unflatten(-1, (-1, size)), how)(-1)
 
 
 def tile_bounds(boxes: Boxes, union: int, block: tuple[int, int]) -> Bounds:
@@ -128,14 +120,14 @@ def tables(
     frame = Frame(keys if n == m else torch.arange(m - n, m, dtype=torch.int32, device=device), keys, m)
     unions = [p.boxes(frame) for p in distinct]
     boxes = Boxes.of(unions, n, m, device)
-    order = best_order(unions, m) if sort else None
-    q_order = k_order = None
-    if order is not None:
-        k_order = ordered(order, 0, m, block[1], device)
-        same = n == m and order.cell(block[0]) == order.cell(block[1])
-        q_order = k_order if same else ordered(order, m - n, n, block[0], device)
-        boxes = Boxes(boxes.coord[:, k_order], boxes.lo[..., q_order], boxes.hi[..., q_order])
-    most = sum(p.most_tiles(n, m, block, order) for p in distinct)
+    order, most = best_order(list(distinct), unions, n, m, block) if sort else (None, 0)
+    if not sort:
+        most = sum(p.most_tiles(n, m, block, None) for p in distinct)
+    q_order, k_order = (None, None) if order is None else orders(order, n, m, block, device)
+    if k_order is not None:
+        boxes = replace(boxes, coord=boxes.coord[:, k_order])
+    if q_order is not None:
+        boxes = replace(boxes, lo=boxes.lo[..., q_order], hi=boxes.hi[..., q_order])
     causal = all(p.looks_back(n, m) for p in distinct)
     group_of = torch.zeros(1, heads, dtype=torch.int64, device=device)
     if len(distinct) > 1:
@@ -146,6 +138,20 @@ def tables(
         boxes, group_of, block, q_order=q_order, k_order=k_order, causal=causal, grid=grid, alike=alike
     )  # fmt: skip
     return boxes, most, plan
+
+
+def orders(
+    order: Order, n: int, m: int, block: tuple[int, int], device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """The last n of m tokens, and all of them, in an order: int64 (n,), (m,); None where they stay as they are."""
+    if not isinstance(order, Cells):
+        q_order, k_order = (order.permutation(*side) for side in (("queries", n), ("keys", m)))
+        return sent(q_order, device), sent(k_order, device)
+    k_order = ordered(order, 0, m, block[1], device)
+    if order.keys_only:
+        return None, k_order
+    same = n == m and order.cell(block[0]) == order.cell(block[1])
+    return k_order if same else ordered(order, m - n, n, block[0], device), k_order
 
 
 def ordered(order: Cells, first: int, num_tokens: int, block: int, device: torch.device) -> Tensor:

@@ -134,7 +134,7 @@ def _listed(plan: Plan, ends: Ends | None, marks: Tensor | None, most: int) -> P
 def permutation(order: Cells, first: int, num_tokens: int, block: int, device: torch.device) -> Tensor:
     """`layout.permutation` of the tokens at first, first + 1, ..."""
     padding = 3 - len(order.grid)
-    axes = [(1, 1, 1, 1)] * padding + order.axes(block)
+    axes = [(1, 1, 1, 1, 0)] * padding + order.axes(block)
     count = order.count(block)
     found = torch.empty(num_tokens, dtype=torch.int64, device=device)
     sizes = first, num_tokens, *(number for axis in axes for number in axis)
@@ -348,17 +348,18 @@ def _mark_turned(marks, indptr, num_full, indices, num_rows, num_cols, CHUNK: tl
 
 @triton.jit(
     do_not_specialize=[
-        "first", "num_tokens", "length0", "d0", "size0", "cells0", "length1", "d1", "size1", "cells1", "length2", "d2",
-        "size2", "cells2",
+        "first", "num_tokens", "length0", "d0", "size0", "cells0", "shift0", "length1", "d1", "size1", "cells1",
+        "shift1", "length2", "d2", "size2", "cells2", "shift2",
     ]
 )  # fmt: skip
 def _order(
-    order, taken, first, num_tokens, length0, d0, size0, cells0, length1, d1, size1, cells1, length2, d2, size2, cells2,
+    order, taken, first, num_tokens,
+    length0, d0, size0, cells0, shift0, length1, d1, size1, cells1, shift1, length2, d2, size2, cells2, shift2,
     MARK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Each token's number in an order of `Cells` on three axes: to MARK it as taken, or to put the token there.
 
-    Of each axis: its length, dilation, the length of its cells, and how many of them the longest class has.
+    Of each axis: its length, dilation, the length of its cells, how many of them the longest class has, and its shift.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside = token < num_tokens
@@ -368,9 +369,9 @@ def _order(
     c1 = rest % length1
     c0 = rest // length1
     number = ((c0 % d0) * d1 + c1 % d1).to(tl.int64) * d2 + c2 % d2
-    c0 = c0 // d0
-    c1 = c1 // d1
-    c2 = c2 // d2
+    c0 = c0 // d0 + shift0
+    c1 = c1 // d1 + shift1
+    c2 = c2 // d2 + shift2
     number = ((number * cells0 + c0 // size0) * cells1 + c1 // size1) * cells2 + c2 // size2
     number = ((number * size0 + c0 % size0) * size1 + c1 % size1) * size2 + c2 % size2
     if MARK:

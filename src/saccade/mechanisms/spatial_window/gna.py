@@ -52,6 +52,7 @@ class Gna(Attention):
         year=2025,
         family="spatial_window",
         uses=("attend", "Neighborhood"),
+        grid=(2, 3, 1, 0),
     )
 
     def __init__(
@@ -201,7 +202,7 @@ class Gna(Attention):
                 n = math.prod(grid)
                 plan = cls.on(grid, w, 2).plan(n, block=(64, 64))
                 holds &= grid == large or plan.num_attended == n * w ** len(grid)
-                keys.append(plan.num_tiles * 64 / (n / 64))
+                keys.append(plan.num_computed / n)
             side = round(64 ** (1 / len(small)))
             run = w + side - 2  # keys an axis that the windows of a tile span, with stride 2
             bound = (((run - 2) // side + 2) * side) ** len(small)
@@ -223,8 +224,7 @@ def _blocks(grid: Shape, sizes: Shape) -> Tensor:
 
 def _efficiency(plan: Plan) -> float:
     """Attended pairs / computed pairs."""
-    keys = plan.num_tiles * plan.block[1] + (0 if plan.token_indices is None else len(plan.token_indices))
-    return plan.num_attended / (keys * plan.block[0])
+    return plan.num_attended / plan.num_computed
 
 
 def _name(*grids: Shape) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,43 +10,7 @@ from torch import Tensor, nn
 from saccade import attend
 from saccade.contract import Attention, Case, Dims, Finding, Spec, claim
 from saccade.errors import known, positive
-from saccade.where import Pattern, Plan
-from saccade.where.pattern import Box, Frame, Span
-
-
-@dataclass(frozen=True)
-class Halo(Pattern):
-    """Per axis of a row-major grid: the block of i and `halo` positions on either side of it, cut off at the border.
-
-    >>> Halo((5,), block=2, halo=1).dense(5)[0].int().tolist()[2]
-    [0, 1, 1, 1, 1]
-    """
-
-    grid: tuple[int, ...]
-    block: int
-    halo: int
-
-    def axes(self, position: Tensor) -> list[Tensor]:
-        """Coordinates of positions on the grid, one tensor an axis."""
-        inner = [math.prod(self.grid[axis + 1 :]) for axis in range(len(self.grid))]
-        return [position // step % length for step, length in zip(inner, self.grid, strict=True)]
-
-    def window(self, c: Tensor) -> tuple[Tensor, Tensor]:
-        """First coordinate of the window of coordinates c, and the first after it."""
-        start = c // self.block * self.block
-        return start - self.halo, start + self.block + self.halo
-
-    def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:
-        inside = torch.ones(torch.broadcast_shapes(i.shape, j.shape), dtype=torch.bool)
-        for query, key in zip(self.axes(i), self.axes(j), strict=True):
-            start, end = self.window(query)
-            inside &= (key >= start) & (key < end)
-        return inside
-
-    def boxes(self, frame: Frame) -> list[Box]:
-        pairs = enumerate(zip(self.axes(frame.queries), self.axes(frame.keys), strict=True))
-        name = "grid", self.grid, (1,) * len(self.grid)  # as Neighborhood names them, so that the same cells serve
-        return [{(*name, axis, "step", frame.tag): Span(key, *self.window(query)) for axis, (query, key) in pairs}]
+from saccade.where import GridBlocks, Pattern, Plan
 
 
 class Halonet(Attention):
@@ -87,7 +49,7 @@ class Halonet(Attention):
         paper="2103.12731",
         year=2021,
         family="spatial_window",
-        uses=("attend", "Pattern"),
+        uses=("attend", "GridBlocks"),
         grid=2,
     )
 
@@ -106,7 +68,7 @@ class Halonet(Attention):
 
     def pattern(self) -> Pattern:
         """The pixels of the grid that each query sees."""
-        return Halo(self.grid, self.block, self.halo)
+        return GridBlocks(self.grid, self.block, self.halo, self.halo)
 
     def plan(self, q: Tensor, k: Tensor) -> Plan:
         return self.pattern().plan(q.shape[2], k.shape[2], q.shape[1], block=(64, 64), device=q.device)

@@ -2,52 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from saccade import attend
 from saccade.contract import Attention, Case, Dims, Finding, Spec, claim
 from saccade.errors import positive
-from saccade.where import BlockBand, Blocks, Causal, Pattern, Plan, Sinks
-from saccade.where.layout import Cells
-from saccade.where.pattern import Box, Frame, Span
-
-
-@dataclass(frozen=True)
-class PowerBlocks(Pattern):
-    """Blocks of keys 1, 2, 4, 8, ... blocks before the query's own: i // size - j // size = 2^k.
-
-    size: tokens a block.
-
-    >>> PowerBlocks(1).dense(6)[0, -1].int().tolist()
-    [0, 1, 0, 1, 1, 0]
-    """
-
-    size: int
-
-    def __post_init__(self) -> None:
-        positive("size", self.size)
-
-    def gaps(self, num_keys: int) -> list[int]:
-        """The distances in blocks that `num_keys` tokens have room for, at least one."""
-        return [1 << k for k in range(max(1, ((num_keys - 1) // self.size).bit_length()))]
-
-    def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:
-        gap = i // self.size - j // self.size
-        return (gap > 0) & (gap & (gap - 1) == 0)
-
-    def boxes(self, frame: Frame) -> list[Box]:
-        (own,) = Blocks(self.size).boxes(frame)
-        back = [gap * self.size for gap in self.gaps(frame.num_keys)]
-        return [{axis: Span(at, lo - b, hi - b) for axis, (at, lo, hi) in own.items()} for b in back]
-
-    def looks_back(self, n: int, m: int) -> bool:
-        return True
-
-    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Cells | None) -> int:
-        return len(self.gaps(m)) * Blocks(self.size).most_tiles(n, m, block, order)
+from saccade.where import BlockBand, Causal, Or, Pattern, Plan, Sinks
 
 
 class PowerAttention(Attention):
@@ -84,14 +45,20 @@ class PowerAttention(Attention):
         super().__init__(dims)
         self.block, self.window = positive("block", block), positive("window", window)
         self.sinks = positive("sinks", sinks, least=0)
-        near = BlockBand(block, window) | PowerBlocks(block)
-        self.pattern = Causal() & (near | Sinks(sinks * block) if sinks else near)
+
+    def pattern(self, num_tokens: int) -> Pattern:
+        """What `num_tokens` tokens see."""
+        size, most = self.block, (num_tokens - 1) // self.block
+        gaps = (1 << k for k in range(most.bit_length()))
+        far = (BlockBand(size, gap + 1, -gap) for gap in gaps if gap >= self.window)
+        return Causal() & Or.of(BlockBand(size, self.window), *far, Sinks(self.sinks * size))
 
     def plan(self, q: Tensor, k: Tensor) -> Plan:
-        return self.pattern.plan(q.shape[2], k.shape[2], q.shape[1], block=(64, 64), device=q.device)
+        n, m, heads = q.shape[2], k.shape[2], q.shape[1]
+        return self.pattern(m).plan(n, m, heads, block=(64, 64), device=q.device)
 
     def compute(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, k, v, self.pattern)
+        return attend(q, k, v, self.pattern(k.shape[2]))
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (heads, n), m = q.shape[1:3], k.shape[2]
@@ -126,7 +93,7 @@ class PowerAttention(Attention):
         n, width = blocks * size, blocks.bit_length()  # as many blocks as the last query reads
         gap = torch.arange(n)[:, None] // size - torch.arange(n) // size
         ones = torch.stack([gap >> k & 1 for k in range(width)]).sum(0)
-        mask = cls(Dims(1, 8), block=size, window=1, sinks=0).pattern.dense(n)[0]
+        mask = cls(Dims(1, 8), block=size, window=1, sinks=0).pattern(n).dense(n)[0]
         band = (BlockBand(size, width) & Causal()).dense(n)[0]
         after, local, found, exact = mask, band, [], True
         for depth in range(1, width - 1):
@@ -141,7 +108,7 @@ class PowerAttention(Attention):
     @claim("At 32 K tokens and 10 blocks a query, 6 layers connect all, as in the paper; a sliding window needs 15.")
     def depth(cls) -> Finding:
         n, block = 32768, 256
-        patterns = [cls(Dims(1, 8), sinks=sinks).pattern for sinks in (1, 0)]
+        patterns = [cls(Dims(1, 8), sinks=sinks).pattern(n) for sinks in (1, 0)]
         patterns += [Causal() & (BlockBand(block, 9) | Sinks(block)), Causal() & BlockBand(block, 10)]
         plans = [pattern.plan(n, block=(block, block)) for pattern in patterns]
         most = [int(plan.indptr.diff().max()) for plan in plans]
@@ -155,9 +122,9 @@ class PowerAttention(Attention):
 
     @claim("Cost is N log N: a query reads a block more when N doubles; about 94 % of the scores at 32 K are left out.")
     def cost(cls) -> Finding:
-        pattern, lengths, most, kept = cls(Dims(1, 8)).pattern, [32768, 65536, 131072, 262144], [], []
+        module, lengths, most, kept = cls(Dims(1, 8)), [32768, 65536, 131072, 262144], [], []
         for n in lengths:
-            plan = pattern.plan(n, block=(256, 256))
+            plan = module.pattern(n).plan(n, block=(256, 256))
             most.append(int(plan.indptr.diff().max()))
             kept.append(plan.density * (n + 1) / (2 * n))
         figure = f"{most} blocks at most at N = {lengths}; {1 - kept[0]:.1%} of N^2 left out at 32 K (the paper: 94 %)"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -11,39 +9,7 @@ from saccade import attend
 from saccade.contract import Attention, Case, Dims, Finding, Spec, claim
 from saccade.errors import known, positive
 from saccade.softmax import merge
-from saccade.where import Blocks, Causal, Columns, Pattern, PerHead, Plan, Strided, Summaries, Window
-from saccade.where.pattern import Box, Frame, Span
-
-
-@dataclass(frozen=True)
-class Gathered(Pattern):
-    """Keys that are `columns` tokens of each block of `stride`, from `first` on, gathered one block after the other.
-
-    A query sees those of earlier blocks, and of its own block those not after it (none when first = stride).
-    num_tokens: tokens of the sequence, whose last N the queries are.
-    """
-
-    num_tokens: int
-    stride: int
-    columns: int
-    first: int
-
-    @property
-    def aligned(self) -> bool:
-        return False
-
-    def count(self, i: Tensor, num_keys: int) -> Tensor:
-        """The keys that the query at i sees: the first so many."""
-        i = i + (self.num_tokens - num_keys)
-        own = (i % self.stride - self.first + 1).clamp(0, self.columns)
-        return i // self.stride * self.columns + own
-
-    def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:
-        return j < self.count(i, num_keys)
-
-    def boxes(self, frame: Frame) -> list[Box]:
-        end = self.count(frame.queries, frame.num_keys)
-        return [{("position", frame.tag): Span(frame.keys, torch.zeros_like(end), end)}]
+from saccade.where import Band, BlockBand, Blocks, Causal, Columns, Pattern, PerHead, Plan, Strided, Window
 
 
 class SparseTransformer(Attention):
@@ -66,8 +32,8 @@ class SparseTransformer(Attention):
     part is far). stride: l (128); about sqrt(N) is best. columns: c, summary columns a block, fixed only (None: 32).
     subblocks: how many sub-blocks of c columns, counted from the block's end, the far heads take turns at, fixed only
     (1: one for all).
-    Costs N (l + N / (2 l)) D strided, N (l / 2 + c N / (2 l)) D fixed. The stripes of A2 are laid out as blocks, by
-    residue or gathered, are attended on their own, and their result is merged with that of A1.
+    Costs N (l + N / (2 l)) D strided, N (l / 2 + c N / (2 l)) D fixed. A2 is attended on its own, where the plan lays
+    its stripes out as blocks, and the result is merged with that of A1.
     Errors: ValueError or TypeError for an unknown kind or heads, one head to split, sizes that are no positive
     integers, columns that do not divide the stride, sub-blocks that do not fit into it or do not divide the far heads,
     and columns or subblocks given to strided.
@@ -84,7 +50,7 @@ class SparseTransformer(Attention):
         paper="1904.10509",
         year=2019,
         family="static_sparse",
-        uses=("attend", "merge", "Window", "Strided", "Blocks", "Columns", "PerHead", "Summaries"),
+        uses=("attend", "merge", "Window", "Strided", "Blocks", "Columns", "PerHead", "Band", "BlockBand"),
     )
     causal = True
 
@@ -120,14 +86,15 @@ class SparseTransformer(Attention):
             most = f"at most {stride // self.columns}, a divisor of the {far_heads} heads that read them"
             raise ValueError(f"subblocks: got {subblocks} of {self.columns} columns for stride {stride}; pass {most}")
 
-    def factors(self) -> tuple[list[Pattern], list[Pattern]]:
-        """A1 and A2 of every query head, where they stand in the sequence."""
+    def factors(self, *, apart: bool = False) -> tuple[list[Pattern], list[Pattern]]:
+        """A1 and A2 of every query head; apart: A2 without what A1 holds already."""
         heads, size = range(self.dims.num_heads), self.stride
         if self.kind == "strided":
-            return [Window(size) for _ in heads], [Strided(size) & Causal() for _ in heads]
-        last = size // self.columns - 1
+            before: Pattern = Band(None, -size) if apart else Causal()
+            return [Window(size) for _ in heads], [Strided(size) & before for _ in heads]
+        before, last = BlockBand(size, None, -1) if apart else Causal(), size // self.columns - 1
         turns = [(h - self.near_heads) % self.subblocks for h in heads]
-        far = [Columns(self.columns, last + 1, last - turn) & Causal() for turn in turns]
+        far = [Columns(self.columns, last + 1, last - turn) & before for turn in turns]
         return [Blocks(size) & Causal() for _ in heads], far
 
     def pattern(self) -> Pattern:
@@ -140,39 +107,15 @@ class SparseTransformer(Attention):
     def plan(self, q: Tensor, k: Tensor) -> Plan:
         return self.pattern().plan(q.shape[2], k.shape[2], q.shape[1], block=(64, 64), device=q.device)
 
-    def stripes(self, num_tokens: int) -> Pattern:
-        """What the far heads see of A2 as it is laid out; when heads are merged, without what A1 holds already."""
-        alone, size = self.heads == "split", self.stride
-        if self.kind == "strided":
-            before = Causal() if alone else Summaries(num_tokens, size + 1, 1)  # the latter: j + size <= i
-            return Strided(size) & before
-        starts = self.first.tolist() if alone else [size] * len(self.first)
-        return PerHead([Gathered(num_tokens, size, self.columns, start) for start in starts])
-
-    @property
-    def first(self) -> Tensor:
-        """The first summary column of a block, for each far head: (far heads,)."""
-        return self.stride - (torch.arange(self.dims.num_heads - self.near_heads) % self.subblocks + 1) * self.columns
-
     def compute(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        near = self.factors()[0][0]
+        near, far = self.factors(apart=self.heads == "merged")
         if self.heads == "merged":
-            return merge([attend(q, k, v, near, return_lse=True), self.far(q, k, v)])[0]
+            return merge([attend(q, k, v, where, return_lse=True) for where in (near[0], PerHead(far))])[0]
         reads = torch.arange(self.dims.num_heads, device=q.device) // self.dims.group
-        first, others = reads[: self.near_heads], reads[self.near_heads :]
-        near_o = attend(q[:, : self.near_heads], k[:, first], v[:, first], near)
-        return torch.cat([near_o, self.far(q[:, self.near_heads :], k[:, others], v[:, others])[0]], 1)
-
-    def far(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(o, lse) over the stripes, for the far heads."""
-        heads, m = q.shape[1], k.shape[2]
-        if self.kind == "fixed":
-            key = torch.arange(-(-m // self.stride) * self.columns)
-            place = key // self.columns * self.stride + key % self.columns + self.first[:, None]
-            place = place.clamp(max=m - 1).to(q.device)  # columns beyond the end, which nobody sees
-            reads = torch.arange(heads, device=q.device)[:, None] // (heads // k.shape[1])
-            k, v = k[:, reads, place], v[:, reads, place]
-        return attend(q, k, v, self.stripes(m), return_lse=True)
+        parts = []
+        for own, where in ((slice(self.near_heads), near), (slice(self.near_heads, None), far)):
+            parts.append(attend(q[:, own], k[:, reads[own]], v[:, reads[own]], PerHead(where[own])))
+        return torch.cat(parts, 1)
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (heads, n), m, size = q.shape[1:3], k.shape[2], self.stride
@@ -247,15 +190,14 @@ class SparseTransformer(Attention):
         )
         return Finding(late == [31, 63, 127] and abs(power - 1.5) < 0.03 and density < 3.1, figure)
 
-    @claim("Laid out by residue, or gathered, the stripes become blocks: few tiles instead of half of them or all.")
+    @claim("Laid out one after the other, the stripes become blocks: few tiles instead of half of them or all.")
     def blocks(cls) -> Finding:
         n, size = 16384, 128
         shares = {}
         for kind, columns in (("strided", None), ("fixed", 8)):
             module = cls(Dims(1, 8), kind=kind, stride=size, columns=columns)
-            keys = n if kind == "strided" else n // size * 8
-            parts = (module.factors()[0][0], n), (module.stripes(n), keys), (module.pattern(), n)
-            near, far, both = (part.plan(n, m, block=(64, 64)).num_tiles / (n / 64) ** 2 * 2 for part, m in parts)
+            parts = *(factor[0] for factor in module.factors(apart=True)), module.pattern()
+            near, far, both = (part.plan(n, block=(64, 64)).num_tiles / (n / 64) ** 2 * 2 for part in parts)
             shares[kind] = near + far, both
         words = (f"{kind} {done:.1%} (as they stand {both:.1%})" for kind, (done, both) in shares.items())
         holds = all(done < both / 5 for done, both in shares.values())

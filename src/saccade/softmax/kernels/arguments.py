@@ -109,7 +109,7 @@ class ByKey(NamedTuple):
 class Table(NamedTuple):
     """A relative table, flat (H, size) float32; coordinates (A, N), (A, M) and extents (A,) of its axes."""
 
-    values: Tensor
+    entries: Tensor  # a tuple of the compiler's has `values` of its own
     size: int
     q_at: Tensor
     k_at: Tensor

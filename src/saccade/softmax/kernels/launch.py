@@ -133,7 +133,7 @@ class Launch:
         else:
             dk, dv_ = torch.empty_like(self.k), torch.empty_like(self.v)
         table = self.scores.table
-        dtable = None if table is None else torch.zeros_like(table.values, dtype=torch.float32)
+        dtable = None if table is None else torch.zeros_like(table.entries, dtype=torch.float32)
         width = max(padded(d), padded(dv))
         size = self.whole(backward_sizes(self.block, self.pack, width, self.q.dtype))
         keys, tables, cell = self.keys(size.cols)

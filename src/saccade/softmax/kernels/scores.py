@@ -271,7 +271,7 @@ def logits(s, heads, rows, keys, slots, scores, tables, BIAS_AXES: tl.constexpr,
         z = scores.cap * tanh(z / scores.cap)
     if scores.table is not None:
         index = table_index(scores.table, rows, keys, tables, BIAS_AXES, DIM)
-        z += LOG2E * tl.load(scores.table.values + along(heads * scores.table.size, DIM) + index)
+        z += LOG2E * tl.load(scores.table.entries + along(heads * scores.table.size, DIM) + index)
     if scores.slopes is not None:
         a = tl.load(scores.slopes.q_at + rows, mask=rows < tables.num_queries, other=0)
         b = tl.load(scores.slopes.k_at + keys, mask=keys < tables.num_keys, other=0)

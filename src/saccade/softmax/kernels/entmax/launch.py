@@ -121,7 +121,8 @@ class Launch:
         (batch, heads, n, _), grid = q.shape, self.row_programs
         care = SINGLE if q.dtype == torch.float32 else NARROW
         o = q.new_empty(batch, heads, n, self.v.shape[3])
-        mean = torch.empty_like(o) if gradients else None
+        # Rounded to half precision it would leave an error in every pair of a row, and dq sums them up.
+        mean = torch.empty_like(o, dtype=torch.float32) if gradients else None
         tau = q.new_empty(batch, heads, grid[0] * size.part, dtype=torch.float32)
         sure = q.new_empty(batch, heads, grid[0], dtype=torch.int32)
         marks, used = self.no_marks(), self.no_marks()

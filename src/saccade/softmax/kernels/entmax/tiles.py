@@ -49,7 +49,7 @@ def write_span(
     at = to + batch.to(tl.int64) * x.stride_b + head.to(tl.int64) * x.stride_h + first.to(tl.int64) * x.stride_n
     at = at + token[:, None] * x.stride_n + channel[None, :]
     inside = (first + token < num_tokens)[:, None] & (channel < WIDTH)[None, :]
-    tl.store(at, values.to(x.x.dtype.element_ty), mask=inside)
+    tl.store(at, values.to(to.dtype.element_ty), mask=inside)
 
 
 @triton.jit
