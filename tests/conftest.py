@@ -1,9 +1,14 @@
 """Hostile surroundings for every test: seeded, settings checked, no network, no skips, all that is collected runs."""
 
+import importlib.util
 import os
 import random
 import socket
 import zlib
+from pathlib import Path
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # more threads than cores wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import hypothesis
 import numpy as np
@@ -15,6 +20,24 @@ if not torch.cuda.is_available():  # kernels run in the interpreter of Triton, w
 
 from saccade.testing import ambient
 
+
+def declare_torchvision():
+    """torchvision, which timm and transformers import, names operators of its extension when it is imported; built for
+    CUDA, the extension does not load beside a torch without. Declare them then; nothing here calls one."""
+    found = importlib.util.find_spec("torchvision")
+    extension = found and next(Path(found.origin).parent.glob("_C.*"), None)
+    if not extension:
+        return None
+    try:
+        torch.ops.load_library(str(extension))
+    except OSError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+
+
+TORCHVISION = declare_torchvision()  # a library lives as long as something holds it
 LOOPBACK = ("127.", "::1", "localhost")
 COLLECTED: set[str] = set()
 RAN: set[str] = set()

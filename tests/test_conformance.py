@@ -13,7 +13,11 @@ LEDGER = Ledger.load()
 ALWAYS = {"value", "gradients", "dtype_float32", "dtype_bfloat16", "declaration", "oracle_independent", "claim"}
 
 
-@pytest.mark.parametrize("one", CHECKS, ids=lambda one: one.id)
+def marked(one):
+    return pytest.param(one, id=one.id, marks=[pytest.mark.gpu] if one.name.startswith("gpu_") else [])
+
+
+@pytest.mark.parametrize("one", [marked(one) for one in CHECKS])
 def test_conformance(one):
     if LEDGER.find(one.mechanism, one.name, one.label) is None:
         one.run()

@@ -44,8 +44,8 @@ class Sliding(CachePolicy):
 
     def compute(self, q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
         (batch, _, n, width), kv_heads = q.shape, k.shape[1]
-        query = torch.arange(n)
-        keys = query[:, None] + torch.arange(1 - self.size, 1)  # (N, size)
+        query = torch.arange(n, device=q.device)
+        keys = query[:, None] + torch.arange(1 - self.size, 1, device=q.device)  # (N, size)
         first = torch.zeros_like(query)
         if cu_seqlens is not None:
             ends = check_cu_seqlens(cu_seqlens, n, batch).long()
@@ -136,8 +136,8 @@ class Decayed(Mixer):
         pattern: Pattern = Causal()
         if cu_seqlens is not None:
             pattern &= Documents(check_cu_seqlens(cu_seqlens, n, len(x)))
-        (reach,) = pattern.dense(n)
-        ago = torch.arange(n)[:, None] - torch.arange(n)
+        reach, at = pattern.dense(n)[0].to(x.device), torch.arange(n, device=x.device)
+        ago = at[:, None] - at
         log_decay = nn.functional.logsigmoid(self.decay)
         powers = torch.where(reach[..., None], (ago.clamp(min=0)[..., None] * log_decay).exp(), 0.0)
         return self.write(torch.einsum("tsc,bsc->btc", powers.to(x.dtype), self.read(x)))

@@ -14,6 +14,7 @@ from saccade.testing import (
     claims,
     declaration,
     decode,
+    device,
     gradients,
     independence,
     portability,
@@ -32,22 +33,23 @@ if TYPE_CHECKING:
     import pytest
 
 # The order of the themes is the order of the report.
-NAMED = collect(values, gradients, structure, decode, robustness, portability, work, declaration, independence, claims)
+THEMES = (values, gradients, structure, decode, robustness, portability, device, work, declaration, independence)
+NAMED = collect(*THEMES, claims)
 
 
 @dataclass(frozen=True)
 class Check:
     """One named check of one mechanism at one case.
 
-    `run()` raises when it fails, and leaves the global generator as it was.
-    case: None for checks of the class. label: the case, or the claim, in words.
+    `run()` raises when it fails, else says what it found: a claim its sentence and figure, other checks None. It leaves
+    the global generator as it was. case: None for checks of the class. label: the case, or the claim, in words.
     """
 
     mechanism: str
     name: str
     case: Case | None
     label: str
-    run: Callable[[], None]
+    run: Callable[[], str | None]
 
     @property
     def id(self) -> str:
@@ -102,9 +104,9 @@ def _applies(entry: Named, argument: Any) -> bool:
         return True
 
 
-def _run(entry: Named, *arguments: Any) -> None:
+def _run(entry: Named, *arguments: Any) -> str | None:
     with isolated():
-        entry.function(*arguments)
+        return entry.function(*arguments)
 
 
 def check(cls: type[Mechanism], only: str | Iterable[str] | None = None, *, ledger: Ledger | None = None) -> Report:
@@ -122,14 +124,14 @@ def check(cls: type[Mechanism], only: str | Iterable[str] | None = None, *, ledg
 def perform(one: Check, ledger: Ledger) -> Row:
     """Run one check and judge the outcome by the ledger."""
     start = time.perf_counter()
-    failure = None
+    failure = found = None
     try:
-        one.run()
+        found = one.run()
     except Exception as error:
         failure = f"{error}" if isinstance(error, AssertionError) and str(error) else f"{type(error).__name__}: {error}"
     seconds = time.perf_counter() - start
     status, message = ledger.judge(one.mechanism, one.name, one.label, failure)
-    return Row(one.mechanism, one.name, one.label, status, seconds, message)
+    return Row(one.mechanism, one.name, one.label, status, seconds, message or found or "")
 
 
 def parametrize_with_checks(*classes: type[Mechanism]) -> pytest.MarkDecorator:

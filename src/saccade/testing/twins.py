@@ -482,6 +482,30 @@ class LosesScale(Sliding):
         return super().compute(2 * q if self.scale.hidden is None else q, k, v, **options)
 
 
+@twin("gpu_float32", "device")
+class MadeOnTheCpu(Sliding):
+    """Makes a tensor without asking where its inputs are."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return super().compute(q * torch.ones(q.shape[2], 1), k, v, **options)
+
+
+@twin("gpu_bfloat16", "max error")
+class CoarseThere(Sliding):
+    """Rounds its values to integers on a GPU."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return super().compute(q, k, v.round() if v.is_cuda else v, **options)
+
+
+@twin("gpu_gradients", "gradient of k")
+class CutOffThere(Sliding):
+    """Has no gradient of its keys on a GPU."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return super().compute(q, k.detach() if k.is_cuda else k, v, **options)
+
+
 @twin("saves_work", "dense attention needs")
 class DenseAndMasked(Sliding):
     """Scores every pair and throws most of them away."""
