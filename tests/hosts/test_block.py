@@ -6,7 +6,16 @@ from torch.nn import functional as F
 
 from saccade import mechanism
 from saccade.contract import Dims
-from saccade.hosts.block import AttentionMixer, Block
+from saccade.hosts.block import (
+    MLP,
+    AdaptiveBlock,
+    AttentionMixer,
+    Block,
+    Conditioned,
+    Residual,
+    init_linear,
+    num_parameters,
+)
 from saccade.mechanisms.spatial_window.nat import nat_block
 from saccade.testing.budget import compare
 
@@ -66,6 +75,77 @@ def test_the_nat_block_has_the_papers_shape():
     assert all(p.grad is not None for p in block.parameters())
 
 
-def test_mlp_ratio_is_a_positive_integer():
-    with pytest.raises(ValueError, match="mlp_ratio: got 0"):
-        Block(Dims(2, 8), torch.nn.Identity(), mlp_ratio=0)
+def test_options_reach_the_attention():
+    def scaled(q, k, v, *, by):
+        return by * v
+
+    mixer = AttentionMixer(scaled, dims=Dims(2, 8), bias=False)
+    block, x = Block(Dims(2, 8), mixer, mlp=Zero()), torch.randn(1, 5, 16)
+    torch.testing.assert_close(block(x, by=2.0) - x, 2 * (block(x, by=1.0) - x))
+    torch.testing.assert_close(Residual(mixer)(x, by=0.0), x)
+
+
+class Zero(torch.nn.Module):
+    def forward(self, x):
+        return torch.zeros_like(x)
+
+
+def test_parts_may_be_handed_in():
+    block = Block(Dims(2, 8), torch.nn.Identity(), mlp=Zero(), norm=torch.nn.RMSNorm)
+    assert isinstance(block.norm_mixer, torch.nn.RMSNorm)
+    assert sum(p.numel() for p in block.parameters()) == 2 * 16
+    assert isinstance(MLP(4, 2, torch.nn.ReLU())[1], torch.nn.ReLU)
+
+
+@torch.no_grad()
+def test_a_residual_is_scaled():
+    x, scale = torch.randn(1, 5, 16), torch.rand(16)
+    branch = Residual(torch.nn.Linear(16, 16), torch.nn.LayerNorm(16), scale=scale)
+    assert torch.equal(branch(x), x + scale * branch.inner(branch.norm(x)))
+    scale.zero_()
+    assert branch.scale.any()
+
+
+@torch.no_grad()
+def test_an_adaptive_block_is_its_formula():
+    block = randomised(AdaptiveBlock(Dims(2, 8), torch.nn.Linear(16, 16), 6, mlp_ratio=2).double())
+    x, c = torch.randn(2, 7, 16, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
+    w = dict(block.named_parameters())
+    moves = c * c.sigmoid() @ w["modulation.weight"].T + w["modulation.bias"]
+    b1, s1, g1, b2, s2, g2 = (part[:, None] for part in moves.split(16, -1))
+    y = x
+    for (b, s, g), inner in (((b1, s1, g1), block.mixer), ((b2, s2, g2), block.mlp)):
+        normed = (y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + 1e-6) ** 0.5
+        y = y + g * inner(normed * (1 + s) + b)
+    assert compare(block(x, condition=c), y, y, terms=16 * 16).ok
+
+
+@torch.no_grad()
+def test_a_condition_moves_any_block():
+    block = Conditioned(torch.nn.Identity(), 4, 3)
+    x, c = torch.randn(2, 5, 4), torch.randn(2, 3)
+    assert torch.equal(block(x, condition=c), x)
+    randomised(block)
+    s, b = (c @ block.modulation.weight.T + block.modulation.bias)[:, None].split(4, -1)
+    torch.testing.assert_close(block(x, condition=c), x * (1 + s) + b)
+
+
+def test_linear_layers_start_small_and_parameters_are_counted():
+    model = torch.nn.Sequential(torch.nn.Linear(50, 60), torch.nn.Conv1d(1, 1, 1), torch.nn.Linear(2, 2, bias=False))
+    init_linear(model)
+    assert not model[0].bias.any()
+    assert 0.01 < float(model[0].weight.detach().std()) < 0.03
+    assert num_parameters(lambda: torch.nn.Linear(10**6, 10**6)) == 10**12 + 10**6
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Block(Dims(2, 8), torch.nn.Identity(), mlp_ratio=0), "mlp_ratio: got 0"),
+        (lambda: Block(Dims(2, 8), torch.nn.Identity(), mlp_ratio=2, mlp=Zero()), "mlp_ratio: got 2 beside an mlp"),
+        (lambda: AttentionMixer(lambda q, k, v: v), "dims: got None, and function has none"),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

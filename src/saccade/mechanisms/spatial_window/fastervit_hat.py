@@ -12,17 +12,7 @@ from saccade import attend
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import positive
 from saccade.hosts.block import AttentionMixer, Block
-from saccade.mix import DepthwiseConv, to_map, to_tokens
-
-
-def cut(x: Tensor, grid: tuple[int, ...], side: int) -> Tensor:
-    """Tokens (B, N, C) of a row-major grid -> (B, W, side^2, C), window by window."""
-    return x.unflatten(1, (grid[0] // side, side, grid[1] // side, side)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-
-def join(x: Tensor, grid: tuple[int, ...], side: int) -> Tensor:
-    """The inverse of `cut`."""
-    return x.unflatten(2, (side, side)).unflatten(1, (grid[0] // side, grid[1] // side)).transpose(2, 3).flatten(1, 4)
+from saccade.mix import DepthwiseConv, cut_windows, join_windows, to_map, to_tokens
 
 
 class Coordinates(nn.Module):
@@ -77,23 +67,23 @@ class HatBlock(nn.Module):
         super().__init__()
         self.window, self.side, self.grid, self.add = window, side, grid, add
         self.place = Coordinates(dims.dim)
-        self.within = Block(dims, AttentionMixer(Biased(dims, (window,) * 2, side**2)), **shell)  # type: ignore[arg-type]
+        self.within = Block(dims, AttentionMixer(Biased(dims, (window,) * 2, side**2)), **shell)
         if side:
             self.place_carriers = Coordinates(dims.dim)
-            self.across = Block(dims, AttentionMixer(Biased(dims, grid, 0)), **shell)  # type: ignore[arg-type]
+            self.across = Block(dims, AttentionMixer(Biased(dims, grid, 0)), **shell)
 
     def forward(self, tokens: Tensor, carriers: Tensor | None) -> tuple[Tensor, Tensor | None]:
         tokens = tokens + self.place((self.window, self.window))
         if carriers is None:
             return self.within(tokens.flatten(0, 1)).view_as(tokens), None
         carriers = self.across(carriers + self.place_carriers(self.grid))
-        both = torch.cat([cut(carriers, self.grid, self.side), tokens], 2)
+        both = torch.cat([cut_windows(carriers, self.grid, self.side), tokens], 2)
         own, tokens = self.within(both.flatten(0, 1)).view_as(both).tensor_split([self.side**2], 2)
         if self.add:
             near = torch.arange(self.window, device=own.device) * self.side // self.window
             spread, scale = own[:, :, (near[:, None] * self.side + near).flatten()], self.across.scale_mixer
             tokens = tokens + (spread if scale is None else scale * spread)
-        return tokens, join(own, self.grid, self.side)
+        return tokens, join_windows(own, self.grid, self.side)
 
 
 class FasterVitHat(Mixer):
@@ -134,7 +124,7 @@ class FasterVitHat(Mixer):
         paper="2306.06189",
         year=2023,
         family="spatial_window",
-        uses=("attend", "DepthwiseConv"),
+        uses=("attend", "DepthwiseConv", "cut_windows", "join_windows"),
         grid=2,
     )
 
@@ -176,10 +166,10 @@ class FasterVitHat(Mixer):
 
     def stage(self, x: Tensor, carriers: Tensor | None) -> Tensor:
         """All blocks, on tokens of a grid that windows divide."""
-        tokens = cut(x, self.whole, self.window)
+        tokens = cut_windows(x, self.whole, self.window)
         for block in self.blocks:
             tokens, carriers = block(tokens, carriers)
-        return join(tokens, self.whole, self.window)
+        return join_windows(tokens, self.whole, self.window)
 
     def compute(self, x: Tensor) -> Tensor:
         (height, width), (high, wide) = self.grid, self.whole
