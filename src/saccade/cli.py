@@ -1,9 +1,9 @@
-"""The command line: list and show mechanisms, check them, compare them, draw them."""
+"""The command line: list and show mechanisms, check them, compare, draw and tune them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     import torch
 
+    from saccade.bench.contestant import Configured
     from saccade.bench.inputs import Workload
     from saccade.contract import Mechanism
 
@@ -135,21 +136,23 @@ def compare(
         str | None, typer.Option(help="Ask this backend of every mechanism; what runs another is FELL_BACK.")
     ] = None,
     budget: Annotated[float, typer.Option(metavar="SECONDS", help="For all of it.")] = 100.0,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What saccade tune wrote, beside its mechanism's defaults."),
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the report goes.")] = Path("saccade-report"),
 ) -> None:
     """Measure mechanisms beside dense attention on the same inputs: speed, memory, error; then write a report.
 
     The inputs are those of a small language model reading text, and patches of a photograph for grids.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     with _refusing(ModuleNotFoundError):
         from saccade.bench import report
     from saccade.bench.compare import LENGTHS, compare
     from saccade.bench.console import tell
     from saccade.bench.inputs import Unreadable
 
-    classes = _classes(ids)
+    classes = _contestants(ids, config)
     with _refusing(ValueError, TypeError):
         sizes = _shape(shape) if shape else None
         tokens = _numbers("lengths", lengths) if lengths else [sizes[3]] if sizes else list(LENGTHS)
@@ -160,16 +163,7 @@ def compare(
         _check_folder(out)
         if not budget > 0:
             raise ValueError(f"budget: got {budget:g}; pass seconds > 0")
-    columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = _console(stderr=True)
-    # Drawn when something happens only: a thread that redraws would be felt in the times.
-    bar = Progress(*columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal)
-    with _refusing(Unreadable), bar:
-        task = bar.add_task("starting")
-
-        def progress(done: int, total: int, text: str) -> None:
-            bar.update(task, completed=done, total=total, description=text, refresh=True)
-
+    with _refusing(Unreadable), _bar() as progress:
         found = compare(
             classes,
             workloads,
@@ -224,6 +218,71 @@ def draw(
     typer.echo(drawing.save(path))
 
 
+@app.command()
+def tune(
+    id: Annotated[str, typer.Argument(help="A mechanism whose heads have rules to choose from.")],
+    density: Annotated[
+        float | None, typer.Option(help="Most attended pairs, as a share of the admissible ones (default 0.5).")
+    ] = None,
+    time: Annotated[
+        float | None, typer.Option(help="Instead: most time, as a share of dense attention's on this machine.")
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Tokens at which the model is profiled (default 512,1024).")
+    ] = None,
+    beyond: Annotated[
+        int, typer.Option(metavar="N", help="An unseen length, under the budget too, at which the choice is made.")
+    ] = 2048,
+    samples: Annotated[int, typer.Option(help="Samples a length.")] = 4,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="A .json for compare --config.")] = Path("tuned.json"),
+) -> None:
+    """Choose parameters head by head and layer by layer on a small language model, under a budget; then write them."""
+    from saccade.bench.tune import LENGTHS, table, tune
+
+    (cls,) = _classes([id])
+    with _refusing(ValueError, TypeError, FileNotFoundError, ModuleNotFoundError), _bar() as progress:
+        found = tune(
+            cls,  # type: ignore[arg-type]
+            density=density,
+            time=time,
+            lengths=_numbers("lengths", lengths) if lengths else LENGTHS,
+            beyond=beyond,
+            count=samples,
+            progress=progress,
+        )
+    _console().print(table(found))
+    typer.echo(found.save(out))
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on stderr, on a terminal: a function of units done, units in all, what is under way."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = _console(stderr=True)
+    # Drawn when something happens only: a thread that redraws would be felt in the times.
+    bar = Progress(*columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal)
+    with bar:
+        task = bar.add_task("starting")
+
+        def progress(done: int, total: int, text: str) -> None:
+            bar.update(task, completed=done, total=total, description=text, refresh=True)
+
+        yield progress
+
+
+def _contestants(ids: list[str] | None, config: Path | None) -> list[type[Mechanism] | Configured]:
+    """The mechanisms asked for; with a configuration, what it configures and its mechanism's defaults too."""
+    if config is None:
+        return list(_classes(ids))
+    from saccade.bench.tune import Tuned
+
+    with _refusing(ValueError):
+        tuned = Tuned.load(config).contestant(config.stem)
+    return [*dict.fromkeys([*(_classes(ids) if ids else []), tuned.cls]), tuned]
+
+
 def _forecast(what: str, length: int | None, shape: tuple[int, int, int, int, int] | None, path: Path) -> Path:
     """Print what a pattern will cost, and draw it: whom it admits, or the fastest lists where that is too large."""
     from saccade.bench.cost import listings, shape_of, table
@@ -260,8 +319,7 @@ def _inputs(cls: type[Mechanism]) -> str:
     from saccade.contract import Mixer
 
     tensors = "hidden states (B, N, C)" if issubclass(cls, Mixer) else "q, k, v (B, H, N, D)"
-    order = f"tokens of a {cls.spec.grid}-D grid" if cls.spec.grid else "a sequence"
-    return f"{tensors}, {order}, {'causal' if cls.causal else 'not causal'}"
+    return f"{tensors}, {cls.spec.tokens}, {'causal' if cls.causal else 'not causal'}"
 
 
 def _numbers(name: str, text: str) -> list[int]:

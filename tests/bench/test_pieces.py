@@ -5,6 +5,7 @@ import math
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ import toys
 
 from saccade.bench.accuracy import gate
 from saccade.bench.contestant import Entry
-from saccade.bench.draw import draw_mechanism, draw_pattern, influence, reference
+from saccade.bench.draw import draw_mechanism, draw_pattern, influence, inputs_for, reference
 from saccade.bench.expression import parse_pattern
 from saccade.bench.guard import Failed, guard
 from saccade.bench.inputs import Synthetic
 from saccade.bench.memory import available_bytes, peak_bytes
 from saccade.bench.records import Status
+from saccade.contract import Dims
 from saccade.where import Causal, Neighborhood, PerHead, Sinks, Window
 
 SAMPLE = Synthetic((1, 4, 2, 64, 16)).sample(150)
@@ -165,6 +167,26 @@ def test_drawings_are_pictures(tmp_path):
     path = drawing.save(tmp_path / "deep" / "near.png")
     with Image.open(path) as image:
         assert image.size == (2 * (512 + 24) + 24, 512 + 48)
+
+
+def test_a_mechanism_of_several_ranks_gets_the_first_that_some_inputs_have():
+    class Sequences(Synthetic):
+        ranks = (0, 1)
+
+    class Grids(Synthetic):
+        ranks = (2, 3)
+
+    class Any(toys.Near):
+        spec = replace(toys.Near.spec, grid=(2, 1, 0))
+
+    sequences, grids = Sequences((1, 2, 2, 1, 8)), Grids((1, 2, 2, 1, 8))
+    assert inputs_for(Any, [sequences, grids]) == (grids, 2)
+    assert inputs_for(Any, [sequences]) == (sequences, 1)
+    assert inputs_for(toys.Near, [sequences]) is None
+    for grid in ((8, 8), (64,), None):
+        assert Any(Dims(2, 8, grid=grid)).dims.grid == grid
+    with pytest.raises(ValueError, match=r"near works on a grid of 1 or 2 axes, or a sequence, got \(4, 4, 4\)"):
+        Any(Dims(2, 8, grid=(4, 4, 4)))
 
 
 def test_drawing_what_does_not_fit():

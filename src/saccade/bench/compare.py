@@ -14,9 +14,9 @@ from torch import Tensor
 
 from saccade.bench import timing
 from saccade.bench.accuracy import Gate, gate
-from saccade.bench.contestant import Entry, backend_of, baseline_call, density, watch_backends
+from saccade.bench.contestant import Configured, Entry, backend_of, baseline_call, density, watch_backends
 from saccade.bench.dense import relative_error
-from saccade.bench.draw import GRID_TOKENS, Drawing, calls_for, influence, reference
+from saccade.bench.draw import GRID_TOKENS, Drawing, calls_for, influence, inputs_for, reference
 from saccade.bench.guard import Failed, guard
 from saccade.bench.inputs import CapturedText, Photograph, Workload
 from saccade.bench.memory import available_bytes, peak_bytes
@@ -85,7 +85,7 @@ class Comparison:
 
 
 def compare(
-    classes: Iterable[type[Mechanism]] | None = None,
+    classes: Iterable[type[Mechanism] | Configured] | None = None,
     workloads: Sequence[Workload] | None = None,
     *,
     lengths: Sequence[int] = LENGTHS,
@@ -97,7 +97,8 @@ def compare(
 ) -> Comparison:
     """Measure every mechanism that applies; one that fails becomes a record, never an exception.
 
-    classes: mechanisms (default: the whole catalogue), with their default parameters. workloads: each mechanism runs on
+    classes: mechanisms (default: the whole catalogue), with their default parameters, or `Configured` ones, of which
+    the layer runs that the workload was read from (default: the middle one). workloads: each mechanism runs on
     the first that offers the grid it needs (default: captured text, and the photograph for grids). lengths: tokens,
     ascending or not. dtype: float32 on the CPU and bfloat16 elsewhere by default. backend: asked of every mechanism;
     one that cannot be asked and runs another is FELL_BACK. budget: seconds for all of it; lengths are gone through in
@@ -147,7 +148,7 @@ class _Run:
         self.samples: dict[tuple[str, int, int], Sample] = {}
         self.progress = progress or (lambda *_: None)
 
-    def all(self, classes: list[type[Mechanism]]) -> Comparison:
+    def all(self, classes: list[type[Mechanism] | Configured]) -> Comparison:
         self.runners = [runner for cls in classes if (runner := self._enter(cls))]
         for workload in {r.workload.name: r.workload for r in self.runners}.values():
             self._tell(f"reading {workload.name}")
@@ -199,8 +200,9 @@ class _Run:
     def _reject(self, record: Record, failure: Failed) -> None:
         self.records.append(replace(record, status=failure.status, message=failure.message))
 
-    def _enter(self, cls: type[Mechanism]) -> Runner | None:
+    def _enter(self, one: type[Mechanism] | Configured) -> Runner | None:
         """Choose the inputs; without any that fit, the mechanism is UNSUPPORTED."""
+        cls = one.cls if isinstance(one, Configured) else one
         spec = cls.spec
         record = Record(
             spec.id,
@@ -211,17 +213,23 @@ class _Run:
             Status.OK,
             device=self.device,
             dtype=str(self.dtype).removeprefix("torch."),
-            grid=spec.grid,
+            grid=spec.ranks[0],
             layer=issubclass(cls, Mixer),
             causal=cls.causal,
         )
-        workload = next((w for w in self.workloads if spec.grid in w.ranks), None)
-        if workload is None:
+        found = inputs_for(cls, self.workloads)
+        if found is None:
             offered = ", ".join(w.name for w in self.workloads)
-            message = f"needs a grid of {spec.grid} axes; none of the inputs ({offered}) is one"
+            message = f"needs {spec.tokens}; none of the inputs ({offered}) is one"
             self._reject(record, Failed(Status.UNSUPPORTED, message))
             return None
-        return Runner(Entry(cls, self.backend), workload, replace(record, workload=workload.name))
+        workload, rank = found
+        record = replace(record, workload=workload.name, grid=rank)
+        if not isinstance(one, Configured):
+            return Runner(Entry(cls, self.backend), workload, record)
+        layer = one.at(getattr(workload, "layer", None))
+        record = replace(record, mechanism=f"{spec.id}:{one.name}", name=f"{spec.name} ({one.name}, layer {layer})")
+        return Runner(Entry(cls, self.backend, one.layers[layer]), workload, record)
 
     # The gate.
 
@@ -237,7 +245,7 @@ class _Run:
         mechanism does not count against it as long as a larger one is taken, nor does one that is too long for its own
         equations.
         """
-        whole = self.sample(runner.workload, self.lengths[0], runner.entry.cls.spec.grid)
+        whole = self.sample(runner.workload, self.lengths[0], runner.record.grid)
         pieces = [whole.crop(tokens) for tokens in GATE_TOKENS if tokens < whole.length]
         found: Gate | None = None
         spent = 0.0
@@ -433,7 +441,7 @@ class _Run:
 
         A grid is drawn where every key has its own cell.
         """
-        rank, seconds = runner.entry.cls.spec.grid, {c.length: c.seconds for c in runner.costs}
+        rank, seconds = runner.record.grid, {c.length: c.seconds for c in runner.costs}
         samples = [self.sample(runner.workload, n, rank) for n in self.lengths]
         timed = [s for s in reversed(samples) if s.length in seconds and (not rank or s.length <= GRID_TOKENS)]
         slope = runner.costs[0].seconds / runner.costs[0].length if runner.costs else share / samples[0].length

@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -16,31 +16,53 @@ from torch import Tensor
 
 from saccade.bench.dense import DenseMixer, dense_attention
 from saccade.bench.sample import Sample
-from saccade.contract import Attention, Mechanism, Mixer
+from saccade.contract import Attention, Dims, Mechanism, Mixer
 from saccade.testing.ambient import seeded
 from saccade.testing.subject import cast
 
 
 @dataclass(frozen=True, eq=False)
+class Configured:
+    """A mechanism with parameters of its own in every layer of a model, and a name to tell it from its defaults."""
+
+    cls: type[Mechanism]
+    layers: Sequence[Mapping[str, Any]]
+    name: str
+
+    def at(self, layer: int | None) -> int:
+        """The layer that is meant, the middle one by default."""
+        if not self.layers:
+            raise ValueError(f"layers: {self.name} has none; pass the parameters of at least one")
+        if layer is not None and not 0 <= layer < len(self.layers):
+            raise ValueError(f"layer: got {layer}; {self.name} has layers 0 to {len(self.layers) - 1}")
+        return len(self.layers) // 2 if layer is None else layer
+
+    def build(self, dims: Dims, layer: int) -> Mechanism:
+        """The mechanism of one layer."""
+        return self.cls(dims, **self.layers[self.at(layer)])
+
+
+@dataclass(frozen=True, eq=False)
 class Entry:
-    """A class, and the backend asked of it (None: its own choice)."""
+    """A class, the backend asked of it (None: its own choice), and parameters (default: the paper's)."""
 
     cls: type[Mechanism]
     backend: str | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_mixer(self) -> bool:
         return issubclass(self.cls, Mixer)
 
     def build(self, sample: Sample, device: str, dtype: torch.dtype) -> Mechanism:
-        """The module with the paper's parameters, for the sample's shape; the same seed gives the same weights."""
+        """The module for the sample's shape; the same seed gives the same weights."""
         if not issubclass(self.cls, (Attention, Mixer)):
             raise NotImplementedError(
                 f"the contract {self.cls.contract()} has no dense counterpart to be compared with"
             )
         options = {"backend": self.backend} if self.backend and "backend" in self.cls.params() else {}
         with seeded(0):
-            module = self.cls(sample.mixer_dims if self.is_mixer else sample.dims, **options)
+            module = self.cls(sample.mixer_dims if self.is_mixer else sample.dims, **options, **self.params)
         return cast(module, dtype).to(device).eval()
 
     def inputs(self, sample: Sample) -> tuple[Tensor, ...]:
