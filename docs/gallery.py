@@ -16,7 +16,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from saccade.bench.inputs import CapturedText, Photograph
 from saccade.bench.sample import Sample
 from saccade.contract import Attention, Case, Mechanism, Mixer
 from saccade.testing.ambient import isolated
-from saccade.testing.subject import cast, seeded
+from saccade.testing.subject import seeded
 from saccade.where import Plan
 from saccade.where.draw import tile_map
 
@@ -133,18 +133,6 @@ def _ground() -> bytes:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).digest()
 
 
-@dataclass(frozen=True, eq=False)
-class Small(Entry):
-    """An entry with parameters that fit a drawing."""
-
-    params: Mapping[str, Any] = field(default_factory=dict)
-
-    def build(self, sample: Sample, device: str, dtype: torch.dtype) -> Mechanism:
-        with seeded(0):
-            module = self.cls(sample.mixer_dims if self.is_mixer else sample.dims, **self.params)
-        return cast(module, dtype).to(device).eval()
-
-
 def draw_weights(cls: type[Mechanism]) -> Plate:
     """How much each token moves each output: the first of the mechanism's own cases that runs, on real inputs of a
     drawable size where it can, at the case's own shape otherwise.
@@ -152,9 +140,9 @@ def draw_weights(cls: type[Mechanism]) -> Plate:
     refused = ""
     for on_real in (True, False):
         for case in cls.cases():
-            sample = real(SMALL, cls.spec.grid) if on_real else random(case)
+            sample = real(SMALL, cls.spec.ranks[0]) if on_real else random(case)
             try:
-                drawing = influence(Small(cls, params=case.params), sample)
+                drawing = influence(Entry(cls, params=case.params), sample)
             except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
                 refused = refused or " ".join(str(error).split())
                 continue
@@ -208,7 +196,7 @@ def draw_plan(cls: type[Mechanism]) -> list[Plate]:
     """
     if not issubclass(cls, Attention) or cls.plan is Attention.plan:
         return []
-    sample = real(LARGE, cls.spec.grid)
+    sample = real(LARGE, cls.spec.ranks[0])
     try:
         with seeded(0):
             plan = cls(sample.dims).plan(sample.q, sample.k)
@@ -315,7 +303,8 @@ def facts(cls: type[Mechanism]) -> dict[str, str]:
     """What it declares and can do, reST by name."""
     spec = cls.spec
     given = "hidden states x (B, N, C)" if issubclass(cls, Mixer) else "q, k, v (B, H, N, D)"
-    axes = {0: "a sequence", 1: "a grid (X,)", 2: "a grid (Y, X)", 3: "a grid (T, Y, X)"}[spec.grid]
+    kinds = {0: "a sequence", 1: "a grid (X,)", 2: "a grid (Y, X)", 3: "a grid (T, Y, X)"}
+    axes = ", or ".join(kinds[rank] for rank in spec.ranks)
     uses = [f":py:obj:`{name} <{primitives()[name]}>`" if name in primitives() else f"``{name}``" for name in spec.uses]
     causal = "yes" if cls.causal else "by a parameter" if "causal" in cls.params() else "no"
     if getattr(cls, "prefill", False):
@@ -373,6 +362,7 @@ def page(cls: type[Mechanism], found: Measured) -> str:
     lines += heading("Claims", "-")
     lines += ["The paper's headlines at a scale that a laptop can check, measured when this page was built.", ""]
     lines += raw("".join(map(_claim, found.claims)))
+    lines += on_gpu(spec.id)
     lines += heading("Parameters", "-") + _parameters(cls, said)
     lines += heading("What it can do", "-") + _terms(facts(cls))
     lines += heading("In Python", "-")
@@ -380,6 +370,30 @@ def page(cls: type[Mechanism], found: Measured) -> str:
     lines += ["On the command line:", "", ".. code-block:: sh", ""]
     lines += [f"   saccade {verb} {spec.id}" for verb in ("show", "check", "compare", "draw")]
     return "\n".join([*lines, ""])
+
+
+@functools.cache
+def _gpu_results() -> dict[str, Any]:
+    path = HERE.parent / "benchmarks" / "results" / "static_gpu.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": []}
+
+
+def on_gpu(id: str) -> list[str]:
+    """What `benchmarks/static_gpu.py` found, in a paragraph; nothing where it was not measured."""
+    data = _gpu_results()
+    row = next((row for row in data["rows"] if row["pattern"] == id), None)
+    if row is None:
+        return []
+    bound, where = row["of the bound"], f"{row['tokens']:,} tokens, {data['heads']} heads of {data['head_dim']}"
+    text = (
+        f"One {row['machine']}, {where}, bfloat16, the paper's parameters, {row['date']}: {row['ms']:g} ms forward, "
+        f"{row['effective']:g} times as fast as dense attention ({row['dense']}, {row['dense ms']:g} ms). "
+        f"It attends to {row['density']:.1%} of the admissible pairs and multiplies {row['tile density']:.1%} of them, "
+        f"tile by tile; at the dense rate that alone would take {1 / bound:.0%} of its time."
+    )
+    if bound > 1.15:
+        text += " The rest goes to tiles that are cut or lists that are short, and to what it does beside attention."
+    return [*heading("On a GPU", "-"), prose(text), ""]
 
 
 NOTES = ("Paper", "Deviations", "Cost", "Costs", "Errors")

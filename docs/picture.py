@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import torch
 from matplotlib.figure import Figure
 
 from saccade import mechanism
 from saccade.bench.contestant import Entry
 from saccade.bench.draw import influence
 from saccade.bench.inputs import CapturedText, Photograph
-from saccade.contract import Mechanism
-from saccade.testing.subject import cast, seeded
 
 TOKENS = 512
 PANELS: list[tuple[str, str, dict[str, Any]]] = [
@@ -30,18 +26,6 @@ PANELS: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
-@dataclass(frozen=True, eq=False)
-class Small(Entry):
-    """An entry with parameters that show at the size of a picture."""
-
-    params: dict[str, Any] = field(default_factory=dict)
-
-    def build(self, sample: Any, device: str, dtype: torch.dtype) -> Mechanism:
-        with seeded(0):
-            module = self.cls(sample.mixer_dims if self.is_mixer else sample.dims, **self.params)
-        return cast(module, dtype).to(device).eval()
-
-
 def main() -> None:
     text, photo = CapturedText([TOKENS]), Photograph()
     pictures = []
@@ -51,8 +35,9 @@ def main() -> None:
             from saccade.mechanisms.dynamic_sparse.minference import VerticalSlash
 
             params = {"heads": VerticalSlash(34, 102)}
-        sample = (photo if cls.spec.grid else text).sample(576 if cls.spec.grid else TOKENS, cls.spec.grid)
-        drawing = influence(Small(cls, params=params), sample)
+        rank = cls.spec.ranks[0]
+        sample = (photo if rank else text).sample(576 if rank else TOKENS, rank)
+        drawing = influence(Entry(cls, params=params), sample)
         matrix = drawing.matrix if drawing.field is None else drawing.field
         pictures.append((cls.spec.name, caption, (matrix / matrix.amax(-1, keepdim=True).clamp_min(1e-30)).sqrt()))
     for path, ink, paper in (("picture.svg", "#1f2328", "Blues"), ("picture-dark.svg", "#e6edf3", "cividis")):
