@@ -96,8 +96,9 @@ def main() -> None:
             print(f"{spec.id}: follows no plan that leaves pairs out", flush=True)
             continue
         rows.append(row)
+        print({name: row[name] for name in ("pattern", "effective", "of the bound", "backend")}, flush=True)
+        save("static_gpu", [row], device="cuda", heads=HEADS, head_dim=WIDTH, dtype="bfloat16")
     rows.sort(key=lambda row: row["of the bound"])
-    save("static_gpu", rows, device="cuda", heads=HEADS, head_dim=WIDTH, dtype="bfloat16")
     show("Static mechanisms", rows)
 
 

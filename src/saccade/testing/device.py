@@ -14,7 +14,7 @@ from saccade.testing.subject import Subject, cast
 DEVICE = "cuda"
 
 
-def exact() -> AbstractContextManager[None]:
+def unrounded() -> AbstractContextManager[None]:
     """Convolutions in float32 keep all their bits, not ten."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
@@ -41,7 +41,7 @@ def _value(subject: Subject, dtype: torch.dtype) -> None:
     for draw in range(6 if subject.cls.spec.discrete else 1):
         one = subject.variant(seed=subject.seed + draw)
         module, inputs = one.build(dtype), one.inputs(dtype)
-        with torch.no_grad(), exact():
+        with torch.no_grad(), unrounded():
             result = one.build(dtype).to(DEVICE)(*(x.to(DEVICE) for x in inputs))
             eager.append(module.oracle(*inputs))
             truth.append(cast(module, torch.float64).oracle(*(x.double() for x in inputs)))
@@ -64,7 +64,7 @@ def gpu_gradients(subject: Subject) -> None:
     eager = differentiate(single.oracle, subject.inputs(torch.float32), subject.names, single, weight)
     there = subject.build(torch.float32).to(DEVICE)
     inputs = [x.to(DEVICE) for x in subject.inputs(torch.float32)]
-    with exact():
+    with unrounded():
         found = differentiate(there, inputs, subject.names, there, weight.to(DEVICE))
     scale = max(float(g.abs().max()) for g in truth.values())
     for name, wanted in truth.items():
