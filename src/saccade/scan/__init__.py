@@ -26,6 +26,7 @@ from saccade.scan.fast_weights import (
     fast_weights,
 )
 from saccade.scan.features import CosReweight, Exp, ExpPair, LogFeatures, PositiveRandomFeatures
+from saccade.scan.grid_scan import GridScan, raster_orders, snake_orders
 from saccade.scan.linear_attention import linear_attention
 from saccade.scan.long_conv import long_conv
 from saccade.scan.normalizers import Clamp, LengthPower, Magnitude, MeanShift, Normalizer, Read, Sum
@@ -42,6 +43,7 @@ __all__ = [
     "ExpPair",
     "FastState",
     "GradientDescent",
+    "GridScan",
     "Huber",
     "KLSoftmax",
     "LengthPower",
@@ -77,6 +79,8 @@ __all__ = [
     "long_conv",
     "matrix_affine",
     "normalizers",
+    "raster_orders",
     "selective_scan",
+    "snake_orders",
     "softmax_monoid",
 ]
