@@ -9,7 +9,7 @@ import pytest
 
 import saccade
 from saccade.catalogue import mechanism
-from saccade.contract import Attention, Case, Dims, Mixer
+from saccade.contract import Attention, Case, Dims, Finding, Mixer, claim
 
 SOURCE = Path(saccade.__file__).parent
 FOUNDATION = {"errors"}
@@ -21,7 +21,7 @@ MAY_OPEN = {
     "mix": FOUNDATION,
     "softmax": FOUNDATION | {"where"},
     "contract": FOUNDATION,
-    "hosts": FOUNDATION | {"contract"},
+    "hosts": FOUNDATION | PRIMITIVES | {"softmax", "contract"},
     "tasks": FOUNDATION | {"hosts"},
     "mechanisms": FOUNDATION | PRIMITIVES | {"softmax", "contract", "hosts", "catalogue"},
     "catalogue": FOUNDATION | {"contract", "mechanisms"},
@@ -134,6 +134,17 @@ def test_dims_refuse(arguments, error, message):
 def test_a_case_says_its_shape():
     assert str(Case(Dims(4, 8, 2), 13, {"size": 3})) == "B2H4:2N13D8[size=3]"
     assert str(Case(Dims(1, 8, grid=(3, 5)), 15, batch=1)) == "B1H1:1N3x5D8[]"
+
+
+@pytest.mark.parametrize("name", ["parameters", "forward", "compute", "step", "plan", "claims"])
+def test_a_claim_takes_nobodys_place(name):
+    def found(cls):
+        return Finding(True, "1")
+
+    assert callable(claim("It is there.")(found).__func__)
+    found.__name__ = name
+    with pytest.raises(ValueError, match=f"claim: got a function named '{name}', which every mechanism has already"):
+        claim("It is there.")(found)
 
 
 @pytest.mark.parametrize("contract", [Attention, Mixer])

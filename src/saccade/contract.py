@@ -83,10 +83,14 @@ class Finding(NamedTuple):
 def claim(sentence: str) -> Callable[[Callable[..., Finding]], Any]:
     """Mark a function `(cls) -> Finding` inside a mechanism as a named claim.
 
-    sentence: the paper's headline in our words.
+    sentence: the paper's headline in our words. Errors: ValueError when the function is named like something that
+    every mechanism has, which it would take the place of (`parameters`, `step`).
     """
 
     def mark(function: Callable[..., Finding]) -> Any:
+        name = function.__name__
+        if any(hasattr(contract, name) for contract in (CachePolicy, Mixer)):
+            raise ValueError(f"claim: got a function named {name!r}, which every mechanism has already; rename it")
         function.__claim__ = sentence  # type: ignore[attr-defined]
         return classmethod(function)  # type: ignore[arg-type]
 

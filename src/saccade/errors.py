@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,18 @@ def positive(name: str, value: Any, *, least: int = 1) -> int:
     if value < least:
         raise ValueError(f"{name}: got {value}; pass an integer >= {least}")
     return value
+
+
+def per_axis(name: str, value: Any, axes: int, *, least: int = 1) -> tuple[int, ...]:
+    """Return `value`, one integer >= `least` or one an axis, as one an axis.
+
+    >>> per_axis("size", 4, 2), per_axis("size", (4, 3), 2)
+    ((4, 4), (4, 3))
+    """
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * axes
+    if len(values) != axes:
+        raise ValueError(f"{name}: got {values} for {axes} {'axis' if axes == 1 else 'axes'}; pass one, or one an axis")
+    return tuple(positive(name, each, least=least) for each in values)
 
 
 def known(name: str, value: Any, choices: Iterable[str]) -> str:

@@ -118,6 +118,32 @@ def test_an_expansion_covers_what_was_reduced():
         torch.testing.assert_close(y[0, :, at], bias + normed[0, :, at // 3] @ weight[:, :, at % 3])
 
 
+def test_strides_by_axis():
+    stages = [Stage(8, 1, 2, stride=(2, 4, 4)), Stage(12, 1, 3, stride=(1, 2, 3))]
+    model = Pyramid((5, 17, 9), stages, block, num_classes=5)
+    x = torch.randn(1, 3, 5, 17, 9)
+    assert [tuple(y.shape[2:]) for y in model.features(x)] == [(3, 5, 3), (3, 3, 1)]
+    assert model(x).shape == (1, 5)
+
+
+@torch.no_grad()
+def test_a_reduction_and_its_expansion_by_axis():
+    """Each axis by itself: the outer product of two reductions is the reduction of the outer product."""
+    reduce = Reduce(1, 1, (2, 3), kernel=(3, 3), bias=False).double()
+    rows, columns = torch.randn(2, 3, dtype=torch.float64)
+    reduce.conv.weight.copy_(rows[:, None] * columns)
+    x, y = (torch.randn(n, dtype=torch.float64) for n in (7, 8))
+    one = [sum(rows[t] * x[2 * p + t - 1] for t in range(3) if 0 <= 2 * p + t - 1 < 7) for p in range(4)]
+    other = [sum(columns[t] * y[3 * p + t] for t in range(3) if 3 * p + t < 8) for p in range(3)]
+    found = reduce((x[:, None] * y)[None, None])[0, 0]
+    torch.testing.assert_close(found, torch.stack(one)[:, None] * torch.stack(other))
+    expand = Expand(1, 1, (2, 3)).double()
+    wide = expand(found[None, None], (7, 8))[0, 0]
+    for at, to in ((0, 0), (6, 7), (3, 5)):
+        value = expand.conv.bias + found[at // 2, to // 3] * expand.conv.weight[0, 0, at % 2, to % 3]
+        torch.testing.assert_close(wide[at, to], value[0])
+
+
 def wrong(dim_in, dim_out, stride, stage):
     return nn.Conv2d(dim_in, dim_out, 3, stride)
 
@@ -130,7 +156,10 @@ def wrong(dim_in, dim_out, stride, stage):
         (lambda: Pyramid((9, 0), STAGES, block), "size: got 0"),
         (lambda: Stage(8, 1, 3), "heads: got 3 for dim 8"),
         (lambda: Stage(8, -1, 2), "depth: got -1"),
+        (lambda: Stage(8, 1, 2, stride=(2, 0)), "stride: got 0"),
+        (lambda: Pyramid((9, 9), [Stage(8, 1, 2, stride=(2, 2, 2))], block), r"stride: got \(2, 2, 2\) for 2 axes"),
         (lambda: Reduce(3, 8, 4, kernel=3), "kernel: got 3 for stride 4"),
+        (lambda: Reduce(3, 8, (2, 4), kernel=(2, 3)), r"kernel: got \(2, 3\) for stride \(2, 4\)"),
         (lambda: Pyramid((9, 9), STAGES, block)(torch.ones(1, 3, 9, 8)), r"x: got shape \(1, 3, 9, 8\); .*3, 9, 9"),
         (
             lambda: Pyramid((9, 9), STAGES, block, enter=wrong)(torch.ones(1, 3, 9, 9)),

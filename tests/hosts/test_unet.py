@@ -45,6 +45,24 @@ def test_the_flow_is_the_formula():
     assert torch.equal(model(x), model.leave(y, (13, 22)))
 
 
+class Leave(nn.Module):
+    def __init__(self, dim, channels, stride):
+        super().__init__()
+        self.given = dim, channels, stride
+
+    def forward(self, x, size):
+        return x.new_zeros(len(x), self.given[1], *size)
+
+
+def test_strides_by_axis_and_an_own_way_out():
+    stages = [Stage(8, 1, 2, stride=(1, 2, 4)), Stage(12, 1, 3, stride=(2, 1, 2))]
+    x = torch.randn(1, 3, 3, 9, 7)
+    assert UNet((3, 9, 7), stages, block)(x).shape == x.shape
+    model = UNet((3, 9, 7), stages, block, leave=Leave, out_channels=5)
+    assert model.leave.given == (8, 5, (1, 2, 4))
+    assert model(x).shape == (1, 5, 3, 9, 7)
+
+
 def test_parameters_counted_by_hand():
     stages = [Stage(4, 1, 2, stride=2), Stage(6, 1, 1)]
     one = 2 * 2 * 4 + (4 * 12 + 12) + (4 * 4 + 4) + (4 * 8 + 8) + (8 * 4 + 4)

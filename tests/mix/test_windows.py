@@ -137,6 +137,19 @@ def test_biases_keep_regions_apart():
         mix.RegionBias(Table(), torch.zeros(3))
 
 
+def test_regions_alone_need_no_bias():
+    regions = window_regions((5, 7), 3, shift=1)
+    own, at = torch.nn.Parameter(torch.randn(1, 9, 9)), torch.arange(9)
+    zeros, alone = (mix.RegionBias(b, regions, heads=3)(at, at) for b in (lambda i, j: torch.zeros(3, 9, 9), None))
+    assert torch.equal(alone, zeros)
+    assert alone.shape == (3 * len(regions), 9, 9)
+    shared = mix.RegionBias(lambda i, j: own[:, i[:, None], j], regions, heads=3)(at, at)
+    assert torch.equal(shared, own + alone)
+    assert mix.RegionBias.of(None, (5, 7), 3, shift=1)(at, at).shape == (len(regions), 9, 9)
+    with pytest.raises(ValueError, match="heads: got 0"):
+        mix.RegionBias(None, regions, heads=0)
+
+
 def test_strided_tokens_are_read_right():
     x = torch.randn(1, 15, 3)
     view = x.repeat_interleave(2, -1)[..., ::2]
@@ -150,7 +163,7 @@ X = torch.zeros(1, 6, 2)
     ("call", "error", "message"),
     [
         (lambda: cut_windows(X, (2, 2), 2), ValueError, "x: got N = 6"),
-        (lambda: cut_windows(X, (2, 3), (2,)), ValueError, r"size: got \(2,\) for the grid \(2, 3\)"),
+        (lambda: cut_windows(X, (2, 3), (2,)), ValueError, r"size: got \(2,\) for 2 axes"),
         (lambda: cut_windows(X, (2, 3), 0), ValueError, "size: got 0"),
         (lambda: cut_windows(X, (2, 3), 2.0), TypeError, "size: got 2.0"),
         (lambda: cut_windows(X, (2, 3), 2, shift=-1), ValueError, "shift: got -1"),

@@ -11,26 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from saccade.contract import Dims
-from saccade.errors import positive
-from saccade.hosts.resize import Reduce, as_map, as_tokens, coarser
+from saccade.errors import per_axis, positive
+from saccade.hosts.resize import Reduce, Stride, as_map, as_tokens, coarser
 
 BlockFactory = Callable[[Dims, int, int], nn.Module]
-EnterFactory = Callable[[int, int, int, int], nn.Module]
+EnterFactory = Callable[[int, int, Any, int], nn.Module]
 HeadFactory = Callable[[Dims, int], nn.Module]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: `depth` blocks of `dim` channels in `heads` heads, on a grid `stride` times coarser than the last."""
+    """One stage: `depth` blocks of `dim` channels in `heads` heads, on a grid `stride` times coarser than the last.
+
+    stride: one number, or one an axis; it is told to `enter` as it stands here.
+    """
 
     dim: int
     depth: int
     heads: int
-    stride: int = 2
+    stride: Stride = 2
 
     def __post_init__(self) -> None:
-        for name, least in (("dim", 1), ("depth", 0), ("heads", 1), ("stride", 1)):
+        for name, least in (("dim", 1), ("depth", 0), ("heads", 1)):
             positive(name, getattr(self, name), least=least)
+        per_axis("stride", self.stride, 1 if isinstance(self.stride, int) else len(self.stride))
         if self.dim % self.heads:
             raise ValueError(f"heads: got {self.heads} for dim {self.dim}; pass a divisor of dim")
 
@@ -126,7 +130,7 @@ class Pyramid(nn.Module):
         self.levels = nn.ModuleList(levels)
         self.head = nn.Identity() if head is None else head(dims, positive("num_classes", num_classes))
 
-    def patches(self, dim_in: int, dim_out: int, stride: int, stage: int) -> Reduce:
+    def patches(self, dim_in: int, dim_out: int, stride: Stride, stage: int) -> Reduce:
         """The default way into a stage."""
         before, after = (nn.LayerNorm(dim_in), None) if stage else (None, nn.LayerNorm(dim_out))
         return Reduce(dim_in, dim_out, stride, rank=len(self.size), before=before, after=after)

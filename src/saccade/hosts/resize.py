@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from saccade.errors import positive
+from saccade.errors import per_axis
 
-CONVOLVE = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+Stride = int | Sequence[int]
+CONVOLVE: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED: dict[int, Callable[..., nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
-def coarser(grid: Sequence[int], stride: int) -> tuple[int, ...]:
-    """The grid after a step of `stride`: ceil(n / stride) on each axis.
+def coarser(grid: Sequence[int], stride: Stride) -> tuple[int, ...]:
+    """The grid after a step of `stride`, one number or one an axis: ceil(n / stride) on each.
 
-    >>> coarser((224, 45), 4)
-    (56, 12)
+    >>> coarser((224, 45), 4), coarser((64, 45), (2, 4))
+    ((56, 12), (32, 12))
     """
-    return tuple(-(-n // stride) for n in grid)
+    return tuple(-(-n // by) for n, by in zip(grid, per_axis("stride", stride, len(grid)), strict=True))
 
 
 def as_tokens(x: Tensor) -> Tensor:
@@ -40,9 +41,10 @@ class Reduce(nn.Module):
 
         y[p] = b + sum_t W[t] x[stride p + t - l],   0 <= t < kernel,   l = (kernel - 1) // 2, or 0 if kernel = stride
 
-    x (B, dim_in, *grid) -> (B, dim_out, *coarser grid), zeros beyond the border. kernel: default stride, which cuts
-    patches. rank: axes of the grid (default 2). bias: b (True). before, after: norms, modules on the last axis of
-    (B, *grid, C) (None: none). Errors: ValueError when kernel is smaller than stride, so that positions would be lost.
+    x (B, dim_in, *grid) -> (B, dim_out, *coarser grid), zeros beyond the border. stride, kernel: one number or one an
+    axis; kernel: default stride, which cuts patches. rank: axes of the grid (default 2). bias: b (True). before, after:
+    norms, modules on the last axis of (B, *grid, C) (None: none). Errors: ValueError when kernel is smaller than
+    stride, so that positions would be lost.
 
     >>> Reduce(3, 8, 4, kernel=7, after=nn.LayerNorm(8))(torch.ones(1, 3, 45, 32)).shape
     torch.Size([1, 8, 12, 8])
@@ -52,28 +54,30 @@ class Reduce(nn.Module):
         self,
         dim_in: int,
         dim_out: int,
-        stride: int,
+        stride: Stride,
         *,
-        kernel: int | None = None,
+        kernel: Stride | None = None,
         rank: int = 2,
         bias: bool = True,
         before: nn.Module | None = None,
         after: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.kernel = positive("stride", stride) if kernel is None else positive("kernel", kernel)
-        if self.kernel < stride:
+        self.stride = per_axis("stride", stride, rank)
+        self.kernel = self.stride if kernel is None else per_axis("kernel", kernel, rank)
+        if any(size < by for size, by in zip(self.kernel, self.stride, strict=True)):
             raise ValueError(f"kernel: got {kernel} for stride {stride}, which skips positions; pass at least {stride}")
-        self.stride, self.before = stride, before
-        self.conv = CONVOLVE[rank](dim_in, dim_out, self.kernel, stride, bias=bias)
+        self.before = before
+        self.conv = CONVOLVE[rank](dim_in, dim_out, self.kernel, self.stride, bias=bias)
         self.after = after
 
     def forward(self, x: Tensor) -> Tensor:
         x = _normed(x, self.before)
-        left = 0 if self.kernel == self.stride else (self.kernel - 1) // 2
-        ends = [(n, end) for n, end in zip(x.shape[2:], coarser(x.shape[2:], self.stride), strict=True)]
-        sides = [(left, max(0, (end - 1) * self.stride + self.kernel - left - n)) for n, end in ends]
-        x = nn.functional.pad(x, [side for pair in reversed(sides) for side in pair])
+        sides: list[int] = []  # of the last axis first
+        for n, size, by in reversed(list(zip(x.shape[2:], self.kernel, self.stride, strict=True))):
+            left = 0 if size == by else (size - 1) // 2
+            sides += [left, max(0, (-(-n // by) - 1) * by + size - left - n)]
+        x = nn.functional.pad(x, sides)
         return _normed(self.conv(x), self.after)
 
 
@@ -82,17 +86,19 @@ class Expand(nn.Module):
 
         y[stride p + t] = b + W[t] norm(x)[p],   0 <= t < stride
 
-    x (B, dim_in, *grid) -> (B, dim_out, *size), cut to `size`, which `Reduce` took to this grid. rank: axes (default
-    2). norm: a module on the last axis of (B, *grid, C) (None: none).
+    x (B, dim_in, *grid) -> (B, dim_out, *size), cut to `size`, which `Reduce` took to this grid. stride: one number
+    or one an axis. rank: axes (default 2). norm: a module on the last axis of (B, *grid, C) (None: none).
 
     >>> Expand(8, 3, 4)(torch.ones(1, 8, 12, 8), (45, 32)).shape
     torch.Size([1, 3, 45, 32])
     """
 
-    def __init__(self, dim_in: int, dim_out: int, stride: int, *, rank: int = 2, norm: nn.Module | None = None) -> None:
+    def __init__(
+        self, dim_in: int, dim_out: int, stride: Stride, *, rank: int = 2, norm: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.norm = norm
-        self.conv = TRANSPOSED[rank](dim_in, dim_out, positive("stride", stride), stride)
+        self.norm, steps = norm, per_axis("stride", stride, rank)
+        self.conv = TRANSPOSED[rank](dim_in, dim_out, steps, steps)
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
         x = self.conv(_normed(x, self.norm))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,15 @@ from saccade.contract import Dims
 from saccade.errors import positive
 from saccade.hosts.block import Conditioned
 from saccade.hosts.pyramid import BlockFactory, EnterFactory, Pyramid, Stage
-from saccade.hosts.resize import Expand, as_map, as_tokens
+from saccade.hosts.resize import Expand, Stride, as_map, as_tokens
+
+LeaveFactory = Callable[[int, int, Any], nn.Module]
 
 
 class Rise(nn.Module):
     """The way up to one stage: blocks(W [skip; Expand(LN(x))] + w), a map (B, dim_below, *coarser) and the skip."""
 
-    def __init__(self, dims: Dims, below: int, stride: int, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, dims: Dims, below: int, stride: Stride, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
         self.grid = dims.grid or ()
         self.expand = Expand(below, dims.dim, stride, rank=len(self.grid), norm=nn.LayerNorm(below))
@@ -37,13 +39,14 @@ class UNet(nn.Module):
 
         x_0 = image,   x_s = stage_s(enter_s(x_{s - 1}))   for s = 1 .. S         (see `Pyramid`)
         y_S = x_S,     y_s = stage'_s(W [x_s; Expand_s(LN(y_{s + 1}))])   for s = S - 1 .. 1
-        image' = Expand(LN(y_1))
+        image' = leave(y_1)
 
     image (B, in_channels, *size) -> (B, out_channels, *size), any size of one to three axes; grids are those of the
     pyramid, and what `Expand` writes beyond them is cut off. The last stage is the bottom and has no twin.
 
     size, stages, block, enter, in_channels: as those of `Pyramid`; block serves both ways, with the same stage and
-    index. out_channels: of the result (default in_channels): colours for diffusion, classes for segmentation.
+    index. leave: (dim_1, out_channels, stride_1) -> a module (map, size) -> (B, out_channels, *size) (default: `Expand`
+    with LN before). out_channels: of the result (default in_channels): colours for diffusion, classes for segmentation.
     condition: E, the width of a vector c (B, E) that moves the input of every block (`Conditioned`), handed in with the
     call as `condition=c` (default None: no vector, though blocks may take one of their own: keywords of a call go to
     every block). Errors: ValueError when an image has another size; TypeError when there is no c though it was asked
@@ -62,6 +65,7 @@ class UNet(nn.Module):
         block: BlockFactory,
         *,
         enter: EnterFactory | None = None,
+        leave: LeaveFactory | None = None,
         in_channels: int = 3,
         out_channels: int | None = None,
         condition: int | None = None,
@@ -81,8 +85,11 @@ class UNet(nn.Module):
             below = stage
         self.rises = nn.ModuleList(rises)
         channels = positive("out_channels", in_channels if out_channels is None else out_channels)
-        rank = len(self.encoder.size)
-        self.leave = Expand(below.dim, channels, below.stride, rank=rank, norm=nn.LayerNorm(below.dim))
+        self.leave = (leave or self.patches)(below.dim, channels, below.stride)
+
+    def patches(self, dim_in: int, dim_out: int, stride: Stride) -> Expand:
+        """The default way out."""
+        return Expand(dim_in, dim_out, stride, rank=len(self.encoder.size), norm=nn.LayerNorm(dim_in))
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
         *skips, x = self.encoder.features(x, **options)

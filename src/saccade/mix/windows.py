@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from saccade.errors import positive
+from saccade.errors import per_axis, positive
 from saccade.mix.tokens import check_tokens
 
 Sizes = int | Sequence[int]
+Bias = Callable[[Tensor, Tensor], Tensor]
 
 
 class Cut(NamedTuple):
@@ -24,11 +25,15 @@ class Cut(NamedTuple):
 
     @classmethod
     def of(cls, grid: Sequence[int], size: Sizes, shift: Sizes) -> Cut:
-        sizes = _each("size", size, grid, 1)
+        sizes = per_axis("size", size, len(grid))
         windows = tuple(-(-n // w) for n, w in zip(grid, sizes, strict=True))
         whole = tuple(n * w for n, w in zip(windows, sizes, strict=True))
-        rolled = tuple(s % n for s, n in zip(_each("shift", shift, grid, 0), whole, strict=True))
+        rolled = tuple(s % n for s, n in zip(per_axis("shift", shift, len(grid), least=0), whole, strict=True))
         return cls(whole, sizes, windows, rolled)
+
+    def is_plain(self, grid: Sequence[int]) -> bool:
+        """Nothing is filled up, and nothing comes around the border."""
+        return self.whole == tuple(grid) and not any(self.shift)
 
 
 def cut_windows(x: Tensor, grid: Sequence[int], size: Sizes, *, shift: Sizes = 0, dilated: bool = False) -> Tensor:
@@ -156,55 +161,52 @@ class RegionBias(nn.Module):
         b[(W, h), i, j] = bias[h, i, j] where r[W, i] = r[W, j] >= 0, or r[W, i] < 0 (a filling, which nobody reads)
                           -inf elsewhere
 
-    bias: a module, (q positions (n,), k positions (m,)) -> (H, n, m). regions: r (W, w), see `window_regions`; `of`
-    takes the arguments of `cut_windows` instead, and one row of zeros for all where each window is whole. forward: as
-    bias -> (W H, n, m). `fold` and `unfold` bring q, k, v there and the result back: (B W, H, w, D) <-> (B, W H, w, D).
+    bias: a module, (q positions (n,), k positions (m,)) -> (H or 1, n, m); None: zeros. regions: r (W, w), see
+    `window_regions`; `of` takes the arguments of `cut_windows` instead, and one row of zeros for all where each window
+    is whole. heads: H, where bias is None or has one row for all heads (default: as many as bias has rows, 1 without).
+    forward: as bias -> (W H, n, m). `fold` and `unfold` bring q, k, v there and the result back: (B W, H, w, D) <->
+    (B, W H, w, D).
     Costs W H w^2 entries.
 
-    >>> bias = RegionBias(lambda i, j: torch.zeros(1, len(i), len(j)), torch.tensor([[0, 0, -1]]))
+    >>> bias = RegionBias(None, torch.tensor([[0, 0, -1]]), heads=2)
     >>> bias(torch.arange(2), torch.arange(3)).tolist()
-    [[[0.0, 0.0, -inf], [0.0, 0.0, -inf]]]
+    [[[0.0, 0.0, -inf], [0.0, 0.0, -inf]], [[0.0, 0.0, -inf], [0.0, 0.0, -inf]]]
     """
 
     regions: Tensor
 
-    def __init__(self, bias: Callable[[Tensor, Tensor], Tensor], regions: Tensor) -> None:
+    def __init__(self, bias: Bias | None, regions: Tensor, *, heads: int | None = None) -> None:
         super().__init__()
         if regions.ndim != 2 or regions.is_floating_point():
             raise ValueError(f"regions: got {regions.dtype} of shape {tuple(regions.shape)}; pass integers (W, w)")
-        self.bias = bias
+        self.bias, self.heads = bias, -1 if heads is None else positive("heads", heads)
         self.register_buffer("regions", regions, persistent=False)
 
     @classmethod
     def of(
         cls,
-        bias: Callable[[Tensor, Tensor], Tensor],
+        bias: Bias | None,
         grid: Sequence[int],
         size: Sizes,
         *,
         shift: Sizes = 0,
         dilated: bool = False,
+        heads: int | None = None,
     ) -> RegionBias:
         cut = Cut.of(grid, size, shift)
-        if cut.whole == tuple(grid) and not any(cut.shift):
-            return cls(bias, torch.zeros(1, torch.Size(cut.size).numel(), dtype=torch.int64))
-        return cls(bias, window_regions(grid, size, shift=shift, dilated=dilated))
+        if cut.is_plain(grid):
+            return cls(bias, torch.zeros(1, torch.Size(cut.size).numel(), dtype=torch.int64), heads=heads)
+        return cls(bias, window_regions(grid, size, shift=shift, dilated=dilated), heads=heads)
 
     def forward(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         one, other = self.regions[:, q_pos, None], self.regions[:, None, k_pos]
         hidden = (one >= 0) & (one != other)
-        return self.bias(q_pos, k_pos).masked_fill(hidden[:, None], -torch.inf).flatten(0, 1)
+        scores = torch.zeros((), device=hidden.device) if self.bias is None else self.bias(q_pos, k_pos)
+        masked = scores.masked_fill(hidden[:, None], -torch.inf)  # (W, H or 1, n, m)
+        return masked.expand(-1, self.heads, -1, -1).flatten(0, 1)
 
     def fold(self, x: Tensor) -> Tensor:
         return x.unflatten(0, (-1, len(self.regions))).flatten(1, 2)
 
     def unfold(self, x: Tensor) -> Tensor:
         return x.unflatten(1, (len(self.regions), -1)).flatten(0, 1)
-
-
-def _each(name: str, value: Sizes, grid: Sequence[int], least: int) -> tuple[int, ...]:
-    """`value`, one an axis."""
-    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * len(grid)
-    if len(values) != len(grid):
-        raise ValueError(f"{name}: got {values} for the grid {tuple(grid)}; pass one number, or one an axis")
-    return tuple(positive(name, v, least=least) for v in values)  # type: ignore[arg-type]

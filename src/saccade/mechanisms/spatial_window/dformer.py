@@ -9,40 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade import attend
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import known, positive
-from saccade.hosts.block import AttentionMixer, Block, init_linear, num_parameters
-from saccade.hosts.pyramid import BlockFactory, Stage, check_image, check_size
+from saccade.hosts.block import Block, init_linear, num_parameters
+from saccade.hosts.pyramid import Stage
+from saccade.hosts.resize import Expand, Reduce, Stride
 from saccade.hosts.unet import UNet
-from saccade.mix import DepthwiseConv, RegionBias, Windowed, cut_windows, to_map, to_tokens
-
-
-class Unbiased(nn.Module):
-    """No bias: zeros (H, n, m), for `RegionBias` to hide the filling in."""
-
-    def __init__(self, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-
-    def forward(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        return torch.zeros(self.num_heads, len(q_pos), len(k_pos), device=q_pos.device)
-
-
-class InUnits(nn.Module):
-    """Attention in units, q, k, v (B W, H, w, D); nobody sees a filling."""
-
-    def __init__(self, dims: Dims, unit: Sequence[int], dilated: bool) -> None:
-        super().__init__()
-        self.dims, grid = dims, dims.grid or ()
-        whole = all(n % size == 0 for n, size in zip(grid, unit, strict=True))
-        self.bias = None if whole else RegionBias.of(Unbiased(dims.num_heads), grid, unit, dilated=dilated)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.bias is None:
-            return attend(q, k, v)
-        fold = self.bias.fold
-        return self.bias.unfold(attend(fold(q), fold(k), fold(v), bias=self.bias))
+from saccade.hosts.windows import WindowAttention
+from saccade.mix import DepthwiseConv, cut_windows, to_map, to_tokens
 
 
 class Merge(nn.Module):
@@ -57,44 +31,16 @@ class Merge(nn.Module):
         return to_map(self.reduce(self.norm(cubes)), [-(-n // 2) for n in x.shape[2:]])
 
 
-class Segmenter(nn.Module):
-    """A `UNet` on patches, and its result written back patch by patch: a volume to the classes of its voxels.
+class Leave(nn.Module):
+    """The way out: W LN(Expand(LN(x))), from a map to the classes of every voxel."""
 
-    volume (B, in_channels, *size) -> (B, num_classes, *size); patch: voxels a side of a patch, one number an axis.
-    """
-
-    def __init__(
-        self,
-        size: Sequence[int],
-        stages: Sequence[Stage],
-        block: BlockFactory,
-        *,
-        patch: tuple[int, int, int] = (2, 4, 4),
-        in_channels: int = 1,
-        num_classes: int = 14,
-    ) -> None:
+    def __init__(self, dim: int, num_classes: int, stride: Stride) -> None:
         super().__init__()
-        self.size, self.patch, self.channels, dim = check_size(size), patch, in_channels, stages[0].dim
-        grid = [-(-n // p) for n, p in zip(self.size, self.patch, strict=True)]
-        self.enter = nn.Conv3d(in_channels, dim, self.patch, self.patch)
-        self.norm_in, self.norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.expand = Expand(dim, dim, stride, rank=3, norm=nn.LayerNorm(dim))
+        self.norm, self.classes = nn.LayerNorm(dim), nn.Linear(dim, num_classes, bias=False)
 
-        def enter(dim_in: int, dim_out: int, stride: int, stage: int) -> nn.Module:
-            return Merge(dim_in, dim_out) if stage else nn.Identity()
-
-        wide = dim * torch.Size(self.patch).numel()
-        self.unet = UNet(grid, stages, block, enter=enter, in_channels=dim, out_channels=wide)
-        self.classes = nn.Linear(dim, positive("num_classes", num_classes), bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        check_image(x, self.channels, self.size)
-        ends = [(0, -n % p) for n, p in zip(self.size, self.patch, strict=True)]
-        x = self.enter(nn.functional.pad(x, [end for pair in reversed(ends) for end in pair]))
-        x = self.unet(self.norm_in(x.movedim(1, -1)).movedim(-1, 1))
-        x = x.unflatten(1, (-1, *self.patch)).permute(0, 5, 2, 6, 3, 7, 4, 1)  # (B, T, t, Y, y, X, x, C)
-        x = x.flatten(5, 6).flatten(3, 4).flatten(1, 2)
-        depth, height, width = self.size
-        return self.classes(self.norm_out(x[:, :depth, :height, :width])).movedim(-1, 1)
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        return self.classes(self.norm(self.expand(x, size).movedim(1, -1))).movedim(-1, 1)
 
 
 class Dformer(Mixer):
@@ -118,8 +64,8 @@ class Dformer(Mixer):
     Errors: ValueError when dims.grid has not three axes, or unit not three numbers.
 
     >>> layer = Dformer(Dims(2, 4, grid=(3, 5, 6)), unit=(2, 3, 3))
-    >>> stages = [Stage(8, 1, 2, stride=1), Stage(16, 1, 4)]
-    >>> model = Dformer.model(size=(5, 9, 11), stages=stages, num_classes=3, params={"unit": (2, 3, 3)})
+    >>> stages = [Stage(8, 1, 2, stride=(2, 4, 4)), Stage(16, 1, 4)]
+    >>> model = Dformer.model(size=(5, 9, 11), stages=stages, out_channels=3, params={"unit": (2, 3, 3)})
     >>> layer(torch.randn(1, 90, 8)).shape, model(torch.randn(1, 1, 5, 9, 11)).shape
     (torch.Size([1, 90, 8]), torch.Size([1, 3, 5, 9, 11]))
     """
@@ -146,11 +92,7 @@ class Dformer(Mixer):
         self.unit = grid if grid[1] < sizes[1] else sizes
         self.position = DepthwiseConv(dims.dim, (3, 3, 3)) if position else None
         self.local, self.spread = (
-            Block(
-                dims,
-                Windowed(AttentionMixer(InUnits(dims, self.unit, dilated)), grid, self.unit, dilated=dilated),
-                mlp_ratio=mlp_ratio,
-            )
+            Block(dims, WindowAttention(dims, self.unit, dilated=dilated, table=None), mlp_ratio=mlp_ratio)
             for dilated in (False, True)
         )
 
@@ -198,20 +140,25 @@ class Dformer(Mixer):
         return x
 
     @classmethod
-    def model(cls, name: str = "base", *, params: Mapping[str, Any] | None = None, **host: Any) -> Segmenter:
+    def model(cls, name: str = "base", *, params: Mapping[str, Any] | None = None, **host: Any) -> UNet:
         """The paper's segmenter of 14 classes: "base" (44.7 million parameters).
 
-        params: of every pair of blocks, in place of the defaults. host: of the model, in place of the paper's: size of
-        the volume (default (64, 128, 128)), patch ((2, 4, 4)), stages, whose depth counts pairs, block, in_channels
-        (1), num_classes (14).
+        params: of every pair of blocks, in place of the defaults. host: of the `UNet`, in place of the paper's: size of
+        the volume (default (64, 128, 128)), stages, whose depth counts pairs, in_channels (1), out_channels (14).
         """
         known("name", name, ("base",))
-        stages = [Stage(96 << s, pairs, 3 << s, stride=2 if s else 1) for s, pairs in enumerate((1, 1, 3, 1))]
+        stages = [Stage(96 << s, pairs, 3 << s, stride=2 if s else (2, 4, 4)) for s, pairs in enumerate((1, 1, 3, 1))]
+
+        def enter(dim_in: int, dim_out: int, stride: Stride, stage: int) -> nn.Module:
+            if stage:
+                return Merge(dim_in, dim_out)
+            return Reduce(dim_in, dim_out, stride, rank=3, after=nn.LayerNorm(dim_out))
 
         def block(dims: Dims, stage: int, index: int) -> nn.Module:
             return cls(dims, **{"position": index == 0, **(params or {})})
 
-        model = Segmenter(**{"size": (64, 128, 128), "stages": stages, "block": block, **host})
+        paper = {"size": (64, 128, 128), "stages": stages, "block": block, "enter": enter, "leave": Leave}
+        model = UNet(**{**paper, "in_channels": 1, "out_channels": 14, **host})
         init_linear(model)
         return model
 

@@ -4,78 +4,17 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saccade import attend
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import known, positive
-from saccade.hosts.block import AttentionMixer, Block, init_linear, num_parameters
-from saccade.hosts.pyramid import BlockFactory, check_image, check_size
-from saccade.mix import RegionBias, Windowed, to_map, to_tokens
-from saccade.softmax import RelativeTable
-
-
-class InWindows(nn.Module):
-    """Attention in windows, q, k, v (B W, H, w, D); nobody sees a filling, nor what came around the border."""
-
-    def __init__(self, dims: Dims, size: int, shift: int) -> None:
-        super().__init__()
-        self.dims, table = dims, RelativeTable(dims.num_heads, (size, size), grid=(size, size))
-        nn.init.trunc_normal_(table.table, std=0.02)
-        self.bias = RegionBias.of(table, dims.grid or (), size, shift=shift)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        fold = self.bias.fold
-        return self.bias.unfold(attend(fold(q), fold(k), fold(v), bias=self.bias))
-
-
-class Upscaler(nn.Module):
-    """A small image to a large one: y = Shuffle(x + Conv(LN(groups(LN x)))), x = Conv(image - mean), then + mean.
-
-    image (B, channels, *size) -> (B, channels, scale Y, scale X), reflected up to whole windows and cut off again.
-    """
-
-    mean: Tensor
-
-    def __init__(
-        self,
-        size: Sequence[int],
-        dims: tuple[int, int, int],
-        window: int,
-        block: BlockFactory,
-        *,
-        scale: int = 4,
-        in_channels: int = 3,
-        features: int = 64,
-    ) -> None:
-        super().__init__()
-        dim, heads, depth = dims
-        self.size, self.scale, self.channels = check_size(size), positive("scale", scale), in_channels
-        self.grid = tuple(-(-n // window) * window for n in self.size)
-        on_grid = Dims(heads, dim // heads, grid=self.grid)
-        mean = torch.tensor((0.4488, 0.4371, 0.4040) if in_channels == 3 else (0.0,))  # of the training set
-        self.register_buffer("mean", mean.view(1, -1, 1, 1), persistent=False)
-        conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
-        self.enter, self.after = conv(in_channels, dim), conv(dim, dim)
-        groups = (block(on_grid, 0, index) for index in range(depth))
-        self.groups = nn.Sequential(nn.LayerNorm(dim), *groups, nn.LayerNorm(dim))
-        steps = [2] * (scale.bit_length() - 1) if scale & (scale - 1) == 0 else [scale]
-        shuffles = [layer for by in steps for layer in (conv(features, features * by**2), nn.PixelShuffle(by))]
-        self.leave = nn.Sequential(conv(dim, features), nn.LeakyReLU(), *shuffles, conv(features, in_channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        check_image(x, self.channels, self.size)
-        for axis, (n, end) in enumerate(zip(self.size, self.grid, strict=True), 2):
-            at = torch.arange(end, device=x.device) + n - 1
-            x = x.index_select(axis, (at % max(1, 2 * n - 2) - n + 1).abs())
-        x = self.enter(x - self.mean)
-        x = x + self.after(to_map(self.groups(to_tokens(x)), self.grid))
-        height, width = (self.scale * n for n in self.size)
-        return (self.leave(x) + self.mean)[:, :, :height, :width]
+from saccade.hosts.block import Block, init_linear, num_parameters
+from saccade.hosts.upscale import Upscaler
+from saccade.hosts.windows import WindowAttention
 
 
 class Drct(Mixer):
@@ -97,7 +36,7 @@ class Drct(Mixer):
     Errors: ValueError when dims.grid has not two axes, heads share keys, or the heads of a layer do not divide C_j.
 
     >>> group = Drct(Dims(2, 4, grid=(5, 9)), window=4, growth=2)
-    >>> model = Drct.model(size=(5, 9), dims=(8, 2, 1), params={"window": 4, "growth": 2}, scale=3)
+    >>> model = Drct.model(size=(5, 9), dim=8, depth=1, heads=2, params={"window": 4, "growth": 2}, scale=3)
     >>> group(torch.randn(1, 45, 8)).shape, model(torch.randn(1, 3, 5, 9)).shape
     (torch.Size([1, 45, 8]), torch.Size([1, 3, 15, 27]))
     """
@@ -127,7 +66,7 @@ class Drct(Mixer):
             if width % heads:
                 raise ValueError(f"growth: got {growth}; layer {index + 1} has {width} channels for {heads} heads")
             inside, shift = Dims(heads, width // heads, grid=grid), index % 2 * (window // 2)
-            mixer = Windowed(AttentionMixer(InWindows(inside, window, shift)), grid, window, shift=shift)
+            mixer = WindowAttention(inside, window, shift=shift)
             self.layers.append(Block(inside, mixer, mlp_ratio=mlp_ratio if index < 3 else 1))
             self.narrow.append(nn.Linear(width, growth if index < 4 else dims.dim))
 
@@ -182,7 +121,7 @@ class Drct(Mixer):
         """The paper's model for 4 times the resolution: "base" (14.1 million parameters) or "large" (27.6 million).
 
         params: of every group, in place of the defaults. host: of the model: size of the small image (default (64,
-        64)), scale (4), in_channels (3), dims (C, heads and groups), block, features between head and image (64).
+        64)), dim, depth, heads, block, scale (4) and all else of an `Upscaler`.
         """
         groups = {"base": 6, "large": 12}[known("name", name, ("base", "large"))]
         params = dict(params or {})
@@ -190,8 +129,8 @@ class Drct(Mixer):
         def block(dims: Dims, stage: int, index: int) -> nn.Module:
             return cls(dims, **params)
 
-        paper = {"size": (64, 64), "dims": (180, 6, groups), "window": params.get("window", 16), "block": block}
-        model = Upscaler(**{**paper, **host})
+        paper = {"dim": 180, "depth": groups, "heads": 6, "block": block}
+        model = Upscaler(**{**paper, "size": (64, 64), "window": params.get("window", 16), **host})
         init_linear(model)
         return model
 
@@ -242,8 +181,7 @@ class Drct(Mixer):
         with torch.device("meta"):
             module = cls(dims)
             wide = Dims(4, 77, grid=(16, 16))
-            mixer = Windowed(AttentionMixer(InWindows(wide, 16, 0)), (16, 16), 16)
-            stack = 5 * sum(p.numel() for p in Block(wide, mixer, mlp_ratio=2).parameters())
+            stack = 5 * sum(p.numel() for p in Block(wide, WindowAttention(wide, 16), mlp_ratio=2).parameters())
         inner = [block.mixer.inner.dims for block in module.layers]
         own = sum(p.numel() for p in module.parameters())
         holds = [d.dim for d in inner] == [180, 212, 244, 276, 308] and [d.num_heads for d in inner] == [6, 4, 2, 6, 4]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +13,10 @@ from torch import Tensor, nn
 
 from saccade import attend
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
-from saccade.errors import positive
-from saccade.hosts.block import AttentionMixer, Block
+from saccade.errors import known, positive
+from saccade.hosts.block import AttentionMixer, Block, init_linear, num_parameters
+from saccade.hosts.pyramid import Mean, Pyramid, Stage
+from saccade.hosts.resize import Reduce
 from saccade.mix import DepthwiseConv, cut_windows, join_windows, to_map, to_tokens
 
 
@@ -86,6 +91,26 @@ class HatBlock(nn.Module):
         return tokens, join_windows(own, self.grid, self.side)
 
 
+class ConvBlock(nn.Module):
+    """x + BN(Conv(gelu(BN(Conv(x))))) with 3 x 3 convolutions, tokens (B, N, C) of the grid of dims."""
+
+    def __init__(self, dims: Dims) -> None:
+        super().__init__()
+        self.grid, dim = dims.grid or (), dims.dim
+        one, two = (nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), nn.BatchNorm2d(dim)) for _ in range(2))
+        self.layers = nn.Sequential(one, nn.GELU(), two)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + to_tokens(self.layers(to_map(x, self.grid)))
+
+
+class TokenNorm(nn.BatchNorm1d):
+    """Batch normalisation of tokens (B, N, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mT).mT
+
+
 class FasterVitHat(Mixer):
     """Hierarchical attention: a stage of blocks that attend across pooled carriers, then within windows.
 
@@ -103,7 +128,7 @@ class FasterVitHat(Mixer):
     with zeros, which take part, and cut back.
     Paper: arXiv 2306.06189, section 3.3 (hierarchical attention); P, B, the cells and `propagate` follow the authors'
     code (faster_vit.py), the filling their faster_vit_any_res.py, where maps that are not square lack P_c.
-    Deviations: a module is the attention of one stage, downsampling and drop path belong to the host; maps that are not
+    Deviations: a module is the attention of one stage, what is around it belongs to the host; maps that are not
     square have P_c and B by axis, and a lone carrier on an axis has coordinate 0 for 0 / 0. Heads may share keys.
     window: k (default 7). carriers: L (2; 0 leaves windows alone). depth: blocks that share the carriers (1; stages of
     the paper have 6 to 16). mlp_ratio: hidden width of the MLPs over C (4). layer_scale: initial value of g1 to g4
@@ -177,6 +202,45 @@ class FasterVitHat(Mixer):
         y = self.stage(x, self.summarise(x) if self.side else None)
         return to_tokens(to_map(y, self.whole)[:, :, :height, :width])
 
+    @classmethod
+    def model(cls, name: str = "0", *, params: Mapping[str, Any] | None = None, **host: Any) -> Pyramid:
+        """The paper's classifier, FasterViT-"0" (31.4 million parameters), "1" (53.4), "2" (75.9), "3" (159.5), "4"
+        (365.6), "5" (957.5) or "6" (1360): two stages of convolutions, one with carriers, one of windows alone.
+
+        Published are 424.6 for "4" and 975.5 for "5"; widths and depths are those of the authors' code. params: of the
+        two stages with attention, in place of the paper's. host: of the `Pyramid`, in place of the paper's; a stage
+        with attention is one mixer, to which the `depth` of its `Stage` goes.
+        """
+        at = int(known("name", name, map(str, range(7))))
+        depths = ((2, 3, 6, 5), (1, 3, 8, 5), (3, 3, 8, 5), *[(3, 3, 12, 5)] * 3, (3, 3, 16, 8))[at]
+        dim, heads, stem = (64, 80, 96, 128, 196, 320, 320)[at], 4 if at > 3 else 2, 32 if at == 1 else 64
+        larger = {"layer_scale": 1e-5, "propagate": True} if at > 2 else {}
+        stages = [Stage(dim << s, depth, heads << s, stride=2 if s else 4) for s, depth in enumerate(depths)]
+        stages = list(host.pop("stages", stages))
+
+        def enter(dim_in: int, dim_out: int, stride: int, stage: int) -> nn.Module:
+            if stage:
+                return Reduce(dim_in, dim_out, stride, kernel=3, bias=False, before=nn.LayerNorm(dim_in, eps=1e-6))
+            layers: list[nn.Module] = []
+            for into, out in ((dim_in, stem), (stem, dim_out)):
+                layers += [Reduce(into, out, 2, kernel=3, bias=False), nn.BatchNorm2d(out, eps=1e-4), nn.ReLU()]
+            return nn.Sequential(*layers)
+
+        def block(dims: Dims, stage: int, index: int) -> nn.Module:
+            if stage < 2:
+                return ConvBlock(dims)
+            alone = {"carriers": 0, "propagate": False} if stage > 2 else {}
+            return cls(dims, **{"depth": stages[stage].depth, **larger, **alone, **(params or {})})
+
+        def head(dims: Dims, num_classes: int) -> nn.Module:
+            return nn.Sequential(TokenNorm(dims.dim), Mean(), nn.Linear(dims.dim, num_classes))
+
+        once = [replace(stage, depth=1) if at > 1 else stage for at, stage in enumerate(stages)]
+        paper = {"size": (224, 224), "stages": once, "block": block, "enter": enter, "head": head}
+        model = Pyramid(**{**paper, **host})
+        init_linear(model)
+        return model
+
     def oracle(self, x: Tensor) -> Tensor:
         w, d, k, side, each = dict(self.named_parameters()), self.dims, self.window, self.side, itertools.product
         (high, wide), (rows, columns) = self.whole, self.cells
@@ -249,6 +313,13 @@ class FasterVitHat(Mixer):
             Case(Dims(2, 2, grid=(5, 4)), 20, {"window": 3, "carriers": 0, "layer_scale": 0.1}),
             Case(Dims(1, 3, grid=(2, 3)), 6, {"window": 3, "carriers": 2}),
         ]
+
+    @claim("FasterViT-0, 1, 2, 3 and 6 have 31.4, 53.4, 75.9, 159.5 and 1360 million parameters, as published.")
+    def published_size(cls) -> Finding:
+        published = {"0": 31.4, "1": 53.4, "2": 75.9, "3": 159.5, "6": 1360.0}
+        sizes = {name: num_parameters(functools.partial(cls.model, name)) / 1e6 for name in published}
+        holds = all(abs(sizes[name] / size - 1) < 0.02 for name, size in published.items())
+        return Finding(holds, ", ".join(f"{name}: {size:.2f} million" for name, size in sizes.items()))
 
     @claim("In one block a token depends on the whole map; without carriers exactly on its window.")
     def global_in_one_block(cls) -> Finding:

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade import attend
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import known, positive
-from saccade.hosts.block import AttentionMixer, Block, init_linear, num_parameters
+from saccade.hosts.block import Block, init_linear, num_parameters
 from saccade.hosts.pyramid import Pyramid, Stage
 from saccade.hosts.resize import Reduce
-from saccade.mix import DepthwiseConv, RegionBias, Windowed, pool_tokens, to_map, to_tokens
-from saccade.softmax import RelativeTable
+from saccade.hosts.windows import InWindows, WindowAttention
+from saccade.mix import DepthwiseConv, Windowed, pool_tokens, to_map, to_tokens
 
 
 class Local(nn.Module):
@@ -50,28 +49,14 @@ class Down(nn.Module):
         return self.reduce(to_map(self.local(self.norm(to_tokens(x)), grid), grid))
 
 
-class InWindows(nn.Module):
-    """Attention in windows of size x size with a table of biases, q, k, v (B W, H, w, D); fillings are not seen."""
-
-    def __init__(self, dims: Dims, size: int) -> None:
-        super().__init__()
-        self.dims, table = dims, RelativeTable(dims.num_heads, (size, size), grid=(size, size))
-        nn.init.trunc_normal_(table.table, std=0.02)
-        self.bias = RegionBias.of(table, dims.grid or (), size)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        fold = self.bias.fold
-        return self.bias.unfold(attend(fold(q), fold(k), fold(v), bias=self.bias))
-
-
 class GlobalQuery(nn.Module):
     """Projections of windows x (B W, w, C) to keys and values; the queries (B, w, C) are given, the same in all."""
 
-    def __init__(self, dims: Dims, size: int) -> None:
+    def __init__(self, dims: Dims, window: int) -> None:
         super().__init__()
         self.dims = dims
         self.kv = nn.Linear(dims.dim, 2 * dims.num_kv_heads * dims.head_dim)
-        self.attention = InWindows(dims, size)
+        self.attention = InWindows(dims, window)
         self.out = nn.Linear(dims.dim, dims.dim)
 
     def forward(self, x: Tensor, *, query: Tensor) -> Tensor:
@@ -127,8 +112,8 @@ class Gcvit(Mixer):
         self.locals = nn.ModuleList(Local(dims.dim) for _ in range(max(1, self.pools)))
         self.blocks = nn.ModuleList()
         for index in range(positive("depth", depth)):
-            inner = GlobalQuery(dims, window) if index % 2 else AttentionMixer(InWindows(dims, window))
-            mixer = Windowed(inner, grid, window)
+            given = index % 2 == 1
+            mixer = Windowed(GlobalQuery(dims, window), grid, window) if given else WindowAttention(dims, window)
             self.blocks.append(Block(dims, mixer, mlp_ratio=mlp_ratio, layer_scale=layer_scale))
 
     def query(self, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from saccade import attend
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import known, positive
 from saccade.hosts.block import AttentionMixer, Block, init_linear, num_parameters
-from saccade.hosts.pyramid import BlockFactory, check_image, check_size
-from saccade.mix import RegionBias, Windowed, cut_windows, join_windows, to_map, to_tokens
-from saccade.softmax import RelativeTable
+from saccade.hosts.upscale import Upscaler
+from saccade.hosts.windows import WindowAttention
+from saccade.mix import cut_windows, join_windows, to_map, to_tokens
 
 
 class ChannelGate(nn.Module):
@@ -31,27 +31,13 @@ class ChannelGate(nn.Module):
         return x * self.gate(x.mean((2, 3), keepdim=True))
 
 
-class InWindows(nn.Module):
-    """Attention in windows, q, k, v (B W, H, w, D); nobody sees a filling, nor what came around the border."""
-
-    def __init__(self, dims: Dims, size: int, shift: int) -> None:
-        super().__init__()
-        self.dims, table = dims, RelativeTable(dims.num_heads, (size, size), grid=(size, size))
-        nn.init.trunc_normal_(table.table, std=0.02)
-        self.bias = RegionBias.of(table, dims.grid or (), size, shift=shift)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        fold = self.bias.fold
-        return self.bias.unfold(attend(fold(q), fold(k), fold(v), bias=self.bias))
-
-
 class Hybrid(nn.Module):
     """Attention in (shifted) windows + scale * the convolutions with the gate; tokens (B, N, C)."""
 
     def __init__(self, dims: Dims, window: int, shift: int, compress: int, squeeze: int, scale: float) -> None:
         super().__init__()
         self.grid, self.scale, narrow = dims.grid or (), scale, max(1, dims.dim // compress)
-        self.windows = Windowed(AttentionMixer(InWindows(dims, window, shift)), self.grid, window, shift=shift)
+        self.windows = WindowAttention(dims, window, shift=shift)
         enter, leave = nn.Conv2d(dims.dim, narrow, 3, padding=1), nn.Conv2d(narrow, dims.dim, 3, padding=1)
         self.conv = nn.Sequential(enter, nn.GELU(), leave, ChannelGate(dims.dim, squeeze))
 
@@ -101,51 +87,6 @@ class Overlapping(nn.Module):
         return join_windows(o, grid, self.window).unflatten(2, (-1, dim)).transpose(1, 2)
 
 
-class Upscaler(nn.Module):
-    """A small image to a large one: y = Shuffle(x + Conv(LN(groups(LN x)))), x = Conv(image - mean), then + mean.
-
-    image (B, channels, *size) -> (B, channels, scale Y, scale X), reflected up to whole windows and cut off again.
-    """
-
-    mean: Tensor
-
-    def __init__(
-        self,
-        size: Sequence[int],
-        dims: tuple[int, int, int],
-        window: int,
-        block: BlockFactory,
-        *,
-        scale: int = 4,
-        in_channels: int = 3,
-        features: int = 64,
-    ) -> None:
-        super().__init__()
-        dim, heads, depth = dims
-        self.size, self.scale, self.channels = check_size(size), positive("scale", scale), in_channels
-        self.grid = tuple(-(-n // window) * window for n in self.size)
-        on_grid = Dims(heads, dim // heads, grid=self.grid)
-        mean = torch.tensor((0.4488, 0.4371, 0.4040) if in_channels == 3 else (0.0,))  # of the training set
-        self.register_buffer("mean", mean.view(1, -1, 1, 1), persistent=False)
-        conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
-        self.enter, self.after = conv(in_channels, dim), conv(dim, dim)
-        groups = (block(on_grid, 0, index) for index in range(depth))
-        self.groups = nn.Sequential(nn.LayerNorm(dim), *groups, nn.LayerNorm(dim))
-        steps = [2] * (scale.bit_length() - 1) if scale & (scale - 1) == 0 else [scale]
-        shuffles = [layer for by in steps for layer in (conv(features, features * by**2), nn.PixelShuffle(by))]
-        self.leave = nn.Sequential(conv(dim, features), nn.LeakyReLU(), *shuffles, conv(features, in_channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        check_image(x, self.channels, self.size)
-        for axis, (n, end) in enumerate(zip(self.size, self.grid, strict=True), 2):
-            at = torch.arange(end, device=x.device) + n - 1
-            x = x.index_select(axis, (at % max(1, 2 * n - 2) - n + 1).abs())
-        x = self.enter(x - self.mean)
-        x = x + self.after(to_map(self.groups(to_tokens(x)), self.grid))
-        height, width = (self.scale * n for n in self.size)
-        return (self.leave(x) + self.mean)[:, :, :height, :width]
-
-
 class Hat(Mixer):
     """The residual hybrid attention group: hybrid attention blocks, then one overlapping cross-attention block.
 
@@ -168,7 +109,7 @@ class Hat(Mixer):
     Errors: ValueError when dims.grid has not two axes, or int(overlap M) is negative or odd.
 
     >>> group = Hat(Dims(2, 4, grid=(5, 9)), window=4, depth=2)
-    >>> model = Hat.model(size=(5, 9), dims=(8, 2, 1), params={"window": 4, "depth": 2})
+    >>> model = Hat.model(size=(5, 9), dim=8, depth=1, heads=2, params={"window": 4, "depth": 2})
     >>> group(torch.randn(1, 45, 8)).shape, model(torch.randn(1, 3, 5, 9)).shape
     (torch.Size([1, 45, 8]), torch.Size([1, 3, 20, 36]))
     """
@@ -307,7 +248,7 @@ class Hat(Mixer):
         "large" (HAT-L, 40.8).
 
         params: of every group, in place of the paper's. host: of the model: size of the small image (default (64, 64)),
-        scale (4), in_channels (3), dims (C, heads and groups), block, features between head and image (64).
+        dim, depth, heads, block, scale (4) and all else of an `Upscaler`.
         """
         small = known("name", name, ("small", "base", "large")) == "small"
         narrow = {"compress": 24, "squeeze": 24} if small else {}
@@ -316,8 +257,8 @@ class Hat(Mixer):
         def block(dims: Dims, stage: int, index: int) -> nn.Module:
             return cls(dims, **params)
 
-        paper = {"size": (64, 64), "dims": (144 if small else 180, 6, 12 if name == "large" else 6), "block": block}
-        model = Upscaler(**{**paper, "window": params.get("window", 16), **host})
+        paper = {"dim": 144 if small else 180, "depth": 12 if name == "large" else 6, "heads": 6, "block": block}
+        model = Upscaler(**{**paper, "size": (64, 64), "window": params.get("window", 16), **host})
         init_linear(model)
         return model
 

@@ -10,34 +10,8 @@ from torch import Tensor, nn
 from saccade import attend
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import positive
-from saccade.hosts.block import MLP, AttentionMixer, Residual
-from saccade.mix import RegionBias, Windowed
-
-
-class Unbiased(nn.Module):
-    """No bias: zeros (H, n, m), for `RegionBias` to hide the filling in."""
-
-    def __init__(self, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-
-    def forward(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        return torch.zeros(self.num_heads, len(q_pos), len(k_pos), device=q_pos.device)
-
-
-class InWindows(nn.Module):
-    """Attention in windows, q, k, v (B W, H, w, D); nobody sees a filling."""
-
-    def __init__(self, dims: Dims, size: int) -> None:
-        super().__init__()
-        self.dims, grid = dims, dims.grid or ()
-        self.bias = RegionBias.of(Unbiased(dims.num_heads), grid, size) if any(n % size for n in grid) else None
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.bias is None:
-            return attend(q, k, v)
-        fold = self.bias.fold
-        return self.bias.unfold(attend(fold(q), fold(k), fold(v), bias=self.bias))
+from saccade.hosts.block import MLP, Residual
+from saccade.hosts.windows import WindowAttention
 
 
 class Summary(nn.Module):
@@ -96,7 +70,7 @@ class Maformer(Mixer):
         if not 1 <= ratio * num_tokens <= num_tokens:
             raise ValueError(f"ratio: got {ratio} for {num_tokens} tokens; pass a share that keeps 1 to all of them")
         self.norm = nn.LayerNorm(dims.dim)
-        self.windows = Windowed(AttentionMixer(InWindows(dims, window)), grid, window)
+        self.windows = WindowAttention(dims, window, table=None)
         self.summary = Summary(dims.dim, num_tokens, int(ratio * num_tokens))
         self.query = nn.Linear(dims.dim, dims.dim)
         self.key, self.value = (nn.Linear(dims.dim, dims.num_kv_heads * dims.head_dim) for _ in range(2))

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade import attend
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import known, positive
-from saccade.hosts.block import MLP, AttentionMixer, Block, init_linear, num_parameters
+from saccade.hosts.block import MLP, Block, init_linear, num_parameters
 from saccade.hosts.pyramid import Mean, Pyramid, Stage
-from saccade.mix import RegionBias, Windowed, to_map, to_tokens
-from saccade.softmax import RelativeTable
+from saccade.hosts.windows import WindowAttention
+from saccade.mix import to_map, to_tokens
 
 Activation = functools.partial(nn.GELU, approximate="tanh")
 BatchNorm = functools.partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
@@ -55,20 +54,6 @@ class MBConv(nn.Module):
         if self.stride > 1:
             x = nn.functional.avg_pool2d(x, self.stride, ceil_mode=True)
         return self.shortcut(x) + y
-
-
-class InWindows(nn.Module):
-    """Attention in windows of size x size with a table of biases, q, k, v (B W, H, w, D); fillings are not seen."""
-
-    def __init__(self, dims: Dims, size: int, dilated: bool) -> None:
-        super().__init__()
-        self.dims, table = dims, RelativeTable(dims.num_heads, (size, size), grid=(size, size))
-        nn.init.normal_(table.table, std=0.02)
-        self.bias = RegionBias.of(table, dims.grid or (), size, dilated=dilated)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        fold = self.bias.fold
-        return self.bias.unfold(attend(fold(q), fold(k), fold(v), bias=self.bias))
 
 
 class Maxvit(Mixer):
@@ -112,11 +97,7 @@ class Maxvit(Mixer):
         self.sizes = positive("window", window), positive("grid_size", grid_size)
         self.conv = MBConv(dims.dim, dims.dim, expand=expand) if positive("expand", expand, least=0) else None
         self.block, self.grid = (
-            Block(
-                dims,
-                Windowed(AttentionMixer(InWindows(dims, size, dilated)), dims.grid or (), size, dilated=dilated),
-                mlp=MLP(dims.dim, mlp_ratio, Activation()),
-            )
+            Block(dims, WindowAttention(dims, size, dilated=dilated), mlp=MLP(dims.dim, mlp_ratio, Activation()))
             for size, dilated in zip(self.sizes, (False, True), strict=True)
         )
 
