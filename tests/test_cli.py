@@ -131,6 +131,8 @@ def test_check(checks):
     assert bad.exit_code == 1
     assert [(r["mechanism"], r["status"]) for r in json.loads(bad.stdout)] == [("copy", "OK"), ("broken", "FAILED")]
     assert [r["mechanism"] for r in json.loads(run("check", "--json").stdout)] == ["blur", "broken", "copy"]
+    asked = run("check", "copy", "--family", "grids", "--json")
+    assert [r["mechanism"] for r in json.loads(asked.stdout)] == ["copy", "blur"]
 
 
 def test_compare(tmp_path):
@@ -186,6 +188,7 @@ SHAPE = ("--shape", "1,2,2,32,8")
         (["check", "copi"], "id: got 'copi'; choose one of blur, broken, copy"),
         (["compare", "copi"], "id: got 'copi'; choose one of blur, broken, copy"),
         (["list", "--family", "x"], "family: got 'x'; choose one of grids, plain"),
+        (["compare", "--family", "x"], "family: got 'x'; choose one of grids, plain"),
         (["compare", "--shape", "1,2"], "shape: got '1,2'; pass B,H,HKV,N,D, like 1,8,2,4096,64"),
         (["compare", "--shape", "1,2,x,4,5"], "shape: got '1,2,x,4,5'; pass integers between commas, like 1024,4096"),
         (["compare", "--shape", "1,3,2,4,5"], "num_kv_heads: got 2 for num_heads 3; "),

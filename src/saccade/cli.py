@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 Json = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
 Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Mechanisms; none given: all of them.")]
+Families = Annotated[list[str] | None, typer.Option("--family", help="All of a family; may be given several times.")]
 Shape = Annotated[
     str | None,
     typer.Option(metavar="B,H,HKV,N,D", help="Random inputs: batch, query heads, key heads, tokens, channels."),
@@ -54,22 +55,13 @@ def _refusing(*kinds: type[Exception]) -> Iterator[None]:
 
 
 @app.command("list")
-def list_(
-    family: Annotated[str | None, typer.Option(help="Only mechanisms of this family.")] = None, as_json: Json = False
-) -> None:
+def list_(family: Families = None, as_json: Json = False) -> None:
     """List the mechanisms."""
     from dataclasses import asdict
 
-    from saccade.catalogue import mechanism, mechanisms
-    from saccade.errors import known
-
-    specs = mechanisms()
-    if family is not None:
-        with _refusing(ValueError):
-            known("family", family, sorted({spec.family for spec in specs}))
-        specs = [spec for spec in specs if spec.family == family]
+    classes = _classes(None, family)
     if as_json:
-        typer.echo(json.dumps([asdict(spec) | {"contract": mechanism(spec.id).contract()} for spec in specs], indent=1))
+        typer.echo(json.dumps([asdict(cls.spec) | {"contract": cls.contract()} for cls in classes], indent=1))
         return
     from rich import box
     from rich.table import Table
@@ -77,10 +69,10 @@ def list_(
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("id", "name", "family", "year", "paper"):
         table.add_column(column, no_wrap=column == "id")
-    for spec in specs:
+    for spec in (cls.spec for cls in classes):
         table.add_row(spec.id, spec.name, spec.family, str(spec.year), spec.paper)
     _console().print(table)
-    typer.echo(f"{len(specs)} mechanisms")
+    typer.echo(f"{len(classes)} mechanisms")
 
 
 @app.command()
@@ -107,11 +99,11 @@ def show(id: Annotated[str, typer.Argument(help="A mechanism.")]) -> None:
 
 
 @app.command()
-def check(ids: Ids = None, as_json: Json = False) -> None:
+def check(ids: Ids = None, family: Families = None, as_json: Json = False) -> None:
     """Prove mechanisms by the conformance suite; exit code 1 when one fails."""
     from saccade.testing import cli_table
 
-    chosen = [cls.spec.id for cls in _classes(ids)]
+    chosen = [cls.spec.id for cls in _classes(ids, family)]
     report = cli_table(chosen)
     if as_json:
         typer.echo(json.dumps(report.rows(), indent=1))
@@ -123,6 +115,7 @@ def check(ids: Ids = None, as_json: Json = False) -> None:
 @app.command()
 def compare(
     ids: Ids = None,
+    family: Families = None,
     shape: Shape = None,
     capture: Capture = None,
     lengths: Annotated[
@@ -152,7 +145,7 @@ def compare(
     from saccade.bench.console import tell
     from saccade.bench.inputs import Unreadable
 
-    classes = _contestants(ids, config)
+    classes = _contestants(ids, family, config)
     with _refusing(ValueError, TypeError):
         sizes = _shape(shape) if shape else None
         tokens = _numbers("lengths", lengths) if lengths else [sizes[3]] if sizes else list(LENGTHS)
@@ -272,15 +265,18 @@ def _bar() -> Iterator[Callable[[int, int, str], None]]:
         yield progress
 
 
-def _contestants(ids: list[str] | None, config: Path | None) -> list[type[Mechanism] | Configured]:
+def _contestants(
+    ids: list[str] | None, families: list[str] | None, config: Path | None
+) -> list[type[Mechanism] | Configured]:
     """The mechanisms asked for; with a configuration, what it configures and its mechanism's defaults too."""
     if config is None:
-        return list(_classes(ids))
+        return list(_classes(ids, families))
     from saccade.bench.tune import Tuned
 
     with _refusing(ValueError):
         tuned = Tuned.load(config).contestant(config.stem)
-    return [*dict.fromkeys([*(_classes(ids) if ids else []), tuned.cls]), tuned]
+    asked = _classes(ids, families) if ids or families else []
+    return [*dict.fromkeys([*asked, tuned.cls]), tuned]
 
 
 def _forecast(what: str, length: int | None, shape: tuple[int, int, int, int, int] | None, path: Path) -> Path:
@@ -306,12 +302,17 @@ def _console(stderr: bool = False) -> Any:
     return Console(stderr=stderr)
 
 
-def _classes(ids: list[str] | None) -> list[type[Mechanism]]:
-    """The mechanisms asked for, each once, or all of them."""
+def _classes(ids: list[str] | None, families: list[str] | None = None) -> list[type[Mechanism]]:
+    """The mechanisms asked for, by id and by family, each once; all of them where nothing was asked for."""
     from saccade.catalogue import mechanism, mechanisms
+    from saccade.errors import known
 
+    specs = mechanisms()
     with _refusing(ValueError):
-        return [mechanism(id) for id in dict.fromkeys(ids or (spec.id for spec in mechanisms()))]
+        for family in families or ():
+            known("family", family, sorted({spec.family for spec in specs}))
+        of_families = [spec.id for spec in specs if not (ids or families) or spec.family in (families or ())]
+        return [mechanism(id) for id in dict.fromkeys([*(ids or ()), *of_families])]
 
 
 def _inputs(cls: type[Mechanism]) -> str:
