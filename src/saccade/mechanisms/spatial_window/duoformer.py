@@ -16,17 +16,6 @@ from saccade.hosts.resize import coarser
 from saccade.mix import RegionBias, cut_windows, to_map, to_tokens, window_regions
 
 
-class Unbiased(nn.Module):
-    """A bias of zeros, (num_heads, n, m)."""
-
-    def __init__(self, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-
-    def forward(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        return torch.zeros(self.num_heads, len(q_pos), len(k_pos), device=q_pos.device)
-
-
 class Scaled(nn.Module):
     """Attention with the scores 2 Q K^T / sqrt(C); `apart` hides the filling of sets, where there is any."""
 
@@ -120,7 +109,7 @@ class Duoformer(Mixer):
         cells = torch.Size(self.grids[-1]).numel()
         real = [window_regions(grid, side).clamp(max=0) for grid, side in zip(self.grids, sides, strict=True)]
         regions = torch.cat([torch.zeros(cells, 1, dtype=torch.int64), *reversed(real)], 1)
-        apart = RegionBias(Unbiased(dims.num_heads), regions) if bool(regions.any()) else None
+        apart = RegionBias(None, regions, heads=dims.num_heads) if bool(regions.any()) else None
         self.project = nn.ModuleList(nn.Linear(dims.dim, dims.dim) for _ in range(scales))
         self.summary = Summary(dims.dim, scales)
         self.place = nn.Parameter(torch.empty(regions.shape[1], dims.dim))

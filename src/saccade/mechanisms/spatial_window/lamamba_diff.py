@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade import attend
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import known, positive
-from saccade.hosts.block import MLP, AttentionMixer
+from saccade.hosts.block import MLP
 from saccade.hosts.pyramid import Stage
 from saccade.hosts.resize import Reduce
 from saccade.hosts.unet import UNet
 from saccade.hosts.vit import WavePositions
-from saccade.mix import DepthwiseConv, RegionBias, Windowed
+from saccade.hosts.windows import WindowAttention
+from saccade.mix import DepthwiseConv
 from saccade.scan import GridScan, raster_orders, snake_orders
-from saccade.softmax import RelativeTable
 
 Grid = Sequence[int]
 
@@ -43,20 +42,6 @@ class Snakes(nn.Module):
         u, z = self.enter(x).chunk(2, -1)
         u = self.scan(nn.functional.silu(self.conv(u, self.grid)), self.orders)
         return self.leave(self.norm(u) * nn.functional.silu(z))
-
-
-class InWindows(nn.Module):
-    """Attention in windows with a table of biases, q, k, v (B W, H, w, D); strangers in a window are hidden."""
-
-    def __init__(self, dims: Dims, size: Grid, shift: Grid) -> None:
-        super().__init__()
-        table = RelativeTable(dims.num_heads, size, grid=size)
-        nn.init.trunc_normal_(table.table, std=0.02)
-        self.bias = RegionBias.of(table, dims.grid or (), size, shift=shift)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        fold = self.bias.fold
-        return self.bias.unfold(attend(fold(q), fold(k), fold(v), bias=self.bias))
 
 
 class LamambaDiff(Mixer):
@@ -116,9 +101,8 @@ class LamambaDiff(Mixer):
         grid, side, by = dims.grid or (), positive("window", window), positive("shift", shift, least=0)
         self.sizes, self.shifts = [min(side, n) for n in grid], [by if n > side else 0 for n in grid]
         self.width = dims.dim if condition is None else positive("condition", condition)
-        within = AttentionMixer(InWindows(dims, self.sizes, self.shifts), dims=dims)
         self.scan = Snakes(dims.dim, grid, expand=expand, state=state)
-        self.attention = Windowed(within, grid, self.sizes, shift=self.shifts)
+        self.attention = WindowAttention(dims, self.sizes, shift=self.shifts)
         self.mlp = MLP(dims.dim, mlp_ratio)
         self.norms = nn.ModuleList(nn.LayerNorm(dims.dim) for _ in range(3))
         self.project = nn.Linear(self.width, dims.dim)

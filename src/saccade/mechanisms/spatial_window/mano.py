@@ -16,17 +16,6 @@ from saccade.hosts.resize import Reduce, coarser
 from saccade.mix import RegionBias, to_map, to_tokens
 
 
-class Unbiased(nn.Module):
-    """A bias of zeros, (num_heads, n, m)."""
-
-    def __init__(self, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-
-    def forward(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        return torch.zeros(self.num_heads, len(q_pos), len(k_pos), device=q_pos.device)
-
-
 def attend_windows(q: Tensor, k: Tensor, v: Tensor, *, apart: RegionBias | None) -> Tensor:
     """Attention in every window, q, k, v (B W, H, w, D); `apart` hides the filling, where there is any."""
     if apart is None:
@@ -45,7 +34,7 @@ class Cover(nn.Module):
         self.whole = tuple(-(-max(0, n - size) // stride) * stride + size for n in grid)
         cells = self.cut(torch.ones(1, torch.Size(grid).numel(), 1))
         regions = cells[0, :, :, 0].long() - 1
-        self.apart = None if self.whole == grid else RegionBias(Unbiased(dims.num_heads), regions)
+        self.apart = None if self.whole == grid else RegionBias(None, regions, heads=dims.num_heads)
         self.register_buffer("counts", self._joined(torch.ones_like(cells)), persistent=False)
 
     def cut(self, x: Tensor) -> Tensor:
