@@ -128,7 +128,9 @@ def compare(
     backend: Annotated[
         str | None, typer.Option(help="Ask this backend of every mechanism; what runs another is FELL_BACK.")
     ] = None,
-    budget: Annotated[float, typer.Option(metavar="SECONDS", help="For all of it.")] = 100.0,
+    budget: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="For all of it (default 2 a mechanism, at least 100).")
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="What saccade tune wrote, beside its mechanism's defaults."),
@@ -154,7 +156,7 @@ def compare(
         _check_device(device)
         _check_backend(backend)
         _check_folder(out)
-        if not budget > 0:
+        if budget is not None and not budget > 0:
             raise ValueError(f"budget: got {budget:g}; pass seconds > 0")
     with _refusing(Unreadable), _bar() as progress:
         found = compare(

@@ -29,6 +29,7 @@ LENGTHS = (512, 2048, 8192)
 GATE_TOKENS = (128, 512)
 GATE_MOST = 2048  # tokens at which a mechanism that declines all smaller pieces is judged
 GATE_SECONDS = 5.0  # that a mechanism may take for its gate at least, since without it nothing of it is measured
+LEAST_BUDGET, EACH = 100.0, 2.0  # seconds, of all and of a mechanism
 GATE_SHARE, DRAW_SHARE = 0.3, 0.1  # of the budget
 ROUNDS = math.ceil(timing.LEAST_PAIRS / 2)
 CALLS = 2 + 2 * ROUNDS  # that a whole measurement takes: a first one, one that counts memory, and the timed ones
@@ -92,7 +93,7 @@ def compare(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     backend: str | None = None,
-    budget: float = 100.0,
+    budget: float | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Measure every mechanism that applies; one that fails becomes a record, never an exception.
@@ -101,9 +102,10 @@ def compare(
     the layer runs that the workload was read from (default: the middle one). workloads: each mechanism runs on
     the first that offers the grid it needs (default: captured text, and the photograph for grids). lengths: tokens,
     ascending or not. dtype: float32 on the CPU and bfloat16 elsewhere by default. backend: asked of every mechanism;
-    one that cannot be asked and runs another is FELL_BACK. budget: seconds for all of it; lengths are gone through in
-    ascending order, every mechanism at one before any at the next, and a mechanism whose call outgrows its share
-    stops there as TIMEOUT. progress: called with (units done, units in all, what is under way).
+    one that cannot be asked and runs another is FELL_BACK. budget: seconds for all of it (default: 2 a mechanism, at
+    least 100); lengths are gone through in ascending order, every mechanism at one before any at the next, and a
+    mechanism whose call outgrows its share stops there as TIMEOUT. progress: called with (units done, units in all,
+    what is under way).
 
         found = compare([MyAttention], [Synthetic((1, 8, 2, 4096, 64))], lengths=[1024, 4096])
         for record in found.records:
@@ -116,12 +118,14 @@ def compare(
     if not lengths:
         raise ValueError("lengths: got none; pass at least one")
     lengths = sorted({positive("lengths", n) for n in lengths})
+    classes = list(classes)
+    budget = max(LEAST_BUDGET, EACH * len(classes)) if budget is None else budget
     if not budget > 0:
         raise ValueError(f"budget: got {budget}; pass seconds > 0")
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
     workloads = [CapturedText(lengths), Photograph()] if workloads is None else workloads
-    return _Run(workloads, lengths, device, dtype, backend, budget, progress).all(list(classes))
+    return _Run(workloads, lengths, device, dtype, backend, budget, progress).all(classes)
 
 
 class _Run:
