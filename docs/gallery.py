@@ -429,24 +429,39 @@ def _parameters(cls: type[Mechanism], said: Mapping[str, str]) -> list[str]:
     return [*lines, ""]
 
 
+def families(found: Mapping[type[Mechanism], Measured]) -> dict[str, list[type[Mechanism]]]:
+    """The mechanisms of each family, families by name."""
+    members: dict[str, list[type[Mechanism]]] = defaultdict(list)
+    for cls in found:
+        members[cls.spec.family].append(cls)
+    return dict(sorted(members.items()))
+
+
+def family_page(family: str, members: list[type[Mechanism]], found: Mapping[type[Mechanism], Measured]) -> str:
+    """The page of a family, under which those of its mechanisms stand."""
+    lines = [f".. _family-{family}:", "", *heading(family_title(family), "=")]
+    lines += [f"{len(members)} mechanism{'s' * (len(members) > 1)}.", ""]
+    lines += raw('<div class="cards">' + "".join(_card(cls, found[cls]) for cls in members) + "</div>")
+    lines += [".. toctree::", "   :hidden:", ""]
+    lines += [f"   {cls.spec.id}" for cls in sorted(members, key=lambda cls: cls.spec.name.lower())]
+    return "\n".join([*lines, ""])
+
+
 def index(found: Mapping[type[Mechanism], Measured]) -> str:
     """The gallery's first page: a card a mechanism, by family."""
-    families: dict[str, list[type[Mechanism]]] = defaultdict(list)
-    for cls in found:
-        families[cls.spec.family].append(cls)
+    grouped = families(found)
     claims = [claim for one in found.values() for claim in one.claims]
     lines = heading("Gallery", "=")
     lines += [
-        f"{len(found)} mechanisms of {len(families)} families, {sum(c.holds for c in claims)} of {len(claims)} claims "
+        f"{len(found)} mechanisms of {len(grouped)} families, {sum(c.holds for c in claims)} of {len(claims)} claims "
         "hold. Every page is written from the mechanism's own file: its docstring, its declaration, its claims, run "
         "when this documentation was built, and its weights, drawn from what the module computes.",
         "",
     ]
-    for family, members in sorted(families.items()):
-        lines += [f".. _family-{family}:", "", *heading(family_title(family), "-")]
+    for family, members in grouped.items():
+        lines += heading(family_title(family), "-")
         lines += raw('<div class="cards">' + "".join(_card(cls, found[cls]) for cls in members) + "</div>")
-    lines += [".. toctree::", "   :hidden:", ""]
-    lines += [f"   {cls.spec.id}" for cls in sorted(found, key=lambda cls: cls.spec.name.lower())]
+    lines += [".. toctree::", "   :hidden:", "", *(f"   family-{family}" for family in grouped)]
     return "\n".join([*lines, ""])
 
 
@@ -469,6 +484,7 @@ def write(folder: Path, classes: list[type[Mechanism]], cache: Path = CACHE) -> 
         found[cls] = measured(cls, cache)
         pages[f"{cls.spec.id}.rst"] = page(cls, found[cls])
     pages["index.rst"] = index(found)
+    pages |= {f"family-{name}.rst": family_page(name, members, found) for name, members in families(found).items()}
     folder.mkdir(parents=True, exist_ok=True)
     for stale in set(folder.glob("*.rst")) - {folder / name for name in pages}:
         stale.unlink()

@@ -151,13 +151,20 @@ def test_index_has_a_card_a_mechanism(written):
     index = (written / "pages" / "index.rst").read_text(encoding="utf-8")
     assert index.startswith("Gallery\n")
     for cls in CLASSES:
-        assert f'href="{cls.spec.id}.html"' in index
-        assert f"   {cls.spec.id}" in index.split("\n")
+        family = (written / "pages" / f"family-{cls.spec.family}.rst").read_text(encoding="utf-8")
+        assert f"   family-{cls.spec.family}" in index.split("\n")
+        assert f"   {cls.spec.id}" in family.split("\n")
+        for page in (index, family):
+            assert f'href="{cls.spec.id}.html"' in page
 
 
 def test_page_of_a_mechanism_that_is_gone_is_removed(written):
     assert sorted(path.name for path in (written / "pages").iterdir()) == sorted(
-        [*(f"{cls.spec.id}.rst" for cls in CLASSES), "index.rst"]
+        [
+            *(f"{cls.spec.id}.rst" for cls in CLASSES),
+            *{f"family-{cls.spec.family}.rst" for cls in CLASSES},
+            "index.rst",
+        ]
     )
 
 
