@@ -122,7 +122,7 @@ class Cottention(Attention):
             place = torch.arange(1, 97, dtype=q.dtype) if causal else 96.0
             weights = cosines.tril() if causal else cosines
             dense = (weights / place ** layer.m.sigmoid()[:, None, None]) @ v
-            apart.append(float((layer(q, k, v) - dense).abs().max() / v.abs().max()))
+            apart.append(float((layer(q, k, v) - dense).detach().abs().max() / v.abs().max()))
         holds = max(apart) < 96 * torch.finfo(q.dtype).eps
         return Finding(holds, f"largest differences {apart[0]:.1e} (causal) and {apart[1]:.1e} of v at 96 tokens")
 
