@@ -131,7 +131,7 @@ class Cottention(Attention):
         q, k, _ = cls._inputs()
         eye = torch.eye(96, dtype=q.dtype).expand(1, 2, -1, -1)
         layer = cls(Dims(2, 8), causal=False).double()
-        weights = layer(q, k, eye) * 96 ** layer.m.sigmoid()[:, None, None]
+        weights = (layer(q, k, eye) * 96 ** layer.m.sigmoid()[:, None, None]).detach()
         low, high = float(weights.min()), float(weights.max())
         sums = weights.sum(-1)
         bound = 1 + 8 * torch.finfo(q.dtype).eps
