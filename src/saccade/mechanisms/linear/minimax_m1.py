@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from saccade import attend
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
-from saccade.errors import positive
+from saccade.errors import known, positive
+from saccade.hosts.stack import Stack, SwiGLU, interleave
 from saccade.scan import State, linear_attention
 from saccade.where import Causal
 
@@ -78,6 +79,26 @@ class Softmax(nn.Module):
         return self.out(attend(q, k, v, Causal()).transpose(1, 2).flatten(2)), Cache(k, v)
 
 
+class DeepNorm(nn.Module):
+    """The model's residual block: y = norm(x), x <- alpha y + mixer(y), then the same with an MLP; x (B, N, C)."""
+
+    def __init__(self, dims: Dims, mixer: nn.Module, alpha: float) -> None:
+        super().__init__()
+        self.mixer, self.mlp, self.alpha = mixer, SwiGLU(dims.dim, 3 * dims.dim), alpha
+        self.norm_mixer, self.norm_mlp = nn.RMSNorm(dims.dim, eps=1e-5), nn.RMSNorm(dims.dim, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm_mixer(x)
+        y = self.norm_mlp(self.alpha * y + self.mixer(y))
+        return self.alpha * y + self.mlp(y)
+
+    def step(self, x: Tensor, *, state: Any = None) -> tuple[Tensor, Any]:
+        y = self.norm_mixer(x)
+        mixed, state = self.mixer.step(y, state=state)  # type: ignore[operator]
+        y = self.norm_mlp(self.alpha * y + mixed)
+        return self.alpha * y + self.mlp(y), state
+
+
 class MiniMaxM1(Mixer):
     """The attention of layer `layer` of a hybrid stack: lightning, or softmax where `every` divides layer + 1.
 
@@ -90,7 +111,7 @@ class MiniMaxM1(Mixer):
     but the decay. Softmax: q (B, H, N, D), k, v (B, Hkv, N, D); R_t turns the first `rotary` channels of a head, in two
     halves, by t theta^(-2 i / rotary). Paper: arXiv 2506.13585; the layers follow the model's published code, where a
     block is y = norm(x), x <- alpha y + attention(y) with alpha = (2 num_layers)^(1/4), then the same with a mixture of
-    experts; these belong to the host. Deviations: where H is no power of two the code interleaves two series of slopes,
+    experts: `model`. Deviations: where H is no power of two the code interleaves two series of slopes,
     here the one formula serves every H.
     layer: counted from 0 (0). num_layers: 80. every: 8. rotary: an even number of channels (None: half of D, or one
     less). theta: 1e7. chunk: tokens a matrix product takes at once (256), of no effect on the result.
@@ -189,6 +210,24 @@ class MiniMaxM1(Mixer):
             Case(Dims(2, 4), 19, {"layer": 7}, batch=1),
             Case(Dims(2, 3), 13, {"num_layers": 1}, batch=1),
         ]
+
+    @classmethod
+    def model(cls, name: str = "small", *, params: dict[str, Any] | None = None, **host: Any) -> nn.Module:
+        """A language model over bytes: "small" (7.2 million parameters), the eight layers of one turn.
+
+        It is a size of ours, so that there is no published count: C 256, 8 heads, 1 key head, in place of C 6144, 64
+        heads of 128 and 8 key heads. One SwiGLU as wide as two experts, 3 C, stands for the mixture of experts.
+        params: parameters of every layer. host: keywords of `Stack`.
+        """
+        known("name", name, ("small",))
+        given = {"num_layers": 8, **(params or {})}
+        alpha = (2 * given["num_layers"]) ** 0.25
+        paper = {
+            "dims": Dims(8, 32, num_kv_heads=1),
+            "layers": interleave(given["num_layers"], (1, lambda dims, layer: cls(dims, **{"layer": layer, **given}))),
+            "block": lambda dims, mixer: DeepNorm(dims, mixer, alpha),
+        }
+        return Stack(**{**paper, **host})
 
     @claim("The cache that grows with the context is 1/8 of that of softmax layers alone.")
     def eighth(cls) -> Finding:
