@@ -570,7 +570,7 @@ def call(q=None, k=None, v=None, **options):
 ERRORS = [
     ({"k": torch.zeros(2, 2, 7, D)}, TypeError, "k: got dtype torch.float32"),
     ({"chunk": 0}, ValueError, "chunk: got 0"),
-    ({"backend": "triton"}, ValueError, "backend: got 'triton'; choose one of auto, reference, chunked"),
+    ({"backend": "tryton"}, ValueError, "backend: got 'tryton'; choose one of auto, reference, chunked, triton"),
     ({"normalizer": "softmax"}, ValueError, "normalizer: got 'softmax'; choose one of sum"),
     ({"normalizer": 3}, TypeError, "normalizer: got int"),
     ({"feature_map": "gelu"}, ValueError, "feature_map: got 'gelu'; choose one of elu1"),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from saccade.errors import check_cu_seqlens, check_qkv, known, positive
+from saccade.scan import kernels
 from saccade.scan.chunks import Stretch, grouped, weigh
 from saccade.scan.features import LogFeatures, Map, feature_map_of
 from saccade.scan.normalizers import Normalizer, Read, normalizer_of
@@ -51,14 +53,17 @@ def linear_attention(
         the sum of phi(k) under any normalizer and a last row for sums over v under those that count; its transition
         is the sum of the decays. Under cu_seqlens B is the number of sequences, here and in `state`.
     cu_seqlens: int32, sequences packed into batch 1, each with a memory of its own.
-    chunk: tokens handled at once by matrix products; changes the speed, and no result beyond rounding.
-    backend: "reference" (token by token), "chunked", or "auto" (chunked).
+    chunk: tokens handled at once by matrix products; changes the speed, and no result beyond rounding. "triton" has
+        sizes of its own.
+    backend: "reference" (token by token), "chunked", "triton" (kernels, causal, at most 256 channels, differentiable
+        once; they have run in Triton's interpreter alone, so that they must be named), or "auto": chunked.
 
-    Computed in float32 (float64 for float64), whatever autocast says. A vector gate is split at the middle of ever
-    smaller blocks, so that every exponent is a sum of decays and none is positive. Costs N F Dv + N chunk (F + Dv)
-    multiply-adds; memory N (F + Dv + chunk) + N / chunk F Dv with gradients, less without.
+    Computed in float32 (float64 for float64), whatever autocast says; "triton" rounds the factors of matrix products,
+    features among them, to the dtype of q, as dense attention does, and sums in float32. A vector gate is split at the
+    middle of ever smaller blocks, so that every exponent is a sum of decays and none is positive. Costs N F Dv +
+    N chunk (F + Dv) multiply-adds; memory N (F + Dv + chunk) + N / chunk F Dv with gradients, less without.
     Errors: ValueError and TypeError name the argument; a decay without `causal` is refused, for nothing says which
-    token is the older one.
+    token is the older one; a named backend that cannot run says why.
 
     >>> o = linear_attention(torch.ones(1, 1, 3, 1), torch.ones(1, 1, 3, 1), torch.ones(1, 1, 3, 1))
     >>> o.flatten().tolist()
@@ -66,7 +71,7 @@ def linear_attention(
     """
     check_qkv(q, k, v)
     positive("chunk", chunk)
-    scan = SCANS[known("backend", backend, SCANS)]
+    known("backend", backend, BACKENDS)
     phi, policy = feature_map_of(feature_map), normalizer_of(normalizer)
     if causal and q.shape[2] != k.shape[2]:
         raise ValueError(
@@ -76,18 +81,59 @@ def linear_attention(
     if log_decay is not None and not causal:
         raise ValueError("log_decay: got one with causal=False; a decay needs an order in time, so drop one of the two")
     _check_policy(policy, phi, log_decay)
-
-    def one(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: State | None) -> tuple[Tensor, State]:
-        return _dense(q, k, v, log_decay, state, phi, policy, causal, scale, scan, chunk)
+    if cu_seqlens is not None:
+        if q.shape[2] != k.shape[2]:
+            raise ValueError(f"cu_seqlens: got q with {q.shape[2]} tokens and k with {k.shape[2]}; they share it")
+        cu_seqlens = check_cu_seqlens(cu_seqlens, q.shape[2], q.shape[0])
 
     with full_precision(q):
-        if cu_seqlens is None:
-            o, after = one(q, k, v, log_decay, state)
+        dtype, logs = q.dtype, isinstance(phi, LogFeatures)
+        q, k = _featured(q, k, phi, cu_seqlens)
+        fast = _takes_kernels(backend, v, k.shape[-1], causal)
+        scan = kernels.scan if fast else _in_products(SCANS[backend], chunk)
+        # The kernels round values themselves.
+        v = v if fast else v.to(working_dtype(v))
+
+        def one(
+            q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: State | None, cu: Tensor | None = None
+        ) -> tuple[Tensor, State]:
+            o, after = _dense(q, k, v, g, state, logs, policy, causal, scale, scan, return_state, cu)
+            return o.to(dtype), after
+
+        # The scale of logarithmic features runs on over the sequences, so those are taken one by one.
+        if cu_seqlens is None or (fast and not logs):
+            o, after = one(q, k, v, log_decay, state, cu_seqlens)
         else:
-            if q.shape[2] != k.shape[2]:
-                raise ValueError(f"cu_seqlens: got q with {q.shape[2]} tokens and k with {k.shape[2]}; they share it")
             o, after = each_sequence(one, q, (k, v), (log_decay,), state, cu_seqlens)
     return (o, after) if return_state else o
+
+
+def _takes_kernels(backend: str, v: Tensor, features: int, causal: bool) -> bool:
+    if backend == "triton" and (why := kernels.reasons(v, features, causal)):
+        raise ValueError(f"backend: got 'triton', which cannot run this: {'; '.join(why)}. Pass 'auto'")
+    return backend == "triton"
+
+
+def _featured(
+    q: Tensor, k: Tensor, phi: tuple[Map, Map] | LogFeatures, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Features of q and k, or their logarithms, in the working dtype; where they are q and k themselves, those."""
+    if phi != feature_map_of(None):
+        maps = (phi.log_query, phi.log_key) if isinstance(phi, LogFeatures) else phi
+        # A map may ask where in its sequence a token stands.
+        lengths = [q.shape[2]] if cu_seqlens is None else cu_seqlens.diff().tolist()
+        q, k = (
+            torch.cat([f(part) for part in x.to(working_dtype(x)).split(lengths, 2)], 2)
+            if len(lengths) > 1
+            else f(x.to(working_dtype(x)))
+            for f, x in zip(maps, (q, k), strict=True)
+        )
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f"feature_map: got {q.shape[-1]} features for queries and {k.shape[-1]} for keys; "
+            "a query reads what a key writes"
+        )
+    return q, k
 
 
 def full_precision(like: Tensor) -> contextlib.AbstractContextManager:
@@ -212,6 +258,29 @@ def scan_tokens(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, memory: Tenso
 
 Scan = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Tensor, int], tuple[Tensor, Tensor]]
 SCANS: dict[str, Scan] = {"auto": scan_chunks, "reference": scan_tokens, "chunked": scan_chunks}
+BACKENDS = (*SCANS, "triton")
+# As `kernels.scan`: of q, k, v, g, memory, bounds of packed sequences, scale, whether to read the sum of keys too.
+Pass = Callable[
+    [Tensor, Tensor, Tensor, "Tensor | None", Tensor, "Tensor | None", float, bool],
+    "tuple[Tensor, Tensor | None, Tensor]",
+]
+
+
+def _in_products(scan: Scan, chunk: int) -> Pass:
+    """A scan of plain tensors, in which the sum of keys is what values of 1 add up to."""
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, memory: Tensor, cu: Tensor | None, scale: float, mass: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        q, k, g = q.to(v.dtype), k.to(v.dtype), None if g is None else g.to(v.dtype)
+        q = q if scale == 1 else q * scale
+        if not mass:
+            o, memory = scan(q, k, v, g, memory, chunk)
+            return o, None, memory
+        o, memory = scan(q, k, torch.cat([v, torch.ones_like(v[..., :1])], -1), g, memory, chunk)
+        return *o.split([v.shape[-1], 1], -1), memory
+
+    return run
 
 
 def _dense(
@@ -220,45 +289,38 @@ def _dense(
     v: Tensor,
     log_decay: Tensor | None,
     state: State | None,
-    phi: tuple[Map, Map] | LogFeatures,
+    logs: bool,
     policy: Normalizer | None,
     causal: bool,
     scale: float | None,
-    scan: Scan,
-    chunk: int,
+    scan: Pass,
+    keep: bool,
+    cu: Tensor | None,
 ) -> tuple[Tensor, State]:
-    """`linear_attention` of sequences of one length, with its defaults resolved."""
-    dtype, (batch, heads), groups = q.dtype, q.shape[:2], k.shape[1]
-    q, k, v = (x.to(working_dtype(q)) for x in (q, k, v))
-    if isinstance(phi, LogFeatures):
-        q, k = phi.log_query(q), phi.log_key(k)
-    else:
-        q, k = phi[0](q), phi[1](k)
-        if state is not None and state.shift is not None:
-            raise ValueError(
-                "state: got one with a log scale, which plain features have not; pass the feature_map that made it"
-            )
-    features = k.shape[-1]
-    if q.shape[-1] != features:
+    """`linear_attention` of features, or their logarithms, of sequences of one length or of packed ones.
+
+    keep: the state after the last token is wanted, so its transition is too.
+    """
+    (batch, heads), groups, features = q.shape[:2], k.shape[1], k.shape[-1]
+    real, sequences = working_dtype(v), batch if cu is None else cu.shape[0] - 1
+    scale = 1.0 if scale is None else scale
+    if not logs and state is not None and state.shift is not None:
         raise ValueError(
-            f"feature_map: got {q.shape[-1]} features for queries and {features} for keys; "
-            "a query reads what a key writes"
+            "state: got one with a log scale, which plain features have not; pass the feature_map that made it"
         )
     g = None
     if log_decay is not None:
         check_log_decay(log_decay, (batch, heads, q.shape[2]), groups, features)
-        g = log_decay.to(v.dtype)
-        g = g[None, :, None] if g.ndim == 1 else g
+        g = log_decay[None, :, None] if log_decay.ndim == 1 else log_decay
     kept = groups if g is None else g.shape[1]
-    if policy is not None:
-        v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-    counts = policy is not None and policy.counts
-    memory = initial_memory(state, (batch, kept, features + counts, v.shape[-1]), v)
+    mass, counts = policy is not None, policy is not None and policy.counts
+    shape = (sequences, kept, features + counts, v.shape[-1] + mass)
+    memory = initial_memory(state, shape, v.new_zeros((), dtype=real))
     before = State(memory) if state is None else State(memory, state.transition, state.shift)
-    transition = None if g is None else _total(g, batch, q.shape[2])
+    transition = _total(g.to(real), batch, q.shape[2], cu) if keep and g is not None else None
 
     undo, shift = None, None
-    if isinstance(phi, LogFeatures):
+    if logs:
         ceiling = q.detach().amax(-1, keepdim=True)
         q = (q - ceiling).exp()
         running, step = _running_scale(k, None if state is None else before, causal)
@@ -269,38 +331,46 @@ def _dense(
             g = step if g is None else g + (step[..., None] if g.ndim == 4 else step)
         undo = ceiling + running.repeat_interleave(heads // groups, 1)
         shift = running[:, :, -1:].repeat_interleave(kept // groups, 1)
-    if scale is not None:
-        q = q * scale
 
-    total = None
+    total: Tensor | None = None
+    found: Tensor | None = None
     if causal:
-        o, memory = scan(q, k, v, g, before.memory[:, :, :features], chunk)
+        o, found, memory = scan(q, k, v, g, before.memory[:, :, :features], cu, scale, mass)
         if counts:
             ones = torch.ones_like(v[..., :1])
-            total, last = scan(
-                ones.repeat_interleave(kept // groups, 1), ones, v, g, before.memory[:, :, features:], chunk
-            )
+            every = ones.repeat_interleave(kept // groups, 1)
+            added, counted, last = scan(every, ones, v, g, before.memory[:, :, features:], cu, 1.0, True)
+            total = torch.cat([added, cast(Tensor, counted)], -1)
             memory = torch.cat([memory, last], 2)
         after = State(memory, chain(before.transition, transition), shift)
     else:
+        q, k = q.to(real), k.to(real)
+        if mass:
+            v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
         memory = k.mT @ v
         if counts:
             memory = torch.cat([memory, v.sum(2, keepdim=True)], 2)
         after = before.compose(State(memory, None, shift)) if state is not None else State(memory, None, shift)
+        q = q if scale == 1 else q * scale
         o = grouped(q.unflatten(1, (groups, -1)), after.memory[:, :, None, :features]).flatten(1, 2)
+        o, found = o.split([v.shape[-1] - 1, 1], -1) if mass else (o, None)
         total = after.memory[:, :, features:] if counts else None
     if undo is not None and (policy is None or not policy.scale_free):
-        o = o * undo.exp()
+        o, found = o * undo.exp(), None if found is None else found * undo.exp()
     if policy is not None:
         if total is not None:
             total = total.repeat_interleave(heads // kept, 1)
-        sums = () if total is None else total.split([v.shape[-1] - 1, 1], -1)
-        o = policy(Read(*o.split([v.shape[-1] - 1, 1], -1), *sums))
-    return o.to(dtype), after
+        sums = () if total is None else total.split([total.shape[-1] - 1, 1], -1)
+        o = policy(Read(o, cast(Tensor, found), *sums))
+    return o, after
 
 
-def _total(g: Tensor, batch: int, tokens: int) -> Tensor:
-    """The sum of the decays as a transition, (B, heads, 1, 1) or (B, heads, F, 1)."""
+def _total(g: Tensor, batch: int, tokens: int, cu: Tensor | None) -> Tensor:
+    """The sum of the decays as a transition, (B, heads, 1, 1) or (B, heads, F, 1); B sequences, if packed."""
+    if cu is not None:
+        lengths = cu.diff().tolist()
+        parts = g.expand(-1, -1, tokens, *g.shape[3:]).split(lengths, 2)
+        return torch.cat([_total(part, batch, n, None) for part, n in zip(parts, lengths, strict=True)])
     total = g * tokens if g.shape[2] == 1 else g.sum(2, keepdim=True)
     return total.mT.expand(batch, -1, -1, -1) if g.ndim == 4 else total[..., None].expand(batch, -1, -1, -1)
 

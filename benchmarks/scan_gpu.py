@@ -1,0 +1,196 @@
+"""Linear attention on a GPU: these kernels beside flash-linear-attention's and dense causal attention.
+
+python benchmarks/scan_gpu.py [--only TEXT] [--seconds S] [--forward]
+
+bfloat16, gates in float32, D = Dv unless said, without a gate, with one a token, and with one a token and channel. All
+take turns in one run, the second-level cache flushed before each; flash-linear-attention (`pip install
+flash-linear-attention`) is given its own layout of the same values, for which nothing is counted, and is left out where
+it is not installed or refuses. `floor` is the time that the bytes take which no algorithm can spare, every input read
+and every result written once, at the rate of a copy measured beside: with gradients also their own. `bytes` adds what
+our two passes read and write again, keys, values, gates and states. `error` is the root mean square difference from
+float64 token by token over that of the exact result, for the first 256 tokens of one head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from attend_gpu import graphed
+from common import save, show
+from torch import Tensor
+from torch.nn.functional import logsigmoid, scaled_dot_product_attention
+
+from saccade.bench.timing import Samples, clock_for, ratio, rounds
+from saccade.scan import linear_attention
+from saccade.scan.kernels.launch import Sizes
+
+Call = Callable[[], Any]
+Attend = Callable[..., Tensor]
+GATES = {"none": 0, "scalar": 1, "vector": 2}
+SHAPES = [  # batch, heads, tokens, D
+    (8, 16, 4096, 128),
+    (4, 16, 2048, 128),
+    (1, 16, 32768, 128),
+    (1, 64, 16384, 128),
+    (8, 16, 4096, 64),
+    (4, 16, 4096, 256),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape under one gate."""
+
+    batch: int
+    heads: int
+    tokens: int
+    dim: int
+    gate: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.gate} gate, B {self.batch}, H {self.heads}, D {self.dim}"
+
+    def inputs(self) -> list[Tensor]:
+        """q, k, v, and g where there is a gate: decays as a trained model has them, most of them slow."""
+        shape = (self.batch, self.heads, self.tokens)
+        q, k, v = (torch.randn(*shape, self.dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        if self.gate == "none":
+            return [q, k, v]
+        return [
+            q,
+            k,
+            v,
+            logsigmoid(torch.randn(*shape, *((self.dim,) if self.gate == "vector" else ()), device="cuda")) / 16,
+        ]
+
+    def floor(self, backward: bool) -> int:
+        """Bytes that every algorithm moves."""
+        rows = self.batch * self.heads * self.tokens
+        gate = 4 * {"none": 0, "scalar": 1, "vector": self.dim}[self.gate]
+        forward = 2 * 4 * self.dim + gate
+        # do is read beside the inputs; dq, dk, dv and dg are written.
+        return rows * (forward + (forward + gate + 2 * 3 * self.dim if backward else 0))
+
+    def moved(self, backward: bool) -> int:
+        """Bytes that our passes move, each pass taken to read its inputs once."""
+        rows, d = self.batch * self.heads * self.tokens, self.dim
+        gate = 4 * {"none": 0, "scalar": 1, "vector": d}[self.gate]
+        states = 2 * 2 * d * d / Sizes.of(d, d, torch.bfloat16, GATES[self.gate]).chunk
+        found = self.floor(False) + rows * (4 * d + gate + states)
+        if backward:  # the walk over q and do; dq, dk and dg from everything; dv from q, k and do
+            found += rows * (4 * d + gate + states) + rows * (6 * 2 * d + 2 * gate + states)
+            found += rows * (4 * 2 * d + gate + states / 2)
+        return int(found)
+
+
+def peers(case: Case) -> dict[str, Attend]:
+    """Dense causal attention, and flash-linear-attention in its own layout."""
+    found: dict[str, Attend] = {"dense": lambda q, k, v, g=None: scaled_dot_product_attention(q, k, v, is_causal=True)}
+    if importlib.util.find_spec("fla") is None:
+        print("flash-linear-attention is not installed")
+        return found
+    from fla.ops.gla import chunk_gla
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    function = chunk_gla if case.gate == "vector" else chunk_simple_gla
+
+    def theirs(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None) -> Tensor:
+        return function(q, k, v, g, scale=1.0)[0]
+
+    return found | {"fla": theirs}
+
+
+def step(function: Attend, inputs: list[Tensor], backward: bool) -> Call:
+    """Forward, or forward and backward."""
+    if not backward:
+        return torch.no_grad()(lambda: function(*inputs))
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    grad = torch.randn_like(leaves[2])
+    return lambda: torch.autograd.grad(function(*leaves), leaves, grad, allow_unused=True)
+
+
+def ours(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None) -> Tensor:
+    return linear_attention(q, k, v, log_decay=g, backend="triton")  # type: ignore[return-value]
+
+
+def error(inputs: list[Tensor]) -> float:
+    """Of our forward pass, see above."""
+    few = [x[:1, :1, :256] for x in inputs]
+    found = ours(*few).double()
+    exact = linear_attention(*(x.double() for x in few[:3]), log_decay=few[3].double() if few[3:] else None,
+                             backend="reference")  # fmt: skip
+    return float((found - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+def copy_rate() -> float:
+    """Bytes a second that a large copy reads and writes."""
+    source = torch.empty(2**30, device="cuda", dtype=torch.uint8)
+    target = torch.empty_like(source)
+    taken = clock_for("cuda")([lambda: target.copy_(source)] * 9)
+    return 2 * source.numel() / sorted(taken)[4]
+
+
+def measure(case: Case, backward: bool, seconds: float, rate: float) -> dict[str, Any]:
+    """Milliseconds of all, how much faster than each peer, and over the floor."""
+    torch.manual_seed(0)
+    inputs = case.inputs()
+    calls: dict[str, Call] = {"triton": graphed(step(ours, inputs, backward))}
+    for name, function in peers(case).items():
+        given = [x.transpose(1, 2).contiguous() for x in inputs] if name == "fla" else inputs
+        try:
+            calls[name] = graphed(step(function, given, backward))
+        except Exception as refusal:  # a peer that cannot do this work is left out, and said so
+            print(f"{name} cannot: {type(refusal).__name__}: {str(refusal)[:200]}")
+    names = [name for name in calls if name != "triton"]
+    found = rounds([calls[name] for name in names], calls["triton"], seconds=seconds, clock=clock_for("cuda"))
+    samples = dict(zip(names, found, strict=True))
+    mine, floor = found[0].baseline_seconds, case.floor(backward) / rate
+    row: dict[str, Any] = {"triton ms": round(mine * 1e3, 4), "floor ms": round(floor * 1e3, 4)}
+    row |= {"over floor": round(mine / floor, 2), "TB/s moved": round(case.moved(backward) / mine / 1e12, 2)}
+    for name, one in samples.items():
+        faster = ratio(Samples(one.baseline, one.function))  # theirs over ours
+        row |= {f"{name} ms": round(one.seconds * 1e3, 4), f"over {name}": round(faster.median, 3)}
+        row |= {f"over {name} low": faster.low and round(faster.low, 3)}
+        row |= {f"over {name} high": faster.high and round(faster.high, 3)}
+    return row | {"error": float(f"{error(inputs):.2e}")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each case and direction")
+    parser.add_argument("--forward", action="store_true", help="leave the backward pass out")
+    options = parser.parse_args()
+    rate, rows = copy_rate(), []
+    print(f"a copy moves {rate / 1e12:.2f} TB/s")
+    for case in (Case(*shape, gate) for shape in SHAPES for gate in GATES):
+        if options.only not in case.name:
+            continue
+        for backward in (False,) if options.forward else (False, True):
+            row = measure(case, backward, options.seconds, rate)
+            name = f"{case.name}, forward{' + backward' if backward else ''}"
+            rows.append({"pattern": name, "tokens": case.tokens, **row})
+            print({k: v for k, v in rows[-1].items() if not k.endswith(("low", "high"))}, flush=True)
+            save("scan_gpu", rows[-1:], device="cuda", dtype="bfloat16", copy_bytes_per_second=round(rate))
+    shown = (
+        "pattern",
+        "tokens",
+        "triton ms",
+        "floor ms",
+        "over floor",
+        "TB/s moved",
+        "fla ms",
+        "over fla",
+        "over dense",
+    )
+    show("Linear attention: milliseconds, and how many times faster", [{n: row.get(n) for n in shown} for row in rows])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Triton kernels for the recurrence of linear attention, forward and backward, for any gate.
+
+Two passes over the tokens: one that walks from chunk to chunk and leaves the state before each, and one over all chunks
+at once. The gradient makes the same two passes, the walk in reverse. No sum depends on the order of programs, so equal
+inputs give equal bits. With D and Dv channels, chunks of C tokens and e bytes an entry, a token costs e (2 D + 2 Dv)
+bytes for q, k, v and o, again e (D + Dv) for the walk, and 2 e D Dv / C for the states, which the gradient finds again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+MOST_CHANNELS = 256
+INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def reasons(v: Tensor, features: int, causal: bool) -> list[str]:
+    """Why the kernels cannot run a problem with so many features a key; empty when they can."""
+    found = []
+    if not INSTALLED:
+        found.append("triton is missing; pip install triton")
+    if v.device.type != "cuda" and not interpreted():
+        found.append(f"its kernels are compiled for CUDA, not for {v.device.type}")
+    if v.device.type != "cuda" and v.dtype == torch.bfloat16:
+        found.append("the interpreter of triton forms no products in bfloat16")
+    if v.dtype == torch.float64:
+        found.append("it computes in at most float32")
+    if not causal:
+        found.append("without a causal order there is nothing to scan, and two matrix products do")
+    if max(features, v.shape[3]) > MOST_CHANNELS:
+        found.append(f"more than {MOST_CHANNELS} channels do not fit its tiles, got {features} and {v.shape[3]}")
+    return found
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    memory: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    mass: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What queries read (B, H, N, Dv), the mass (B, H, N, 1) that they read with it or None, and the last memory.
+
+    q and k are taken in the dtype of v; where they come in another, or with mass, what they read is float32. g: None,
+    (1, heads, 1), (B, heads, N) or (B, heads, N, D). memory (sequences, heads, D, Dv), float32, with mass one column
+    more, the sum of keys.
+    """
+    from saccade.scan.kernels import ops
+
+    wide = mass or q.dtype != v.dtype
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q.to(v.dtype), k.to(v.dtype), v))
+    if g is not None:
+        g = g if g.dtype != torch.float64 else g.float()
+        if g.ndim == 3:
+            g = g.expand(q.shape[0], -1, q.shape[2])
+        elif g.stride(3) != 1:
+            g = g.contiguous()
+    sums = None
+    if mass:
+        memory, sums = memory[..., :-1], memory[..., -1].contiguous()
+    o, found, memory, sums, _, _ = ops.linear_scan(q, k, v, g, memory.contiguous(), sums, cu_seqlens, scale, mass, wide)
+    if not mass:
+        return o, None, memory
+    return o, found.unsqueeze(-1), torch.cat([memory, sums.unsqueeze(-1)], -1)

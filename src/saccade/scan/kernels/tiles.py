@@ -1,0 +1,173 @@
+"""What the kernels share: tensors with their strides, where chunks lie, and what decays do inside one.
+
+A chunk is C tokens. What is left of one token at another is the exponential of a plain sum of g over the tokens in
+between, never of a difference of sums: that would be NaN for g = -inf, inexact for any large g, and might overflow.
+
+A decay a channel is no factor of the scores, so a chunk is halved: pairs of tokens in the two halves of a block meet at
+the last token of the first half, its middle. Level h = 1, 2, 4, ... takes the pairs (i, j) whose numbers differ first
+in the bit h, so that every pair i > j is one of exactly one level. At each a token is late (its bit is set: it reads)
+or early (it is read), and
+
+    x_t = q_t exp(sum of g over (middle, t]) if late,   k_t exp(sum of g over (t, middle]) if early,
+    decayed q_i . k_j = x_i . x_j
+
+The sums of all tokens and channels are one product of a matrix of ones and zeros with g.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Heads(NamedTuple):
+    """x (B, H, N, C), whose last stride is 1, or (B, H, N), and its other strides."""
+
+    x: Tensor
+    stride_b: int
+    stride_h: int
+    stride_n: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> Heads:
+        return cls(x, *x.stride()[:3])
+
+
+class Cuts(NamedTuple):
+    """Sequences and their chunks, which are numbered through: `count` sequences, of `length` tokens each or packed.
+
+    cu (S + 1,), first (S,): where the tokens and the chunks of a packed sequence begin; seq_of: the sequence of a
+    chunk, S for those past the last.
+    """
+
+    length: int
+    count: int
+    cu: Tensor | None = None
+    first: Tensor | None = None
+    seq_of: Tensor | None = None
+
+
+@triton.jit
+def stretch_of(cuts, seq, C: tl.constexpr):
+    """(batch entry, first token, end, number of chunks, first chunk) of a sequence."""
+    if cuts.cu is None:
+        begin = seq * 0
+        end = begin + cuts.length
+        chunks = tl.cdiv(end, C)
+        return seq, begin, end, chunks, seq * chunks
+    else:
+        begin = tl.load(cuts.cu + seq)
+        end = tl.load(cuts.cu + seq + 1)
+        return seq * 0, begin, end, tl.cdiv(end - begin, C), tl.load(cuts.first + seq)
+
+
+@triton.jit
+def chunk_of(cuts, slot, C: tl.constexpr):
+    """(batch entry, first token, end of the sequence) of a chunk; one past the last has its end before its start."""
+    if cuts.cu is None:
+        chunks = tl.cdiv(cuts.length, C)
+        return slot // chunks, slot % chunks * C, cuts.length
+    else:
+        seq = tl.load(cuts.seq_of + slot)
+        exists = seq < cuts.count
+        start = tl.load(cuts.cu + seq) + (slot - tl.load(cuts.first + seq, mask=exists, other=0)) * C
+        return slot * 0, start, tl.load(cuts.cu + seq + 1, mask=exists, other=0)
+
+
+@triton.jit
+def place(x, batch, head, start):
+    """Where x[batch, head, start] lies. Within a chunk, offsets fit 32 bits."""
+    return x.x + (batch.to(tl.int64) * x.stride_b + head.to(tl.int64) * x.stride_h + start.to(tl.int64) * x.stride_n)
+
+
+@triton.jit
+def read(x, batch, head, start, rows, inside, channel, LIMIT: tl.constexpr):
+    """Rows x[batch, head, start + rows, channel], zeros where there is nothing."""
+    at = place(x, batch, head, start) + (rows[:, None] * x.stride_n + channel[None, :])
+    return tl.load(at, mask=inside[:, None] & (channel < LIMIT)[None, :], other=0.0)
+
+
+@triton.jit
+def write(x, batch, head, start, rows, inside, channel, values, LIMIT: tl.constexpr):
+    at = place(x, batch, head, start) + (rows[:, None] * x.stride_n + channel[None, :])
+    tl.store(at, values.to(x.x.dtype.element_ty), mask=inside[:, None] & (channel < LIMIT)[None, :])
+
+
+@triton.jit
+def read_row(x, batch, head, start, rows, inside):
+    """One number a token, float32."""
+    return tl.load(place(x, batch, head, start) + rows * x.stride_n, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def read_state(states, slot, head, num_heads, row, column, exists, D: tl.constexpr, DV: tl.constexpr):
+    """A block of states[slot, head], zeros unless it exists."""
+    first = states + (slot.to(tl.int64) * num_heads + head) * (D * DV)
+    return tl.load(
+        first + (row[:, None] * DV + column[None, :]),
+        mask=exists & (row < D)[:, None] & (column < DV)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def prefix(g):
+    """What is left of a chunk's start at each of its tokens."""
+    return tl.exp(tl.cumsum(g, 0))
+
+
+@triton.jit
+def suffix(later):
+    """What is left of each token at the chunk's end; later: the g of the token after each."""
+    return tl.exp(tl.cumsum(later, 0, reverse=True))
+
+
+@triton.jit
+def between(g, rows, UPPER: tl.constexpr):
+    """(C, C): what is left of token j at token i > j, 1 on the diagonal; UPPER: of i at j > i. Zeros elsewhere."""
+    if UPPER:
+        after = rows[None, :] > rows[:, None]
+        return tl.where(rows[None, :] >= rows[:, None], tl.exp(tl.cumsum(tl.where(after, g[None, :], 0.0), 1)), 0.0)
+    else:
+        after = rows[:, None] > rows[None, :]
+        return tl.where(rows[:, None] >= rows[None, :], tl.exp(tl.cumsum(tl.where(after, g[:, None], 0.0), 0)), 0.0)
+
+
+@triton.jit
+def met(rows, h):
+    """(C, C): pairs of the level h, in either order."""
+    apart = rows[:, None] ^ rows[None, :]
+    return (apart >= h) & (apart < 2 * h)
+
+
+@triton.jit
+def halves(g, KIND: tl.constexpr, PRECISION: tl.constexpr):
+    """g as the sum of two numbers that a product takes exactly, or nearly; finite, which 0 * g must be."""
+    g = tl.where(g < -1e4, -1e4, g)
+    if PRECISION == "ieee":
+        return g, g
+    else:
+        high = g.to(tl.bfloat16)
+        return high.to(KIND), (g - high.to(tl.float32)).to(KIND)
+
+
+@triton.jit
+def summed(chosen, high, low, KIND: tl.constexpr, PRECISION: tl.constexpr):
+    """Sums of g = high + low over chosen tokens, (C, C) -> (C, channels)."""
+    ones = chosen.to(tl.float32).to(KIND)
+    found = tl.dot(ones, high, input_precision=PRECISION)
+    if PRECISION != "ieee":
+        found = tl.dot(ones, low, found, input_precision=PRECISION)
+    return found
+
+
+@triton.jit
+def towards_middle(rows, h):
+    """(C, C): which tokens lie between each one and the middle of its block of 2 h, the later end included."""
+    middle = (rows | (2 * h - 1)) - h
+    low = tl.minimum(rows, middle)[:, None]
+    high = tl.maximum(rows, middle)[:, None]
+    return (rows[None, :] > low) & (rows[None, :] <= high)

@@ -1,0 +1,412 @@
+"""The kernels of linear attention against the recurrence token by token, values and every gradient.
+
+On a CPU they run in Triton's interpreter, with tiles so small that a short sequence has many; on a GPU with their own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from recurrences import GATES, differentiate, draw, draw_gate, linear, per_head, verify
+
+from saccade.scan import kernels
+from saccade.scan.kernels import launch, ops
+from saccade.scan.kernels.launch import Sizes, Tile
+from saccade.scan.linear_attention import linear_attention
+from saccade.scan.normalizers import MeanShift, Sum
+from saccade.scan.state import State
+from saccade.testing.budget import assert_close
+
+D, DV, TOKENS = 20, 17, 37  # two blocks of channels each, three chunks
+SCALE = 0.7
+WIDE = (torch.float32,)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(request, monkeypatch):
+    if request.node.get_closest_marker("gpu") is None:
+        tile = Tile(16, 16, 4, 1)
+        monkeypatch.setattr(Sizes, "of", classmethod(lambda cls, *problem: cls(16, tile, tile, tile)))
+
+
+@pytest.fixture
+def stretches(monkeypatch):
+    monkeypatch.setattr(launch, "LEAST_CHUNKS", 1)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 1000)
+
+
+def inputs(heads=2, groups=1, tokens=TOKENS, dim=D, dv=DV, batch=1):
+    shapes = ((heads, dim), (groups, dim), (groups, dv))
+    return [draw(batch, h, tokens, d, seed=i) for i, (h, d) in enumerate(shapes)]
+
+
+def fast(**options):
+    """q, k, v, g, memory -> (o, last memory a query head)."""
+
+    def call(q, k, v, g, memory):
+        state = None if memory is None else State(memory.float())
+        o, after = linear_attention(
+            q, k, v, log_decay=g, state=state, return_state=True, backend="triton", scale=SCALE, **options
+        )
+        return o, per_head(after.memory, q.shape[1])
+
+    return call
+
+
+def plain(normalizer=None):
+    """The same, token by token; memories have a last column and row where the normalizer has."""
+
+    def call(q, k, v, g, memory):
+        if normalizer is None:
+            return linear(q * SCALE, k, v, g, memory)
+        v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+        dim, ones = k.shape[-1], torch.ones_like(k[..., :1])
+        o, last = linear(q * SCALE, k, v, g, None if memory is None else memory[:, :, :dim])
+        numerator, mass = o.split([v.shape[-1] - 1, 1], -1)
+        if isinstance(normalizer, Sum):
+            return numerator / (mass + normalizer.eps), last
+        every = per_head(ones, k.shape[1] if g is None or g.ndim == 1 else g.shape[1])
+        sums, rest = linear(every, ones, v, g, None if memory is None else memory[:, :, dim:])
+        sums = per_head(sums, q.shape[1])
+        total, count = sums.split([v.shape[-1] - 1, 1], -1)
+        return (numerator + (1 - mass / count) * total) / count, torch.cat([last, per_head(rest, q.shape[1])], 2)
+
+    return call
+
+
+def problem(gate, gate_heads="key", heads=2, groups=1, tokens=TOKENS, dim=D, dv=DV, batch=1, memory=True):
+    kept = groups if gate_heads == "key" or gate == "none" else heads
+    given = [*inputs(heads, groups, tokens, dim, dv, batch), draw_gate(gate, kept, tokens, dim, batch)]
+    return [*given, draw(batch, kept, dim, dv, seed=9) if memory else None]
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate_heads", ["key", "query"])
+def test_is_the_recurrence(gate, gate_heads):
+    batch = 2 if gate_heads == "key" else 1
+    verify(fast(), plain(), problem(gate, gate_heads, batch=batch), terms=TOKENS * D, dtypes=WIDE)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("tokens", [1, 16, 33])
+def test_half_precision_and_lengths(gate, tokens):
+    given = problem(gate, tokens=tokens, dim=5, dv=3, memory=False)
+    verify(fast(), plain(), given, terms=tokens * 5, dtypes=(torch.float16,))
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.usefixtures("stretches")
+def test_stretches_of_a_sequence_are_joined(gate):
+    q, k, v, g, memory = problem(gate, heads=1, tokens=5 * 16 + 3, dim=5)
+    memory = torch.cat([memory, draw(1, 1, 5, 1, seed=8).exp()], -1)
+
+    def positive(call):
+        return lambda q, k, v, g, memory: call(q.exp(), k.exp(), v, g, memory)
+
+    given = [q, k, v, g, memory]
+    assert launch.segments_of(1, 6, torch.device("cpu")) == 6
+    verify(positive(fast(normalizer="sum")), positive(plain(Sum())), given, terms=83 * 5, dtypes=WIDE)
+
+
+@pytest.mark.parametrize(
+    ("gate", "normalizer"), [*((gate, Sum(eps=0.5)) for gate in GATES), ("none", MeanShift()), ("scalar", MeanShift())]
+)
+def test_normalizers(gate, normalizer):
+    q, k, v, g, memory = problem(gate, "query", tokens=19)
+    kept, counts = memory.shape[1], isinstance(normalizer, MeanShift)
+    memory = draw(1, kept, D + counts, DV + 1, seed=9).exp()
+
+    def positive(call):
+        return lambda q, k, v, g, memory: call(q.exp(), k.exp(), v, g, memory)
+
+    given = [q, k, v, g, memory]
+    verify(positive(fast(normalizer=normalizer)), positive(plain(normalizer)), given, terms=19 * D, dtypes=WIDE)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(("options", "cut"), [({}, 2), ({"normalizer": "sum", "feature_map": "elu1"}, 1)])
+def test_packed_is_the_loop(gate, options, cut, monkeypatch):
+    """cut: stretches a sequence, some of which have no chunk."""
+    monkeypatch.setattr(launch, "segments_of", lambda *walks: cut)
+    ends = [0, 3, 20, 21, 40]
+    q, k, v, g, _ = problem(gate, tokens=40, dim=5, dv=3)
+    memory = draw(4, 1, 5, 3 + bool(options), seed=9).exp()
+
+    def packed(q, k, v, g, memory):
+        cu = torch.tensor(ends, dtype=torch.int32, device=q.device)
+        o, after = linear_attention(
+            q, k, v, log_decay=g, cu_seqlens=cu, state=State(memory), return_state=True, **options
+        )
+        return (o, after.memory) if g is None else (o, after.memory, after.transition)
+
+    def ours(*given):
+        return packed_with("triton", packed, *given)
+
+    def theirs(*given):
+        return packed_with("reference", packed, *given)
+
+    verify(ours, theirs, [q, k, v, g, memory], terms=40 * 5, dtypes=WIDE)
+
+
+def packed_with(backend, call, *given):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_attention, "__kwdefaults__", linear_attention.__kwdefaults__ | {"backend": backend})
+        return call(*given)
+
+
+@pytest.mark.parametrize("gate", ["none", "vector"])
+def test_logarithmic_features(gate):
+    """Their running scale is a decay of its own."""
+    q, k, v, g, _ = problem(gate, tokens=19)
+
+    def call(backend):
+        return lambda q, k, v, g: [
+            linear_attention(4 * q, 4 * k, v, log_decay=g, feature_map="exp", normalizer="sum", backend=backend)
+        ]
+
+    verify(call("triton"), call("reference"), [q, k, v, g], terms=19 * D, dtypes=WIDE)
+
+
+HOSTILE = [0.0, -50.0, -1e30, -math.inf]
+
+
+@pytest.mark.parametrize("gate", ["constant", "scalar", "vector"])
+@pytest.mark.parametrize("value", HOSTILE)
+def test_hostile_gates(gate, value):
+    """Gates of one value everywhere, and now and then between ordinary ones; gradients stay finite."""
+    given = problem(gate, dim=5, dv=3)
+    often, seldom = given[3].clone(), given[3].clone()
+    often.fill_(value)
+    if gate == "constant":
+        seldom[:] = value / 2
+    else:
+        seldom[:, :, ::7] = value
+        seldom[..., ::3] = value
+    for g in (often, seldom):
+        given[3] = g
+        verify(fast(), plain(), given, terms=TOKENS * 5, dtypes=WIDE)
+        _, gradients = differentiate(fast(), given, torch.float32)
+        assert all(x.isfinite().all() for x in gradients)
+
+
+@pytest.mark.parametrize("gate", ["scalar", "vector"])
+def test_a_large_gate_costs_later_tokens_no_digits(gate):
+    q, k, v, g, _ = (None if x is None else x.float() for x in problem(gate, dim=5, memory=False))
+    g[:, :, 16] = -1e3
+    o, rest = (
+        linear_attention(
+            *(x[:, :, first:] for x in (q, k, v)), log_decay=g[:, :, first:], backend="triton", state=None
+        )[:, :, 16 - first :]
+        for first in (0, 16)
+    )
+    assert torch.equal(o, rest)
+
+
+def rolled(q, k, v, g, memory):
+    """A twin whose chunks start from each other's states."""
+    walk = launch.Launch.walk
+
+    def late(*given):
+        after, after_sums, states, sums = walk(*given)
+        return after, after_sums, states.roll(1, 0), sums
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch.Launch, "walk", late)
+        return fast()(q, k, v, g, memory)
+
+
+def interleaved(q, k, v, g, memory):
+    """A twin that gives query head h the key head h % Hkv."""
+    order = [0, 2, 1, 3]
+    o, last = fast()(q[:, order], k, v, g, memory)
+    return o[:, order], last[:, order]
+
+
+def late_gate(q, k, v, g, memory):
+    """A twin whose gates act one token too late."""
+    return fast()(q, k, v, torch.cat([g[:, :, :1], g[:, :, :-1]], 2), memory)
+
+
+@pytest.mark.parametrize("twin", [rolled, interleaved, late_gate])
+def test_wrong_twins_are_caught(twin):
+    given = problem("scalar", heads=4, groups=2, dim=5, dv=3)
+    with pytest.raises(AssertionError, match=r"output 0 in torch\.float32"):
+        verify(twin, plain(), given, terms=TOKENS * 5, dtypes=WIDE)
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_a_wrong_gradient_is_caught(which, monkeypatch):
+    backward = launch.Launch.backward
+
+    def off(*given):
+        found = list(backward(*given))
+        found[which] = found[which] + 0.1 * found[which].abs().max() * torch.arange(TOKENS).view(1, 1, -1, 1) / TOKENS
+        return tuple(found)
+
+    monkeypatch.setattr(launch.Launch, "backward", off)
+    with pytest.raises(AssertionError, match=f"gradient {which}"):
+        verify(fast(), plain(), problem("vector", dim=5, dv=3), terms=TOKENS * 5, dtypes=WIDE)
+
+
+@pytest.mark.parametrize("gate", ["none", "scalar", "vector"])
+def test_strided_inputs(gate):
+    *tokens, g, _ = (None if x is None else x.float() for x in problem(gate, dim=5, dv=3, memory=False, batch=2))
+    given = [*tokens, g] if g is not None else tokens
+
+    def strided(x):
+        return torch.stack([x, torch.full_like(x, math.nan)], -1).flatten(-2)[..., ::2]
+
+    def turned(x):
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def run(given):
+        leaves = [x.detach().requires_grad_() for x in given]
+        o = linear_attention(*leaves[:3], log_decay=leaves[3] if len(leaves) > 3 else None, backend="triton")
+        return [o, *torch.autograd.grad(o, leaves, turned(draw(*o.shape, dtype=torch.float32)))]
+
+    whole = run(given)
+    for view in (strided, turned):
+        assert all(a.equal(b) for a, b in zip(run([view(x) for x in given]), whole, strict=True))
+
+
+@pytest.mark.parametrize("gate", ["scalar", "vector"])
+def test_only_the_state_or_only_the_output_has_a_gradient(gate):
+    given = [x.float().requires_grad_() for x in problem(gate, dim=5, dv=3)]
+    q, k, v, g, memory = given
+    for which in (0, 1):
+
+        def found(backend, which=which):
+            results = linear_attention(q, k, v, log_decay=g, state=State(memory), return_state=True, backend=backend)
+            result = (results[0], results[1].memory)[which]
+            return torch.autograd.grad(result.sum(), given, allow_unused=True, materialize_grads=True)
+
+        ours, theirs = found("triton"), found("reference")
+        largest = max(float(x.abs().max()) for x in theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            assert_close(a, b.double(), b, terms=TOKENS * 5, scale=largest)
+
+
+def test_operator_is_well_formed():
+    """Schema, fake tensors and autograd registration, as PyTorch itself checks them."""
+    q, k, v, g, memory = (x.float().requires_grad_() for x in problem("vector", dim=5, dv=3))
+    sums, cu = draw(2, 1, 5, dtype=torch.float32), torch.tensor([0, 9, TOKENS], dtype=torch.int32)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for given in (
+        (q, k, v, None, memory, None, None, SCALE, False, False),
+        (q, k, v, g, memory.repeat(2, 1, 1, 1), sums, cu, SCALE, True, True),
+    ):
+        torch.library.opcheck(ops.linear_scan, given, test_utils=checks)
+
+
+@pytest.mark.parametrize("options", [{}, {"normalizer": "sum", "feature_map": "elu1"}])
+def test_a_graph_holds_it_whole(options):
+    given = [x.float().requires_grad_() for x in problem("scalar", dim=5, dv=3)[:4]]
+
+    def call(q, k, v, g):
+        return linear_attention(q, k, v, log_decay=g, backend="triton", **options)
+
+    torch.compiler.reset()
+    o, eager = torch.compile(call, backend="aot_eager", fullgraph=True)(*given), call(*given)
+    torch.compiler.reset()
+    assert o.equal(eager)
+    for a, b in zip(*(torch.autograd.grad(x.sum(), given) for x in (o, eager)), strict=True):
+        assert_close(a, b.double(), b, terms=TOKENS)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_equal_inputs_give_equal_bits(gate):
+    given = [None if x is None else x.float().requires_grad_() for x in problem(gate, dim=5, dv=3)]
+
+    def run():
+        o, last = fast()(*given)
+        return [o, last, *torch.autograd.grad(o.sum() + last.sum(), [x for x in given if x is not None])]
+
+    assert all(a.equal(b) for a, b in itertools.starmap(lambda a, b: (a, b), zip(run(), run(), strict=True)))
+
+
+def test_what_cannot_run_says_so():
+    q, k, v = (torch.randn(1, 2, 8, 16) for _ in range(3))
+    assert kernels.reasons(v, 16, True) == []
+    assert kernels.reasons(v.double(), 16, True) == ["it computes in at most float32"]
+    assert "no products in bfloat16" in kernels.reasons(v.bfloat16(), 16, True)[0]
+    assert "got 300 and 16" in kernels.reasons(v, 300, True)[0]
+    assert "without a causal order" in kernels.reasons(v, 16, False)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "0")
+        assert kernels.reasons(v, 16, True) == ["its kernels are compiled for CUDA, not for cpu"]
+    with pytest.raises(ValueError, match="backend: got 'triton', which cannot run this: without a causal order"):
+        linear_attention(q, k, v, causal=False, backend="triton")
+    with pytest.raises(ValueError, match="more than 256 channels"):
+        linear_attention(q, k, v, feature_map=lambda x: x.repeat(1, 1, 1, 20), backend="triton")
+    assert torch.equal(linear_attention(q, k, v), linear_attention(q, k, v, backend="chunked"))
+
+
+def test_sizes_fit_every_width():
+    for dtype, gate, width in itertools.product((torch.float32, torch.float16, torch.bfloat16), range(3), (5, 64, 256)):
+        sizes = Sizes.of(width, width, dtype, gate)
+        assert sizes.chunk & (sizes.chunk - 1) == 0
+        assert all(min(t.keys, t.values) >= 16 for t in (sizes.states, sizes.outputs, sizes.gradients))
+
+
+# On a GPU: the compiled kernels, in every dtype. Compilers of some versions are known to miscompile backward kernels
+# with gates, without a word; these comparisons are what would tell.
+
+WIDTHS = [(64, 64), (128, 128), (256, 256), (96, 160), (20, 17)]
+
+
+def on_gpu(call):
+    def run(*given):
+        return [x.cpu() for x in call(*(None if x is None else x.cuda() for x in given))]
+
+    return run
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(("dim", "dv"), WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_compiled(gate, dim, dv, dtype):
+    given = problem(gate, "query", heads=4, groups=2, tokens=301, dim=dim, dv=dv, batch=2)
+    given[0], given[1] = given[0] / dim**0.5, given[1] / dim**0.5
+    verify(on_gpu(fast()), on_gpu(plain()), given, terms=301 * dim, dtypes=(dtype,))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_compiled_with_a_normalizer_and_stretches(gate, dtype):
+    q, k, v, g, _ = problem(gate, heads=2, groups=1, tokens=4100, dim=64, dv=64)
+    memory = draw(1, 1, 64, 65, seed=9).exp()
+
+    def positive(call):
+        return lambda q, k, v, g, memory: call(q.exp(), k.exp(), v, g, memory)
+
+    ours, theirs = (on_gpu(positive(call)) for call in (fast(normalizer="sum"), plain(Sum())))
+    verify(ours, theirs, [q, k, v, g, memory], terms=4100 * 64, dtypes=(dtype,))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gate", ["constant", "scalar", "vector"])
+@pytest.mark.parametrize("value", HOSTILE)
+def test_compiled_hostile_gates(gate, value):
+    given = problem(gate, heads=2, groups=2, tokens=150, dim=128, dv=128)
+    given[3].fill_(value)
+    for dtype in (torch.bfloat16, torch.float32):
+        verify(on_gpu(fast()), on_gpu(plain()), given, terms=150 * 128, dtypes=(dtype,))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gate", ["none", "scalar", "vector"])
+def test_equal_bits_each_time(gate):
+    given = [None if x is None else x.to("cuda", torch.bfloat16) for x in problem(gate, tokens=5000, dim=128, dv=128)]
+    q, k, v, g, _ = given
+    leaves = [x.requires_grad_() for x in given[:4] if x is not None]
+
+    def run(backend):
+        o = linear_attention(q, k, v, log_decay=g, backend=backend)
+        return [o, *torch.autograd.grad(o.float().square().sum(), leaves)]
+
+    assert all(a.equal(b) for a, b in zip(run("triton"), run("triton"), strict=True))
