@@ -59,7 +59,7 @@ def scan_gradients(
     rows = tl.arange(0, C)
     tokens = start + rows
     inside = tokens < end
-    mine = head % fan == 0
+    limit = tl.where(head % fan == 0, D, 0)
 
     dp = tl.zeros([C, C], tl.float32)
     dp_t = tl.zeros([C, C], tl.float32)
@@ -70,8 +70,8 @@ def scan_gradients(
         column = block + tl.arange(0, BV)
         dos = read(do, batch, head, start, rows, inside, column, DV).to(KIND)
         vs = read(v, batch, key_head, start, rows, inside, column, DV).to(KIND)
-        state = read_state(states, slot, state_head, state_heads, row, column, True, D, DV)
-        dstate = read_state(dstates, slot, state_head, state_heads, row, column, mine, D, DV)
+        state = read_state(states, slot, state_head, state_heads, row, column, D, D, DV)
+        dstate = read_state(dstates, slot, state_head, state_heads, row, column, limit, D, DV)
         dp = tl.dot(dos, tl.trans(vs), dp, input_precision=PRECISION)
         dp_t = tl.dot(vs, tl.trans(dos), dp_t, input_precision=PRECISION)
         dq_far = tl.dot(dos, tl.trans(state), dq_far, input_precision=PRECISION)
@@ -82,7 +82,7 @@ def scan_gradients(
         dmasses = read_row(dmass, batch, head, start, rows, inside)
         at = (slot.to(tl.int64) * state_heads + state_head) * D + row
         found = tl.load(sums + at, mask=row < D, other=0.0)
-        dfound = tl.load(dsums + at, mask=(row < D) & mine, other=0.0)
+        dfound = tl.load(dsums + at, mask=row < limit, other=0.0)
         dp += dmasses[:, None]
         dp_t += dmasses[None, :]
         dq_far += dmasses[:, None] * found[None, :]

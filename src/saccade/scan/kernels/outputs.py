@@ -48,7 +48,7 @@ def scan_outputs(
     rows = tl.arange(0, C)
     tokens = start + rows
     inside = tokens < end
-    mine = head % fan == 0 if REVERSE else head >= 0
+    limit = tl.where(head % fan == 0, D, 0) if REVERSE else D
 
     acc = tl.zeros([C, BV], tl.float32)
     scores = tl.zeros([C, C], tl.float32)
@@ -78,7 +78,7 @@ def scan_outputs(
             else:
                 scores = tl.dot(qs, tl.trans(ks), scores, input_precision=PRECISION)
                 reads = qs
-        state = read_state(states, slot, state_head, state_heads, row, column, mine, D, DV)
+        state = read_state(states, slot, state_head, state_heads, row, column, limit, D, DV)
         acc = tl.dot(reads, state, acc, input_precision=PRECISION)
         if MASS:
             at = sums + (slot.to(tl.int64) * state_heads + state_head) * D
@@ -109,5 +109,5 @@ def scan_outputs(
         acc *= scale
     write(o, batch, head, start, rows, inside, column, acc, DV)
     if MASS:
-        once = inside & (tl.program_id(0) % TILES_V == 0)
+        once = tokens < tl.where(tl.program_id(0) % TILES_V == 0, end, 0)
         tl.store(place(mass, batch, head, start) + rows, (read_mass + tl.sum(scores, 1)) * scale, mask=once)

@@ -43,7 +43,7 @@ def scan_states(
     heads = tl.num_programs(1)
     row = tile // TILES_V * BD + tl.arange(0, BD)
     column = tile % TILES_V * BV + tl.arange(0, BV)
-    first_tile = tile % TILES_V == 0
+    limit = tl.where(tile % TILES_V == 0, D, 0)  # sums are the same in every tile of columns; one writes them
     batch, begin, end, chunks, first = stretch_of(cuts, seq, C)
     each = tl.cdiv(chunks, segments)
     rows = tl.arange(0, C)
@@ -63,7 +63,7 @@ def scan_states(
             slot = ((first + chunk).to(tl.int64) * heads + head) * D
             tl.store(states + slot * DV + within, state.to(states.dtype.element_ty), mask=exists)
             if MASS:
-                tl.store(sums + slot + row, total, mask=(row < D) & first_tile)
+                tl.store(sums + slot + row, total, mask=row < limit)
         start = begin + chunk * C
         tokens = start + rows
         inside = tokens < end
@@ -103,9 +103,9 @@ def scan_states(
         slot = (into * heads + head).to(tl.int64) * D
         tl.store(after + slot * DV + within, state, mask=exists)
         if MASS:
-            tl.store(after_sums + slot + row, total, mask=(row < D) & first_tile)
+            tl.store(after_sums + slot + row, total, mask=row < limit)
         if not STORE:
-            tl.store(left + slot + row, kept, mask=(row < D) & first_tile)
+            tl.store(left + slot + row, kept, mask=row < limit)
 
 
 @triton.jit

@@ -72,9 +72,9 @@ def chunk_of(cuts, slot, C: tl.constexpr):
         return slot // chunks, slot % chunks * C, cuts.length
     else:
         seq = tl.load(cuts.seq_of + slot)
-        exists = seq < cuts.count
-        start = tl.load(cuts.cu + seq) + (slot - tl.load(cuts.first + seq, mask=exists, other=0)) * C
-        return slot * 0, start, tl.load(cuts.cu + seq + 1, mask=exists, other=0)
+        known = tl.minimum(seq, cuts.count - 1)
+        start = tl.load(cuts.cu + known) + (slot - tl.load(cuts.first + known)) * C
+        return slot * 0, start, tl.where(seq < cuts.count, tl.load(cuts.cu + known + 1), 0)
 
 
 @triton.jit
@@ -103,12 +103,12 @@ def read_row(x, batch, head, start, rows, inside):
 
 
 @triton.jit
-def read_state(states, slot, head, num_heads, row, column, exists, D: tl.constexpr, DV: tl.constexpr):
-    """A block of states[slot, head], zeros unless it exists."""
+def read_state(states, slot, head, num_heads, row, column, limit, D: tl.constexpr, DV: tl.constexpr):
+    """A block of states[slot, head], zeros from row `limit` on."""
     first = states + (slot.to(tl.int64) * num_heads + head) * (D * DV)
     return tl.load(
         first + (row[:, None] * DV + column[None, :]),
-        mask=exists & (row < D)[:, None] & (column < DV)[None, :],
+        mask=(row < limit)[:, None] & (column < DV)[None, :],
         other=0.0,
     )
 
