@@ -12,7 +12,10 @@ from saccade.hosts.block import (
     AttentionMixer,
     Block,
     Conditioned,
+    ConvMLP,
+    Gated,
     Residual,
+    TokenNorm,
     init_linear,
     num_parameters,
 )
@@ -104,6 +107,45 @@ def test_a_residual_is_scaled():
     assert torch.equal(branch(x), x + scale * branch.inner(branch.norm(x)))
     scale.zero_()
     assert branch.scale.any()
+
+
+@torch.no_grad()
+def test_an_mlp_sees_the_neighbours_of_its_hidden_tokens():
+    mlp, x = randomised(ConvMLP(4, 6, (3, 5)).double()), torch.randn(2, 15, 4, dtype=torch.float64)
+    w = dict(mlp.named_parameters())
+    hidden = x @ w["enter.weight"].T + w["enter.bias"]
+    hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+    image = F.pad(hidden.view(2, 3, 5, 6), (0, 0, 1, 1, 1, 1))
+    around = sum(w["local.weight"][:, 0, i, j] * image[:, i : i + 3, j : j + 5] for i in range(3) for j in range(3))
+    near = around.flatten(1, 2) + w["local.bias"]
+    truth = (hidden + near) @ w["leave.weight"].T + w["leave.bias"]
+    assert compare(mlp(x), truth, truth, terms=6 * 10).ok
+    twin = near @ w["leave.weight"].T + w["leave.bias"]
+    assert not compare(twin, truth, truth, terms=6 * 10).ok
+
+
+@torch.no_grad()
+def test_a_gated_branch_is_its_formula():
+    branch = randomised(Gated(4, 6, torch.nn.Linear(6, 6)).double())
+    x, w = torch.randn(2, 7, 4, dtype=torch.float64), dict(branch.named_parameters())
+    u, z = (x @ w["enter.weight"].T).split(6, -1)
+    y = u @ w["inner.weight"].T + w["inner.bias"]
+    y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + 1e-5) ** 0.5
+    y = y * w["norm.weight"] + w["norm.bias"]
+    truth = (y * z / (1 + torch.exp(-z))) @ w["leave.weight"].T
+    assert compare(branch(x), truth, truth, terms=6 * 10).ok
+    assert not compare((y * z) @ w["leave.weight"].T, truth, truth, terms=6 * 10).ok
+
+
+@torch.no_grad()
+def test_tokens_are_normalised_together():
+    norm, x = randomised(TokenNorm(4).double()), torch.randn(3, 7, 4, dtype=torch.float64)
+    rows = x.flatten(0, 1)
+    rows = (rows - rows.mean(0)) / (rows.var(0, correction=0) + 1e-5) ** 0.5
+    truth = (rows * norm.weight + norm.bias).view_as(x)
+    assert compare(norm(x), truth, truth, terms=21).ok
+    alone = torch.cat([norm(entry[None]) for entry in x])
+    assert not compare(alone, truth, truth, terms=21).ok
 
 
 @torch.no_grad()

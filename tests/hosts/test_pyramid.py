@@ -6,7 +6,7 @@ from torch import nn
 
 from saccade.contract import Dims
 from saccade.hosts.block import AttentionMixer, Block, num_parameters
-from saccade.hosts.pyramid import Pyramid, Stage, pool_then_norm
+from saccade.hosts.pyramid import Pyramid, Stage, conv_enter, pool_then_norm, widen_then_pool
 from saccade.hosts.resize import Expand, Reduce, as_map, as_tokens, coarser
 
 STAGES = [Stage(8, 1, 2, stride=4), Stage(12, 2, 3), Stage(16, 0, 4)]
@@ -118,6 +118,17 @@ def test_an_expansion_covers_what_was_reduced():
         torch.testing.assert_close(y[0, :, at], bias + normed[0, :, at // 3] @ weight[:, :, at % 3])
 
 
+@torch.no_grad()
+def test_convolutions_enter_and_a_wide_head_leaves():
+    model = Pyramid((45, 37), STAGES[:2], block, enter=conv_enter, head=widen_then_pool(20), num_classes=5).eval()
+    x = torch.randn(2, 3, 45, 37)
+    assert [tuple(y.shape) for y in model.features(x)] == [(2, 8, 12, 10), (2, 12, 6, 5)]
+    assert [sum(isinstance(m, nn.BatchNorm2d) for m in level.enter.modules()) for level in model.levels] == [4, 1]
+    tokens, (wide, norm, _, _, last) = as_tokens(list(model.features(x))[-1]), model.head
+    hidden = wide(tokens) / (1 + norm.eps) ** 0.5  # nothing has been counted yet
+    torch.testing.assert_close(model(x), last((hidden * hidden.sigmoid()).mean(1)))
+
+
 def test_strides_by_axis():
     stages = [Stage(8, 1, 2, stride=(2, 4, 4)), Stage(12, 1, 3, stride=(1, 2, 3))]
     model = Pyramid((5, 17, 9), stages, block, num_classes=5)
@@ -154,6 +165,7 @@ def wrong(dim_in, dim_out, stride, stage):
         (lambda: Pyramid((9, 9), [], block), "stages: got none"),
         (lambda: Pyramid((9, 9, 9, 9), STAGES, block), r"size: got \(9, 9, 9, 9\)"),
         (lambda: Pyramid((9, 0), STAGES, block), "size: got 0"),
+        (lambda: conv_enter(3, 8, 2, 0), "stride: got 2 for stage 0; pass 4"),
         (lambda: Stage(8, 1, 3), "heads: got 3 for dim 8"),
         (lambda: Stage(8, -1, 2), "depth: got -1"),
         (lambda: Stage(8, 1, 2, stride=(2, 0)), "stride: got 0"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from saccade import mix
-from saccade.mix import conv, gate, pool, tokens
+from saccade.mix import conv, gate, pool, rotary, tokens
 from saccade.testing.budget import assert_close
 
 GRIDS = [(7,), (5, 3), (3, 2, 5)]
@@ -173,6 +173,13 @@ def test_module_is_the_function(bias):
         verify(fast, plain, tensors, terms=9 * math.prod(grid))
 
 
+def test_a_module_may_know_its_grid():
+    module = mix.DepthwiseConv(3, (3, 3), grid=(5, 7))
+    (x,) = draw((2, 35, 3))
+    assert torch.equal(module(x), module(x, (5, 7)))
+    assert not torch.equal(module(x), module(x, (7, 5)))
+
+
 def test_strided_tokens_are_read_right():
     grid, kernel = (5, 7), (3, 3)
     x, weight, bias = conv_tensors(grid, kernel)
@@ -226,6 +233,66 @@ def test_gate_twin_is_caught():
     catches(lambda x, g, h: mix.gate_axes(x, (5, 5), (h, g)), plain_gates((5, 5)), tensors, 25)
 
 
+PAIRS = {"halves": lambda i, pairs: (i, i + pairs), "pairs": lambda i, pairs: (2 * i, 2 * i + 1)}
+TURNS = {"halves": mix.turn_halves, "pairs": mix.turn_pairs}
+
+
+def plain_turn(kind, angles):
+    """Every pair by the rotation matrix of every place."""
+
+    def turn(x):
+        pairs, channels = angles.shape[1], list(x.unbind(-1))
+        for i in range(pairs):
+            a, b = PAIRS[kind](i, pairs)
+            cos, sin = ([f(float(angle)) for angle in angles[:, i]] for f in (math.cos, math.sin))
+            matrix = torch.tensor([[cos, [-s for s in sin]], [sin, cos]], dtype=torch.float64).to(x)
+            one, two = x[..., a], x[..., b]
+            channels[a], channels[b] = (row[0] * one + row[1] * two for row in matrix)
+        return torch.stack(channels, -1)
+
+    return turn
+
+
+@pytest.mark.parametrize("kind", TURNS)
+@pytest.mark.parametrize(("channels", "pairs"), [(8, 4), (9, 4), (7, 2), (3, 0), (2, 1)])
+def test_rotations(kind, channels, pairs):
+    angles = torch.arange(11)[:, None] * mix.rotary_rates(pairs, 50.0)
+    verify(lambda x: TURNS[kind](x, angles), plain_turn(kind, angles), draw((2, 3, 11, channels)), terms=11)
+
+
+def test_rotation_twins_are_caught():
+    angles = torch.arange(11)[:, None] * mix.rotary_rates(3)
+    for kind, other in (("halves", "pairs"), ("pairs", "halves")):
+        plain, x = plain_turn(kind, angles), draw((2, 11, 6))
+        catches(lambda x, other=other: TURNS[other](x, angles), plain, x, 11)
+        catches(lambda x, kind=kind: TURNS[kind](x, -angles), plain, x, 11)
+        catches(lambda x, kind=kind: TURNS[kind](x, angles.flip(1)), plain, x, 11)
+
+
+def test_products_of_turned_vectors_see_differences_alone():
+    q, k = (x.double() for x in draw((6,), (6,)))
+    rates = mix.rotary_rates(3)
+    for turn in TURNS.values():
+        near, far = (turn(q[None], at * rates[None]) @ turn(k[None], (at + 5) * rates[None]).T for at in (0, 10**6))
+        other = turn(q[None], rates[None]) @ turn(k[None], rates[None]).T
+        # An angle of a million radians is rounded to within eps of itself.
+        allowed = 2 * (10**6 + 6) * torch.finfo(q.dtype).eps * float(q.norm() * k.norm())
+        assert abs(float(near - far)) < allowed < abs(float(near - other))
+
+
+def test_rates_fall_from_one():
+    assert mix.rotary_rates(4, 16.0).tolist() == [1.0, 0.5, 0.25, 0.125]
+    assert mix.rotary_rates(0).shape == (0,)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_angles_of_a_grid(grid):
+    rates = [torch.linspace(1, 2, axis + 1, dtype=torch.float64) for axis in range(len(grid))]
+    angles = mix.grid_angles(grid, rates)
+    for row, p in zip(angles, coordinates(grid), strict=True):
+        assert row.tolist() == [at * float(rate) for at, of_axis in zip(p, rates, strict=True) for rate in of_axis]
+
+
 X, GATE = torch.zeros(1, 6, 2), torch.zeros(1, 3, 2)
 BAD: list[tuple[Any, str]] = [
     (lambda: mix.to_map(X, (2, 2)), "x: got N = 6"),
@@ -239,7 +306,12 @@ BAD: list[tuple[Any, str]] = [
     (lambda: mix.depthwise_conv(X, (6,), torch.zeros(2, 1, 2)), r"weight: got kernel \(2,\) with dilation 1"),
     (lambda: mix.depthwise_conv(X, (6,), torch.zeros(2, 1, 3), dilation=0), "dilation: got 0"),
     (lambda: mix.DepthwiseConv(2, (3, 0)), "kernel: got 0"),
+    (lambda: mix.DepthwiseConv(2, (3, 3))(X), "grid: got None"),
     (lambda: mix.DepthwiseConv(0, (3,)), "dim: got 0"),
+    (lambda: mix.rotary_rates(-1), "pairs: got -1"),
+    (lambda: mix.grid_angles((2, 3), [torch.ones(1)]), r"rates: got 1 for the grid \(2, 3\)"),
+    (lambda: mix.turn_halves(X, torch.zeros(6, 2)), "angles: got 2 for 2 channels; pass 1 or fewer"),
+    (lambda: mix.turn_pairs(X, torch.zeros(6, 2)), "angles: got 2 for 2 channels; pass 1 or fewer"),
     (lambda: mix.pool_tokens(X, (2, 3), (2,)), r"size: got \(2,\)"),
     (lambda: mix.pool_tokens(X, (2, 3), (2, 0)), "size: got 0"),
     (lambda: mix.pool_axis(X, (2, 3), 2), "axis: got 2"),
@@ -254,7 +326,7 @@ def test_bad_arguments_are_named(call, message):
         call()
 
 
-@pytest.mark.parametrize("module", [tokens, conv, pool, gate], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [tokens, conv, pool, gate, rotary], ids=lambda module: module.__name__)
 def test_examples(module):
     result = doctest.testmod(module, extraglobs={name: getattr(mix, name) for name in mix.__all__} | {"torch": torch})
     assert result.attempted > result.failed == 0

@@ -83,6 +83,15 @@ def test_sizes_and_any_orders(sizes):
     )
 
 
+def test_a_module_may_know_its_orders():
+    orders, x = snake_orders((3, 5)), torch.randn(2, 15, 4)
+    scan = GridScan(4, orders=orders)
+    assert "orders" not in scan.state_dict()
+    assert torch.equal(scan(x), scan(x, orders))
+    assert not torch.equal(scan(x), scan(x, raster_orders((3, 5))))
+    assert scan.double().bfloat16().orders.dtype == torch.int64
+
+
 @pytest.mark.parametrize("twin", [lambda o: o.flip(0), lambda o: o.flip(1), lambda o: o[[0, 0, 2, 3]]])
 def test_twins_are_caught(monkeypatch, twin):
     forward = GridScan.forward
@@ -134,6 +143,7 @@ def test_initial_steps_lie_between_a_thousandth_and_a_tenth():
         (lambda: snake_orders((2, 0)), "grid: got 0; pass an integer >= 1"),
         (lambda: GridScan(0), "dim: got 0"),
         (lambda: GridScan(4, rank=0), "rank: got 0"),
+        (lambda: GridScan(4)(torch.ones(1, 6, 4)), "orders: got None"),
         (
             lambda: GridScan(4)(torch.ones(2, 6), raster_orders((2, 3))),
             r"x: got shape \(2, 6\); pass tokens \(B, N, 4\)",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saccade import attend
-from saccade.softmax.kernels import hopper, hopper_backward
+from saccade.softmax.kernels import hopper, hopper_backward, hopper_walk
 from saccade.testing.budget import assert_close
 from saccade.where import Causal, Columns, Full, Neighborhood, PerHead, Plan, Sinks, Window, plan_chosen
 from saccade.where.grid import Grid
@@ -63,7 +63,7 @@ def steps_of(plan: Plan, keys: int) -> dict[tuple[int, int, int], list[tuple[int
     found = {}
     bk = plan.block[1]
     pieces, parts = max(1, bk // keys), max(1, keys // bk)
-    for b, h, row, start, count, steps, unmasked, _ in hopper.work_items(plan, B, keys, LARGE).tolist():
+    for b, h, row, start, count, steps, unmasked, _ in hopper_walk.work_items(plan, B, keys, LARGE).tolist():
         walk = []
         for step in range(steps):
             for entry in range(step * parts, min((step + 1) * parts, count)):
@@ -110,18 +110,17 @@ def test_key_items_spell_out_the_transposed_lists(name):
 def test_long_lists_come_first():
     plan = static(Causal(), 2048)()
     for read in (0, LARGE):
-        steps = hopper.work_items(plan, 1, 128, read)[:, 5]
+        steps = hopper_walk.work_items(plan, 1, 128, read)[:, 5]
         half = len(steps) // 2
         assert steps[:half].sum() > 2 * steps[half:].sum()
-    by_head = hopper.work_items(plan, 1, 128, LARGE)
-    together = (by_head[1:, 1] == by_head[:-1, 1]).sum()
-    assert together > (hopper.work_items(plan, 1, 128, 0)[1:, 1] == hopper.work_items(plan, 1, 128, 0)[:-1, 1]).sum()
+    by_head, by_length = (hopper_walk.work_items(plan, 1, 128, read)[:, 1] for read in (LARGE, 0))
+    assert (by_head[1:] == by_head[:-1]).sum() > (by_length[1:] == by_length[:-1]).sum()
 
 
 def test_nothing_is_allowed_beyond_the_ends():
     for name in ("full, odd", "grid"):
         plan = PLANS[name]()
-        boxes = hopper.Boxed.of(plan)
+        boxes = hopper_walk.Boxed.of(plan)
         n, m = plan.num_queries, plan.num_keys
         c, lo, hi = boxes.coord[0], boxes.lo[0, 0, 0], boxes.hi[0, 0, 0]
         inside = (lo[:, None] <= c) & (c < hi[:, None])
@@ -155,17 +154,17 @@ def test_values_and_gradients(name, d, dv, dtype, softcap):
     n, m = plan.num_queries, plan.num_keys
     shapes = ((H, n, d), (KV, m, d), (KV, m, dv))
     inputs = [torch.randn(B, *shape, device="cuda").to(dtype) for shape in shapes]
-    assert hopper.supports(*inputs, plan) == []
+    assert hopper_walk.supports(*inputs, plan) == []
     cotangents = torch.randn(B, H, n, dv, device="cuda").to(dtype), torch.randn(B, H, n, device="cuda")
     mask = plan.dense()
-    if hopper.grid_of(plan) is None:
+    if hopper_walk.grid_of(plan) is None:
         mask = mask if plan.q_order is None else mask[..., plan.q_order, :]
         mask = mask if plan.k_order is None else mask[..., plan.k_order]
     scale = d**-0.5
     exact = plain([x.double() for x in inputs], mask, scale, softcap, cotangents)
     eager = plain(inputs, mask, scale, softcap, cotangents)
     eager[1] = plain([x.float() for x in inputs], mask, scale, softcap, cotangents)[1]
-    walk = hopper.Walk.of(plan, *inputs)
+    walk = hopper_walk.Walk.of(plan, *inputs)
     o, lse = hopper.forward(*inputs, walk, scale, softcap)
     found = [o, lse]
     if not hopper_backward.supports(*inputs, plan):
@@ -177,11 +176,11 @@ def test_values_and_gradients(name, d, dv, dtype, softcap):
 
 
 def test_cells_are_of_both_sides():
-    assert hopper.grid_of(PLANS["cells"]()) == Grid((1, 24, 40), (1, 8, 8))
-    assert hopper.grid_of(PLANS["cells in three axes"]()) == Grid((8, 12, 8), (4, 4, 4))
+    assert hopper_walk.grid_of(PLANS["cells"]()) == Grid((1, 24, 40), (1, 8, 8))
+    assert hopper_walk.grid_of(PLANS["cells in three axes"]()) == Grid((8, 12, 8), (4, 4, 4))
     grid = Neighborhood((24, 40), 7)
     for plan in (grid.plan(960, block=(128, 64)), grid.plan(320, 960, block=(64, 64)), PLANS["routed, small tiles"]()):
-        assert hopper.grid_of(plan) is None
+        assert hopper_walk.grid_of(plan) is None
 
 
 @pytest.mark.gpu
@@ -189,7 +188,7 @@ def test_cells_of_any_layout():
     plan = PLANS["cells"]().to("cuda")
     whole = torch.randn(B, 960, H + 2 * KV, 64, device="cuda").bfloat16().transpose(1, 2)
     q, k, v = whole.split((H, KV, KV), 1)
-    walk = hopper.Walk.of(plan, q, k, v)
+    walk = hopper_walk.Walk.of(plan, q, k, v)
     o, lse = hopper.forward(q, k, v, walk, 0.125, None)
     again, lse_again = hopper.forward(*(x.contiguous() for x in (q, k, v)), walk, 0.125, None)
     assert torch.equal(o, again)
@@ -202,7 +201,7 @@ def test_any_layout_and_no_lse_gradient():
     whole = torch.randn(B, 300, H + 2 * KV, 64, device="cuda").bfloat16().transpose(1, 2)
     q, k, v = whole.split((H, KV, KV), 1)
     do = torch.randn(B, 300, H, 64, device="cuda").bfloat16().transpose(1, 2)
-    walk = hopper.Walk.of(plan, q, k, v)
+    walk = hopper_walk.Walk.of(plan, q, k, v)
     o, lse = hopper.forward(q, k, v, walk, 0.125, None)
     again, lse_again = hopper.forward(*(x.contiguous() for x in (q, k, v)), walk, 0.125, None)
     assert torch.equal(o, again)
@@ -241,8 +240,8 @@ def test_one_graph(pattern, backend):
 def test_what_cannot_run_says_so():
     plan = Causal().plan(300, 300, H, (128, 32), "cuda")
     q, k, v = (torch.randn(B, heads, 300, 60, device="cuda") for heads in (H, KV, KV))
-    found = " ".join(hopper.supports(q, k, v, plan))
+    found = " ".join(hopper_walk.supports(q, k, v, plan))
     for part in ("bfloat16 and float16", "multiple of 8", "64 or 128 tokens"):
         assert part in found
     half = torch.randn(B, H, 300, 60, device="cuda").half()
-    assert "multiples of 16 bytes" in " ".join(hopper.supports(half, half, half, plan))
+    assert "multiples of 16 bytes" in " ".join(hopper_walk.supports(half, half, half, plan))

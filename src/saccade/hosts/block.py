@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from saccade.contract import Dims
 from saccade.errors import positive
+from saccade.mix import DepthwiseConv
 
 
 class AttentionMixer(nn.Module):
@@ -55,6 +56,56 @@ class MLP(nn.Sequential):
     def __init__(self, dim: int, ratio: int = 4, activation: nn.Module | None = None) -> None:
         hidden = positive("dim", dim) * positive("mlp_ratio", ratio)
         super().__init__(nn.Linear(dim, hidden), activation or nn.GELU(), nn.Linear(hidden, dim))
+
+
+class ConvMLP(nn.Module):
+    """W_2 (h + DW(h)), h = gelu(W_1 x): an MLP whose tokens see their neighbours, by a depthwise 3 x 3 convolution.
+
+    x (B, N, C), tokens of a row-major grid (Y, X) -> (B, N, C). dim: C. hidden: width of h. grid: (Y, X).
+
+    >>> ConvMLP(6, 12, (5, 7))(torch.ones(1, 35, 6)).shape
+    torch.Size([1, 35, 6])
+    """
+
+    def __init__(self, dim: int, hidden: int, grid: Sequence[int]) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(positive("dim", dim), positive("hidden", hidden)), nn.Linear(hidden, dim)
+        self.local = DepthwiseConv(hidden, (3, 3), grid=grid)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.gelu(self.enter(x))
+        return self.leave(x + self.local(x))
+
+
+class Gated(nn.Module):
+    """W_o (LN(inner(u)) * silu(z)), [u; z] = W x: the shell that state-space blocks put around their scan.
+
+    x (B, N, C); u, z (B, N, E) -> (B, N, C); W, W_o without bias. dim: C. width: E. inner: (B, N, E) -> (B, N, E).
+
+    >>> Gated(6, 12, nn.SiLU())(torch.ones(1, 5, 6)).shape
+    torch.Size([1, 5, 6])
+    """
+
+    def __init__(self, dim: int, width: int, inner: nn.Module) -> None:
+        super().__init__()
+        self.enter = nn.Linear(positive("dim", dim), 2 * positive("width", width), bias=False)
+        self.inner, self.norm = inner, nn.LayerNorm(width)
+        self.leave = nn.Linear(width, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, z = self.enter(x).chunk(2, -1)
+        return self.leave(self.norm(self.inner(u)) * nn.functional.silu(z))
+
+
+class TokenNorm(nn.BatchNorm1d):
+    """Batch normalisation of tokens (B, N, C), over entries and tokens; parameters and errors as `nn.BatchNorm1d`.
+
+    >>> TokenNorm(6)(torch.ones(2, 5, 6)).shape
+    torch.Size([2, 5, 6])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mT).mT
 
 
 class Residual(nn.Module):

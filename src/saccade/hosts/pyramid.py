@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from saccade.contract import Dims
 from saccade.errors import per_axis, positive
+from saccade.hosts.block import TokenNorm
 from saccade.hosts.resize import Reduce, Stride, as_map, as_tokens, coarser
 
 BlockFactory = Callable[[Dims, int, int], nn.Module]
@@ -54,6 +55,31 @@ def norm_then_pool(dims: Dims, num_classes: int) -> nn.Module:
 def pool_then_norm(dims: Dims, num_classes: int) -> nn.Module:
     """Linear(LN(mean(x))): tokens (B, N, C) -> (B, num_classes)."""
     return nn.Sequential(Mean(), nn.LayerNorm(dims.dim), nn.Linear(dims.dim, num_classes))
+
+
+def widen_then_pool(width: int) -> HeadFactory:
+    """Linear(mean(silu(BN(W x)))) through `width` channels: a head that takes tokens (B, N, C) to (B, num_classes)."""
+
+    def head(dims: Dims, num_classes: int) -> nn.Module:
+        wide = [nn.Linear(dims.dim, width), TokenNorm(width), nn.SiLU()]
+        return nn.Sequential(*wide, Mean(), nn.Linear(width, num_classes))
+
+    return head
+
+
+def conv_enter(dim_in: int, dim_out: int, stride: Any, stage: int) -> nn.Module:
+    """3 x 3 convolutions with batch norms: four of them, gelu between, to a quarter of an image's sides, then one to
+    half the sides before each further stage. A map (B, dim_in, Y, X) -> (B, dim_out, *coarser grid).
+
+    stride: 4 before the first stage, 2 before others. Errors: ValueError for another.
+    """
+    if stride != (2 if stage else 4):
+        raise ValueError(f"stride: got {stride} for stage {stage}; pass 4 for the first stage and 2 for the others")
+    half, layers = dim_out // 2, list[nn.Module]()
+    stem = ((dim_in, half, 2), (half, half, 1), (half, half, 1), (half, dim_out, 2))
+    for into, out, step in ((dim_in, dim_out, 2),) if stage else stem:
+        layers += [Reduce(into, out, step, kernel=3), nn.BatchNorm2d(out), nn.GELU()]
+    return nn.Sequential(*layers[:-1])
 
 
 class Level(nn.Module):

@@ -49,22 +49,38 @@ class DepthwiseConv(nn.Module):
     """`depthwise_conv` with learned weights, for any grid of the kernel's rank.
 
     dim: channels C. kernel: taps an axis, one number for each axis of the grid. dilation: tokens from one tap to the
-    next (default 1). bias: add a learned (C,) (default True). Initial values are those of torch's convolutions.
-    forward: x (B, N, C), grid -> (B, N, C).
+    next (default 1). bias: add a learned (C,) (default True). grid: of every x, where it is always the same (default
+    None: each call says it). Initial values are those of torch's convolutions.
+    forward: x (B, N, C), grid (default: the one given above) -> (B, N, C). Errors: ValueError when neither names a
+    grid, and as `depthwise_conv`.
 
     >>> DepthwiseConv(4, (3, 3))(torch.randn(1, 35, 4), (5, 7)).shape
     torch.Size([1, 35, 4])
+    >>> DepthwiseConv(4, (3, 3), grid=(5, 7))(torch.randn(1, 35, 4)).shape
+    torch.Size([1, 35, 4])
     """
 
-    def __init__(self, dim: int, kernel: Sequence[int], *, dilation: int = 1, bias: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        kernel: Sequence[int],
+        *,
+        dilation: int = 1,
+        bias: bool = True,
+        grid: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         self.kernel = tuple(positive("kernel", taps) for taps in kernel)
         self.dilation = positive("dilation", dilation)
+        self.grid = None if grid is None else tuple(grid)
         bound = torch.Size(self.kernel).numel() ** -0.5
         self.weight = nn.Parameter(torch.empty(positive("dim", dim), 1, *self.kernel).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(dim).uniform_(-bound, bound)) if bias else None
 
-    def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+        grid = self.grid if grid is None else grid
+        if grid is None:
+            raise ValueError("grid: got None, and the layer was made without one; pass the grid of x here or there")
         return depthwise_conv(x, grid, self.weight, self.bias, dilation=self.dilation)
 
     def extra_repr(self) -> str:

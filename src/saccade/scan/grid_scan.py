@@ -55,15 +55,27 @@ class GridScan(nn.Module):
     depthwise convolution before and a norm behind, are the caller's.
     Paper: the SS2D of VMamba, arXiv 2401.10166; initial values are those of its code.
     dim: channels C. state: S, numbers a channel keeps (default 1). rank: width through which steps are made (default
-    C / 16, rounded up). paths: K (4).
-    forward: x, orders int64 (K, N), each a permutation of the tokens, such as `raster_orders` of their grid.
-    Costs K N C (2 rank + 5 S) multiplications. Errors: ValueError when orders are none, or do not fit x.
+    C / 16, rounded up). paths: K (4). orders: of every x, where they are always the same (None: each call says them).
+    forward: x, orders int64 (K, N), each a permutation of the tokens, such as `raster_orders` of their grid (default:
+    those given above).
+    Costs K N C (2 rank + 5 S) multiplications. Errors: ValueError when orders are no permutations, do not fit x, or are
+    given neither here nor there.
 
     >>> GridScan(8)(torch.ones(1, 15, 8), raster_orders((3, 5))).shape
     torch.Size([1, 15, 8])
     """
 
-    def __init__(self, dim: int, *, state: int = 1, rank: int | None = None, paths: int = 4) -> None:
+    orders: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        state: int = 1,
+        rank: int | None = None,
+        paths: int = 4,
+        orders: Tensor | None = None,
+    ) -> None:
         super().__init__()
         rank = -(-positive("dim", dim) // 16) if rank is None else positive("rank", rank)
         k, s = positive("paths", paths), positive("state", state)
@@ -73,19 +85,23 @@ class GridScan(nn.Module):
         self.bias = nn.Parameter(first + torch.log(-torch.expm1(-first)))  # the inverse of softplus
         self.log_rate = nn.Parameter(torch.arange(1.0, s + 1).log().repeat(k, dim, 1))
         self.direct = nn.Parameter(torch.ones(k, dim))
+        self.register_buffer("orders", orders, persistent=False)
 
-    def forward(self, x: Tensor, orders: Tensor) -> Tensor:
+    def forward(self, x: Tensor, orders: Tensor | None = None) -> Tensor:
+        orders = self.orders if orders is None else orders
+        if orders is None:
+            raise ValueError("orders: got None, and the layer was made without any; pass them here or there")
         (k, dim, rank), size = self.step.shape, self.log_rate.shape[2]
         if x.ndim != 3 or x.shape[2] != dim:
             raise ValueError(f"x: got shape {tuple(x.shape)}; pass tokens (B, N, {dim})")
         if tuple(orders.shape) != (k, x.shape[1]) or orders.dtype != torch.int64:
             got = f"{orders.dtype} of shape {tuple(orders.shape)}"
             raise ValueError(f"orders: got {got}; pass int64 ({k}, {x.shape[1]})")
-        numbers, back = orders.sort(1)
-        every = torch.arange(x.shape[1], device=x.device)
+        every = torch.arange(x.shape[1], device=x.device).expand_as(orders)
         on_host = x.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere the host would have to wait
-        if on_host and not torch.equal(numbers, every.expand_as(numbers)):
+        if on_host and not torch.equal(orders.sort(1).values, every):
             raise ValueError(f"orders: a row does not name each of the {x.shape[1]} tokens once; pass permutations")
+        back = torch.zeros_like(orders).scatter_(1, orders, every)
         met = x[:, orders]  # (B, K, N, C)
         steps, write, read = torch.einsum("bknc,krc->bnkr", met, self.read).split([rank, size, size], 3)
         y = selective_scan(

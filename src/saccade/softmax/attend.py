@@ -79,8 +79,8 @@ def attend(
     head that takes its share of the softmax and has no value. softcap: c (default: no cap). normalizer: "softmax",
     "entmax", "sigmoid" or an object (`Entmax(2.0)`). cu_seqlens: int32 (S + 1,), packs S sequences into B = 1; `where`
     is then meant inside each. return_lse: also return lse (B, H, N), float32 at least: log sum_j exp(s_ij), sink
-    included, -inf for a row that sees nothing. backend: "auto", or one of "reference", "tiles", "sdpa", "flex", which
-    runs or says why it cannot, and never falls back; `explain` tells what each says.
+    included, -inf for a row that sees nothing. backend: "auto", or one of "reference", "tiles", "sdpa", "flex", "fa4",
+    "triton", "hopper", which runs or says why it cannot, and never falls back; `explain` tells what each says.
 
     Cost: the pairs that `where` lists, in tiles, times D + Dv; memory of one piece of them, no N x M tensor (reference
     alone forms it). Differentiable in q, k, v, sink and the parameters of bias. Errors: ValueError or TypeError that

@@ -44,18 +44,15 @@ def reasons(problem: Problem) -> list[str]:
         )
     if found:
         return found
-    from saccade.softmax.kernels import hopper, hopper_backward
+    from saccade.softmax.kernels import hopper_backward, hopper_walk
 
-    supports = hopper_backward.supports if problem.wants_gradients else hopper.supports
+    supports = hopper_backward.supports if problem.wants_gradients else hopper_walk.supports
     return supports(*_contiguous(problem), planned(problem))
 
 
 def planned(problem: Problem) -> Plan:
-    """The plan of a problem; without gradients, windows on a grid are cut into smaller tiles, which fit them better."""
-    plan = problem.plan(BLOCK)
-    if isinstance(problem.where, Plan) or problem.wants_gradients or plan.grid is None or len(plan.grid.cell) < 2:
-        return plan
-    return problem.plan(GRID_BLOCK)
+    """The plan of a problem; the backward kernel takes large tiles alone."""
+    return problem.plan(BLOCK) if problem.wants_gradients else problem.plan_on_grid(BLOCK, GRID_BLOCK)
 
 
 @functools.cache
@@ -87,8 +84,8 @@ class Settled(NamedTuple):
 def settle(problem: Problem) -> Settled:
     """Plan a problem. With the tables on a GPU the host waits for nothing."""
     from saccade.softmax.kernels import hopper_ops
-    from saccade.softmax.kernels.hopper import Walk
     from saccade.softmax.kernels.hopper_backward import KeyWalk
+    from saccade.softmax.kernels.hopper_walk import Walk
 
     plan, (q, k, v) = planned(problem), (problem.q, problem.k, problem.v)
     walk = Walk.of(plan, q, k, v)

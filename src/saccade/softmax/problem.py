@@ -98,6 +98,12 @@ class Problem:
             return self.where
         return plan_of(self.where, self.q.shape[2], self.k.shape[2], self.q.shape[1], block, self.q.device)
 
+    def plan_on_grid(self, block: tuple[int, int], cells: tuple[int, int]) -> Plan:
+        """`plan(block)`, but in tiles of `cells` for a pattern of windows on a grid, which smaller tiles fit better."""
+        plan = self.plan(block)
+        windows = isinstance(self.where, Pattern) and plan.grid is not None and len(plan.grid.cell) > 1
+        return self.plan(cells) if windows else plan
+
 
 def reach(where: Pattern | Plan) -> tuple[float, float] | None:
     """(left, right), both >= 0, when `where` says i - left <= j <= i + right and nothing else, infinite where it has no

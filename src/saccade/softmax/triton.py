@@ -18,7 +18,7 @@ from saccade.softmax.bias import Alibi, RelativeTable, axes_of
 from saccade.softmax.lists import turned
 from saccade.softmax.normalizers import Entmax, Softmax
 from saccade.softmax.problem import Bias, Problem
-from saccade.where import Pattern, Plan
+from saccade.where import Plan
 from saccade.where.gathered import in_tiles
 
 name = "triton"
@@ -120,11 +120,8 @@ def settle(problem: Problem) -> Settled:
 
 
 def planned(problem: Problem) -> Plan:
-    """The plan of a problem; windows on a grid are cut into smaller tiles, which fit them better."""
-    plan = problem.plan(BLOCK)
-    if isinstance(problem.where, Pattern) and plan.grid is not None and len(plan.grid.cell) > 1:
-        return problem.plan(GRID_BLOCK)
-    return plan
+    """The plan of a problem."""
+    return problem.plan_on_grid(BLOCK, GRID_BLOCK)
 
 
 def _by_key(plan: Plan) -> Plan:

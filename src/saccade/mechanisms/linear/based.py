@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from saccade import attend
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import known, positive
-from saccade.hosts.lm import rotate
+from saccade.mix import rotary_rates, turn_halves
 from saccade.scan import State, Sum, linear_attention
 from saccade.scan.features import taylor2
 from saccade.where import Window
@@ -66,7 +66,7 @@ class Based(Mixer):
         paper="2402.18668",
         year=2024,
         family="linear",
-        uses=("linear_attention", "Sum", "attend", "Window"),
+        uses=("linear_attention", "Sum", "attend", "Window", "turn_halves"),
     )
     causal = True
 
@@ -106,10 +106,9 @@ class Based(Mixer):
 
     def windowed(self, x: Tensor, state: BasedState) -> tuple[Tensor, BasedState]:
         q, k, v = self.heads(x)
-        positions = torch.arange(state.count, state.count + x.shape[1], device=x.device, dtype=torch.float64)
-        rates = 10000.0 ** -(torch.arange(0, q.shape[3], 2, device=x.device, dtype=torch.float64) / q.shape[3])
-        angles = (positions[:, None] * rates).repeat(1, 2)
-        q, k = (rotate(z, angles.cos(), angles.sin()) for z in (q, k))
+        positions = torch.arange(state.count, state.count + x.shape[1], device=x.device)
+        rates = rotary_rates(q.shape[3] // 2, device=x.device)
+        q, k = (turn_halves(z, positions[:, None] * rates) for z in (q, k))
         pair = torch.cat([k, v], 1)
         pair = pair if state.recent is None else torch.cat([state.recent, pair], 2)
         k, v = pair.chunk(2, 1)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import positive
-from saccade.mix import pool_axis
+from saccade.mix import pool_axis, rotary_rates, turn_halves
 
 
 class Axis(nn.Module):
@@ -30,12 +30,8 @@ class Axis(nn.Module):
 
     def turn(self, x: Tensor) -> Tensor:
         """x (B, H, length, width), its halves turned by the coordinate."""
-        options: dict[str, Any] = {"dtype": torch.float64, "device": x.device}
-        rates = 64 * 10000.0 ** -(torch.arange(0, self.width, 2, **options) / self.width)
-        angles = torch.linspace(0, 1, x.shape[2], **options)[:, None] * rates
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        one, two = x.chunk(2, 3)
-        return torch.cat([one * cos - two * sin, two * cos + one * sin], 3)
+        at = torch.linspace(0, 64, x.shape[2], dtype=torch.float64, device=x.device)
+        return turn_halves(x, at[:, None] * rotary_rates(self.width // 2, device=x.device))
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.hidden(self.norm(pool_axis(self.enter(x), self.grid, self.axis))).chunk(2, -1)
@@ -73,7 +69,7 @@ class IFactFormerM(Mixer):
         paper="2412.18840",
         year=2024,
         family="linear",
-        uses=("pool_axis",),
+        uses=("pool_axis", "turn_halves"),
         grid=(2, 3, 1),
     )
 

@@ -12,29 +12,11 @@ from torch import Tensor, nn
 from saccade import attend
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import known, positive
-from saccade.hosts.block import MLP, AttentionMixer, Residual, init_linear, num_parameters
+from saccade.hosts.block import MLP, AttentionMixer, Residual, TokenNorm, init_linear, num_parameters
 from saccade.hosts.pyramid import Pyramid, Stage
 from saccade.hosts.resize import Reduce
 from saccade.mix import DepthwiseConv, Windowed
 from saccade.scan import Clamp, linear_attention
-
-
-class OnGrid(nn.Module):
-    """`DepthwiseConv` on the grid of dims, x (B, N, C)."""
-
-    def __init__(self, dims: Dims, kernel: int) -> None:
-        super().__init__()
-        self.grid, self.conv = dims.grid or (), DepthwiseConv(dims.dim, (kernel, kernel))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x, self.grid)
-
-
-class TokenNorm(nn.BatchNorm1d):
-    """Batch normalisation of tokens (B, N, C)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.mT).mT
 
 
 class MapNorm(nn.LayerNorm):
@@ -55,6 +37,11 @@ class ReluAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         o = linear_attention(q, k, v, feature_map="relu", normalizer=Clamp(self.floor), causal=False)
         return self.temperature[:, None, None] * cast(Tensor, o)
+
+
+def convolution(dims: Dims, kernel: int) -> DepthwiseConv:
+    """A depthwise convolution of `kernel` x `kernel` taps, tokens (B, N, C) of the grid of dims."""
+    return DepthwiseConv(dims.dim, (kernel, kernel), grid=dims.grid)
 
 
 class L2ViT(Mixer):
@@ -102,14 +89,14 @@ class L2ViT(Mixer):
         if not floor > 0:
             raise ValueError(f"floor: got {floor}; pass a denominator > 0")
         norm = functools.partial(nn.LayerNorm, dims.dim)
-        self.place = Residual(OnGrid(dims, 3))
+        self.place = Residual(convolution(dims, 3))
         if self.linear:
             self.attend = Residual(AttentionMixer(ReluAttention(dims, floor)), norm())
-            concentrate = [OnGrid(dims, 7), nn.GELU(), TokenNorm(dims.dim), OnGrid(dims, 7)]
+            concentrate = [convolution(dims, 7), nn.GELU(), TokenNorm(dims.dim), convolution(dims, 7)]
             self.local = Residual(nn.Sequential(*concentrate), norm())
         else:
             self.attend = Residual(Windowed(AttentionMixer(attend, dims=dims), dims.grid or (), window), norm())
-            self.local = Residual(OnGrid(dims, 3))
+            self.local = Residual(convolution(dims, 3))
         self.mlp = Residual(MLP(dims.dim, positive("mlp_ratio", mlp_ratio)), norm())
 
     def compute(self, x: Tensor) -> Tensor:
@@ -131,10 +118,10 @@ class L2ViT(Mixer):
             return t / 2 * (1 + torch.erf(t / 2**0.5))
 
         def around(t: Tensor, name: str) -> Tensor:
-            kernel = w[f"{name}.conv.weight"][:, 0]
+            kernel = w[f"{name}.weight"][:, 0]
             reach = kernel.shape[-1] // 2
             image = nn.functional.pad(t.reshape(len(t), height, width, -1), (0, 0, reach, reach, reach, reach))
-            total = w[f"{name}.conv.bias"].expand(len(t), height, width, -1)
+            total = w[f"{name}.bias"].expand(len(t), height, width, -1)
             for i in range(2 * reach + 1):
                 for j in range(2 * reach + 1):
                     total = total + kernel[:, i, j] * image[:, i : i + height, j : j + width]

@@ -12,29 +12,12 @@ from torch import Tensor, nn
 from saccade import attend
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import known
-from saccade.hosts.block import Block, init_linear, num_parameters
-from saccade.hosts.pyramid import Mean, Pyramid, Stage
-from saccade.hosts.resize import Reduce
-from saccade.mix import DepthwiseConv
+from saccade.hosts.block import Block, ConvMLP, init_linear, num_parameters
+from saccade.hosts.pyramid import Pyramid, Stage, conv_enter, widen_then_pool
+from saccade.mix import DepthwiseConv, grid_angles, turn_pairs
 from saccade.scan import linear_attention
 from saccade.scan.features import elu1
 from saccade.scan.linear_attention import full_precision, working_dtype
-
-
-class Turns(nn.Module):
-    """Rotary positions of a grid: pairs of channels (2 i, 2 i + 1) turn with y in the first half, then with x."""
-
-    def __init__(self, grid: tuple[int, ...]) -> None:
-        super().__init__()
-        self.grid = grid
-
-    def forward(self, x: Tensor) -> Tensor:
-        rates = 10000 ** -torch.linspace(0, 1, x.shape[-1] // 4, dtype=torch.float64, device=x.device)
-        places = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in self.grid))  # (N, 2)
-        angles = (places[:, :, None] * rates).flatten(1)  # (N, D / 2)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        one, other = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack([one * cos - other * sin, other * cos + one * sin], -1).flatten(-2)
 
 
 class GatedAttention(nn.Module):
@@ -42,12 +25,18 @@ class GatedAttention(nn.Module):
 
     def __init__(self, dims: Dims, attention: str, rope: bool) -> None:
         super().__init__()
-        d, self.grid = dims, dims.grid or ()
-        self.dims, self.linear = d, attention == "linear"
+        d = self.dims = dims
+        self.linear, self.rope = attention == "linear", rope
         self.qkvg = nn.Linear(d.dim, 2 * (d.num_heads + d.num_kv_heads) * d.head_dim)
-        self.local = DepthwiseConv(d.dim, (5, 5))
-        self.turn = Turns(self.grid) if rope else nn.Identity()
+        self.local = DepthwiseConv(d.dim, (5, 5), grid=d.grid)
         self.out = nn.Linear(d.dim, d.dim)
+
+    def turn(self, x: Tensor) -> Tensor:
+        """R x for x (B, H, N, D)."""
+        if not self.rope:
+            return x
+        rates = torch.logspace(0, -4, x.shape[-1] // 4, dtype=torch.float64, device=x.device)
+        return turn_pairs(x, grid_angles(self.dims.grid or (), (rates, rates)))
 
     def read(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """o (B, H, N, D) of one or the other attention."""
@@ -70,28 +59,7 @@ class GatedAttention(nn.Module):
         o, values, gate = (
             y.transpose(1, 2).flatten(2) for y in (self.read(q, k, v), v.repeat_interleave(d.group, 1), gate)
         )
-        return self.out((o + self.local(values, self.grid)) * gate)
-
-
-class ConvMLP(nn.Module):
-    """W_2 (h + DW3x3(h)), h = gelu(W_1 x); x (B, N, C) of a grid."""
-
-    def __init__(self, dims: Dims, hidden: int) -> None:
-        super().__init__()
-        self.grid = dims.grid or ()
-        self.enter, self.leave = nn.Linear(dims.dim, hidden), nn.Linear(hidden, dims.dim)
-        self.local = DepthwiseConv(hidden, (3, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.gelu(self.enter(x))
-        return self.leave(x + self.local(x, self.grid))
-
-
-class TokenNorm(nn.BatchNorm1d):
-    """Batch normalisation of tokens (B, N, C)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.mT).mT
+        return self.out((o + self.local(values)) * gate)
 
 
 class Mala(Mixer):
@@ -125,7 +93,7 @@ class Mala(Mixer):
         paper="2507.00698",
         year=2025,
         family="linear",
-        uses=("linear_attention", "attend", "DepthwiseConv"),
+        uses=("linear_attention", "attend", "DepthwiseConv", "turn_pairs"),
         grid=2,
     )
 
@@ -144,17 +112,17 @@ class Mala(Mixer):
             raise ValueError(f"dims.head_dim: got {dims.head_dim} with rope=True; pass a multiple of 4, or rope=False")
         if not mlp_ratio * dims.dim >= 1:
             raise ValueError(f"mlp_ratio: got {mlp_ratio} for dim {dims.dim}; pass a number > 0")
-        self.place = DepthwiseConv(dims.dim, (3, 3))
+        self.place = DepthwiseConv(dims.dim, (3, 3), grid=dims.grid)
         self.block = Block(
             dims,
             GatedAttention(dims, attention, rope),
-            mlp=ConvMLP(dims, int(mlp_ratio * dims.dim)),
+            mlp=ConvMLP(dims.dim, int(mlp_ratio * dims.dim), dims.grid or ()),
             layer_scale=layer_scale,
             norm=functools.partial(nn.LayerNorm, eps=1e-6),
         )
 
     def compute(self, x: Tensor) -> Tensor:
-        return self.block(x + self.place(x, self.dims.grid or ()))
+        return self.block(x + self.place(x))
 
     def oracle(self, x: Tensor) -> Tensor:
         w, d, (height, width) = dict(self.named_parameters()), self.dims, self.dims.grid or ()
@@ -233,24 +201,12 @@ class Mala(Mixer):
         scales = ((1.0,) * 4, (1.0,) * 4, (1.0, 1.0, 1e-6, 1e-6), (1e-6,) * 4)[at]
         stages = [Stage(dims[s], depths[s], heads[s], stride=2 if s else 4) for s in range(4)]
 
-        def enter(dim_in: int, dim_out: int, stride: int, stage: int) -> nn.Module:
-            if stage:
-                return nn.Sequential(Reduce(dim_in, dim_out, 2, kernel=3), nn.BatchNorm2d(dim_out))
-            half, layers = dim_out // 2, list[nn.Module]()
-            for into, out, step in ((dim_in, half, 2), (half, half, 1), (half, half, 1), (half, dim_out, 2)):
-                layers += [Reduce(into, out, step, kernel=3), nn.BatchNorm2d(out), nn.GELU()]
-            return nn.Sequential(*layers[:-1])
-
         def block(dims: Dims, stage: int, index: int) -> nn.Module:
             paper = {"attention": "linear" if stage < 2 else "softmax", "layer_scale": scales[min(stage, 3)]}
             return cls(dims, **{**paper, **(params or {})})
 
-        def head(dims: Dims, num_classes: int) -> nn.Module:
-            width = 2560 if name == "large" else 2048
-            wide = [nn.Linear(dims.dim, width), TokenNorm(width), nn.SiLU()]
-            return nn.Sequential(*wide, Mean(), nn.Linear(width, num_classes))
-
-        paper = {"size": (224, 224), "stages": stages, "block": block, "enter": enter, "head": head}
+        head = widen_then_pool(2560 if name == "large" else 2048)
+        paper = {"size": (224, 224), "stages": stages, "block": block, "enter": conv_enter, "head": head}
         model = Pyramid(**{**paper, **host})
         init_linear(model)
         return model

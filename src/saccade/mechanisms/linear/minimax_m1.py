@@ -13,6 +13,7 @@ from saccade import attend
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import known, positive
 from saccade.hosts.stack import Stack, SwiGLU, interleave
+from saccade.mix import rotary_rates, turn_halves
 from saccade.scan import State, linear_attention
 from saccade.where import Causal
 
@@ -60,13 +61,8 @@ class Softmax(nn.Module):
 
     def turn(self, x: Tensor, start: int) -> Tensor:
         """The first `rotary` channels of x (B, H, N, D), turned by their positions, counted from `start`."""
-        # A million positions need more digits than channels do.
-        options: Any = {"dtype": torch.float64, "device": x.device}
-        rates = self.theta ** -(torch.arange(0, self.rotary, 2, **options) / max(self.rotary, 1))
-        angles = torch.arange(start, start + x.shape[2], **options)[:, None] * rates
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        one, two, rest = x.split([self.rotary // 2, self.rotary // 2, x.shape[3] - self.rotary], 3)
-        return torch.cat([one * cos - two * sin, two * cos + one * sin, rest], 3)
+        at = torch.arange(start, start + x.shape[2], device=x.device)
+        return turn_halves(x, at[:, None] * rotary_rates(self.rotary // 2, self.theta, device=x.device))
 
     def forward(self, x: Tensor, state: Cache | None = None) -> tuple[Tensor, Cache]:
         d = self.dims
@@ -131,7 +127,7 @@ class MiniMaxM1(Mixer):
         paper="2506.13585",
         year=2025,
         family="linear",
-        uses=("linear_attention", "attend"),
+        uses=("linear_attention", "attend", "turn_halves"),
     )
     causal = True
 

@@ -12,28 +12,11 @@ from torch import Tensor, nn
 from saccade import attend
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import known
-from saccade.hosts.block import Residual, init_linear, num_parameters
-from saccade.hosts.pyramid import Mean, Pyramid, Stage
-from saccade.hosts.resize import Reduce
-from saccade.mix import DepthwiseConv
+from saccade.hosts.block import ConvMLP, Residual, init_linear, num_parameters
+from saccade.hosts.pyramid import Pyramid, Stage, conv_enter, widen_then_pool
+from saccade.mix import DepthwiseConv, grid_angles, turn_pairs
 from saccade.scan import linear_attention
 from saccade.scan.linear_attention import full_precision, working_dtype
-
-
-class Turns(nn.Module):
-    """Rotary positions of a grid on x (B, H, N, 2 D), each half alike: pairs of channels turn with y, then with x."""
-
-    def __init__(self, grid: tuple[int, ...]) -> None:
-        super().__init__()
-        self.grid = grid
-
-    def forward(self, x: Tensor) -> Tensor:
-        rates = 10000 ** -torch.linspace(0, 1, x.shape[-1] // 4, dtype=torch.float64, device=x.device)
-        places = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in self.grid))  # (N, 2)
-        angles = (places[:, :, None] * rates).flatten(1)  # (N, D / 2)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        one, other = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack([one * cos - other * sin, other * cos + one * sin], -1).flatten(-2)
 
 
 def query_features(q: Tensor) -> Tensor:
@@ -53,31 +36,31 @@ class GatedAttention(nn.Module):
 
     def __init__(self, dims: Dims, attention: str, rope: bool) -> None:
         super().__init__()
-        d, self.grid = dims, dims.grid or ()
-        self.dims, self.linear = d, attention == "linear"
+        d = self.dims = dims
+        self.linear, self.rope = attention == "linear", rope
         self.qkvg = nn.Linear(d.dim, 2 * (d.num_heads + d.num_kv_heads) * d.head_dim)
-        self.local = DepthwiseConv(d.dim, (5, 5))
-        self.turn = Turns(self.grid) if rope else None
+        self.local = DepthwiseConv(d.dim, (5, 5), grid=d.grid)
         self.norm, self.out = nn.LayerNorm(d.dim), nn.Linear(d.dim, d.dim)
 
-    def turned(self, x: Tensor) -> Tensor:
-        """Both halves, or the whole, of x (B, H, N, D or 2 D) turned by the positions."""
-        if self.turn is None:
+    def turn(self, x: Tensor) -> Tensor:
+        """R x for x (B, H, N, D), or for both halves of x (B, H, N, 2 D)."""
+        if not self.rope:
             return x
-        halves = x.split(self.dims.head_dim, -1)
-        return torch.cat([self.turn(half) for half in halves], -1)
+        rates = torch.logspace(0, -4, self.dims.head_dim // 4, dtype=torch.float64, device=x.device)
+        angles = grid_angles(self.dims.grid or (), (rates, rates))
+        return turn_pairs(x, angles.repeat(1, x.shape[-1] // self.dims.head_dim))
 
     def read(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """o (B, H, N, D) of one or the other attention."""
         if not self.linear:
-            return attend(self.turned(q), self.turned(k), v)
+            return attend(self.turn(q), self.turn(k), v)
         dtype = q.dtype
         with full_precision(q):
             q, k, v = (x.to(working_dtype(x)) for x in (q, k, v))
             q, k = query_features(q), key_features(k)
             mass = (q * k.mean(2, keepdim=True).repeat_interleave(self.dims.group, 1)).sum(-1, keepdim=True)
             # The turn is in the numerator alone.
-            o = linear_attention(self.turned(q), self.turned(k), v, causal=False, scale=1 / k.shape[2])
+            o = linear_attention(self.turn(q), self.turn(k), v, causal=False, scale=1 / k.shape[2])
             return (cast(Tensor, o) / (mass + 1e-6)).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,28 +70,7 @@ class GatedAttention(nn.Module):
         o, values, gate = (
             y.transpose(1, 2).flatten(2) for y in (self.read(q, k, v), v.repeat_interleave(d.group, 1), gate)
         )
-        return self.out(self.norm(o + self.local(values, self.grid)) * nn.functional.silu(gate))
-
-
-class ConvMLP(nn.Module):
-    """W_2 (h + DW3x3(h)), h = gelu(W_1 x); x (B, N, C) of a grid."""
-
-    def __init__(self, dims: Dims, hidden: int) -> None:
-        super().__init__()
-        self.grid = dims.grid or ()
-        self.enter, self.leave = nn.Linear(dims.dim, hidden), nn.Linear(hidden, dims.dim)
-        self.local = DepthwiseConv(hidden, (3, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.gelu(self.enter(x))
-        return self.leave(x + self.local(x, self.grid))
-
-
-class TokenNorm(nn.BatchNorm1d):
-    """Batch normalisation of tokens (B, N, C)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.mT).mT
+        return self.out(self.norm(o + self.local(values)) * nn.functional.silu(gate))
 
 
 class Nalaformer(Mixer):
@@ -144,7 +106,7 @@ class Nalaformer(Mixer):
         paper="2506.21137",
         year=2025,
         family="linear",
-        uses=("linear_attention", "attend", "DepthwiseConv"),
+        uses=("linear_attention", "attend", "DepthwiseConv", "turn_pairs"),
         grid=2,
     )
 
@@ -163,14 +125,14 @@ class Nalaformer(Mixer):
             raise ValueError(f"dims.head_dim: got {dims.head_dim} with rope=True; pass a multiple of 4, or rope=False")
         if not mlp_ratio * dims.dim >= 1:
             raise ValueError(f"mlp_ratio: got {mlp_ratio} for dim {dims.dim}; pass a number > 0")
-        self.places = nn.ModuleList(DepthwiseConv(dims.dim, (3, 3)) for _ in range(2))
-        inner = [GatedAttention(dims, attention, rope), ConvMLP(dims, int(mlp_ratio * dims.dim))]
+        self.places = nn.ModuleList(DepthwiseConv(dims.dim, (3, 3), grid=dims.grid) for _ in range(2))
+        inner = [GatedAttention(dims, attention, rope), ConvMLP(dims.dim, int(mlp_ratio * dims.dim), dims.grid or ())]
         scale = torch.full((dims.dim,), layer_scale)
         self.branches = nn.ModuleList(Residual(each, nn.LayerNorm(dims.dim, eps=1e-6), scale=scale) for each in inner)
 
     def compute(self, x: Tensor) -> Tensor:
         for place, branch in zip(self.places, self.branches, strict=True):
-            x = branch(x + place(x, self.dims.grid or ()))
+            x = branch(x + place(x))
         return x
 
     def oracle(self, x: Tensor) -> Tensor:
@@ -252,14 +214,6 @@ class Nalaformer(Mixer):
         scales = {"base": (1.0, 1.0, 1e-6, 1e-6), "large": (1e-6,) * 4}.get(name, (1.0,) * 4)
         stages = [Stage(dims[at][s], depths[s], heads[s], stride=2 if s else 4) for s in range(4)]
 
-        def enter(dim_in: int, dim_out: int, stride: int, stage: int) -> nn.Module:
-            if stage:
-                return nn.Sequential(Reduce(dim_in, dim_out, 2, kernel=3), nn.BatchNorm2d(dim_out))
-            half, layers = dim_out // 2, list[nn.Module]()
-            for into, out, step in ((dim_in, half, 2), (half, half, 1), (half, half, 1), (half, dim_out, 2)):
-                layers += [Reduce(into, out, step, kernel=3), nn.BatchNorm2d(out), nn.GELU()]
-            return nn.Sequential(*layers[:-1])
-
         def block(dims: Dims, stage: int, index: int) -> nn.Module:
             paper = {
                 "attention": "linear" if stage < 2 else "softmax",
@@ -268,11 +222,8 @@ class Nalaformer(Mixer):
             }
             return cls(dims, **{**paper, **(params or {})})
 
-        def head(dims: Dims, num_classes: int) -> nn.Module:
-            wide = [nn.Linear(dims.dim, 1024), TokenNorm(1024), nn.SiLU()]
-            return nn.Sequential(*wide, Mean(), nn.Linear(1024, num_classes))
-
-        paper = {"size": (224, 224), "stages": stages, "block": block, "enter": enter, "head": head}
+        head = widen_then_pool(1024)
+        paper = {"size": (224, 224), "stages": stages, "block": block, "enter": conv_enter, "head": head}
         model = Pyramid(**{**paper, **host})
         init_linear(model)
         return model

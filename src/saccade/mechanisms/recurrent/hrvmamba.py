@@ -16,17 +16,6 @@ from saccade.mix import DepthwiseConv, depthwise_conv
 from saccade.scan import GridScan, raster_orders
 
 
-class Conv(DepthwiseConv):
-    """A depthwise convolution of `kernel` x `kernel` taps on the grid of dims, of tokens (B, N, dim)."""
-
-    def __init__(self, dims: Dims, dim: int, kernel: int) -> None:
-        super().__init__(dim, (kernel, kernel))
-        self.grid = dims.grid or ()
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x, self.grid)
-
-
 class MultiScale(nn.Module):
     """gelu(shuffle([DW_3(x_1); DW_5(x_2); ...])), x_i the i-th part of the channels; tokens (B, N, C)."""
 
@@ -35,7 +24,9 @@ class MultiScale(nn.Module):
         if not kernels or dims.dim % len(kernels):
             raise ValueError(f"kernels: got {len(kernels)} for {dims.dim} channels; pass as many as divide them")
         part = dims.dim // len(kernels)
-        self.convs = nn.ModuleList(Conv(dims, part, positive("kernels", kernel)) for kernel in kernels)
+        self.convs = nn.ModuleList(
+            DepthwiseConv(part, (positive("kernels", side),) * 2, grid=dims.grid) for side in kernels
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         parts = x.chunk(len(self.convs), 2)
@@ -55,7 +46,7 @@ class Deformable(nn.Module):
             raise ValueError(f"rank: got {groups} groups for {dim} inner channels; pass a divisor")
         grid, self.groups = dims.grid or (), groups
         self.value, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim, bias=False)
-        self.near = Conv(dims, dim, 3) if offset_conv else nn.Identity()
+        self.near = DepthwiseConv(dim, (3, 3), grid=dims.grid) if offset_conv else nn.Identity()
         self.moves = nn.Linear(dim, 27 * groups)
         nn.init.zeros_(self.moves.weight)
         nn.init.zeros_(self.moves.bias)
@@ -86,20 +77,18 @@ class Deformable(nn.Module):
 class DeformedScan(nn.Module):
     """W_o LN(SS2D(silu(DCN(W x)))), tokens (B, N, C)."""
 
-    orders: Tensor
-
     def __init__(self, dims: Dims, expand: int, state: int, rank: int, offset_conv: bool) -> None:
         super().__init__()
         inner = positive("expand", expand) * dims.dim
         self.enter = nn.Linear(dims.dim, inner, bias=False)
         self.deformable = Deformable(dims, inner, rank, offset_conv)
-        self.scan, self.norm = GridScan(inner, state=state, rank=rank), nn.LayerNorm(inner)
+        self.scan = GridScan(inner, state=state, rank=rank, orders=raster_orders(dims.grid or ()))
+        self.norm = nn.LayerNorm(inner)
         self.leave = nn.Linear(inner, dims.dim, bias=False)
-        self.register_buffer("orders", raster_orders(dims.grid or ()), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         u = nn.functional.silu(self.deformable(self.enter(x)))
-        return self.leave(self.norm(self.scan(u, self.orders)))
+        return self.leave(self.norm(self.scan(u)))
 
 
 class HRVMamba(Mixer):

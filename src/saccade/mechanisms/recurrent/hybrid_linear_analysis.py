@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from saccade import attend
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import known, positive
+from saccade.mix import rotary_rates, turn_halves
 from saccade.scan import State, affine, associative_scan, delta_rule, linear_attention
 from saccade.scan.decays import gate_bounded, gate_logsigmoid, retention
 from saccade.where import Causal
@@ -84,7 +85,7 @@ class HybridLinearAnalysis(Mixer):
         paper="2507.06457",
         year=2025,
         family="recurrent",
-        uses=("linear_attention", "delta_rule", "associative_scan", "affine", "attend", "Causal"),
+        uses=("linear_attention", "delta_rule", "associative_scan", "affine", "attend", "Causal", "turn_halves"),
     )
     causal = True
 
@@ -137,12 +138,8 @@ class HybridLinearAnalysis(Mixer):
 
     def turn(self, x: Tensor, start: int) -> Tensor:
         """x (B, H, N, D), turned by the positions from `start`."""
-        options: Any = {"dtype": torch.float64, "device": x.device}
-        rates = self.theta ** -(torch.arange(0, x.shape[3], 2, **options) / x.shape[3])
-        angle = torch.arange(start, start + x.shape[2], **options)[:, None] * rates
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        one, two = x.chunk(2, 3)
-        return torch.cat([one * cos - two * sin, two * cos + one * sin], 3)
+        at = torch.arange(start, start + x.shape[2], device=x.device)
+        return turn_halves(x, at[:, None] * rotary_rates(x.shape[3] // 2, self.theta, device=x.device))
 
     def read(self, x: Tensor, state: Kept | None = None) -> tuple[Tensor, Kept]:
         """o (B, N, C) before norm and gate, and what is kept after the last token."""

@@ -10,37 +10,22 @@ from torch import Tensor, nn
 
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import positive
+from saccade.hosts.block import Gated
 from saccade.mix import DepthwiseConv
 from saccade.scan import GridScan, raster_orders
-
-
-class Image(nn.Module):
-    """sum_k scan_k(silu(DW(u))) in the four raster orders of a grid, tokens (B, N, width)."""
-
-    orders: Tensor
-
-    def __init__(self, width: int, grid: tuple[int, ...], state: int, rank: int) -> None:
-        super().__init__()
-        self.grid, self.conv = grid, DepthwiseConv(width, (3, 3))
-        self.scan = GridScan(width, state=state, rank=rank)
-        self.register_buffer("orders", raster_orders(grid), persistent=False)
-
-    def forward(self, u: Tensor) -> Tensor:
-        return self.scan(nn.functional.silu(self.conv(u, self.grid)), self.orders)
 
 
 class Series(nn.Module):
     """scan(silu(conv(u))) from the first token on, conv causal with `taps` taps; (B, N, width)."""
 
-    def __init__(self, width: int, taps: int, state: int, rank: int) -> None:
+    def __init__(self, width: int, taps: int, state: int, rank: int, tokens: int) -> None:
         super().__init__()
         self.conv = nn.Conv1d(width, width, positive("taps", taps), groups=width)
-        self.scan = GridScan(width, state=state, rank=rank, paths=1)
+        self.scan = GridScan(width, state=state, rank=rank, paths=1, orders=torch.arange(tokens)[None])
 
     def forward(self, u: Tensor) -> Tensor:
         before = nn.functional.pad(u, (0, 0, self.conv.kernel_size[0] - 1, 0))
-        order = torch.arange(u.shape[1], device=u.device)[None]
-        return self.scan(nn.functional.silu(self.conv(before.mT).mT), order)
+        return self.scan(nn.functional.silu(self.conv(before.mT).mT))
 
 
 class BothWays(nn.Module):
@@ -52,20 +37,6 @@ class BothWays(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         return self.first(u) + self.second(u.flip(1)).flip(1)
-
-
-class Gated(nn.Module):
-    """W_o (LN(inner(u)) * silu(z)), [u; z] = W x, tokens (B, N, features)."""
-
-    def __init__(self, features: int, width: int, inner: nn.Module) -> None:
-        super().__init__()
-        self.enter = nn.Linear(features, 2 * width, bias=False)
-        self.inner, self.norm = inner, nn.LayerNorm(width)
-        self.leave = nn.Linear(width, features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        u, z = self.enter(x).chunk(2, -1)
-        return self.leave(self.norm(self.inner(u)) * nn.functional.silu(z))
 
 
 class MambaMixer(Mixer):
@@ -115,15 +86,21 @@ class MambaMixer(Mixer):
         dim, n = dims.dim, torch.Size(grid).numel()
         wide, long = positive("expand", expand) * dim, expand * n
 
-        def series(width: int, features: int) -> Series:
-            return Series(width, taps, state, -(-features // 16))
+        def series(width: int, features: int, tokens: int) -> Series:
+            return Series(width, taps, state, -(-features // 16), tokens)
 
         def tokens() -> nn.Module:
-            return Image(wide, grid, state, -(-dim // 16)) if len(grid) == 2 else series(wide, dim)
+            if len(grid) == 1:
+                return series(wide, dim, n)
+            scan = GridScan(wide, state=state, rank=-(-dim // 16), orders=raster_orders(grid))
+            return nn.Sequential(DepthwiseConv(wide, (3, 3), grid=grid), nn.SiLU(), scan)
+
+        def channels() -> nn.Module:
+            return BothWays(series(long, n, dim), series(long, n, dim))
 
         layers = range(1, positive("depth", depth) + 1)
         self.tokens = nn.ModuleList(Gated(dim, wide, tokens()) for _ in layers)
-        self.channels = nn.ModuleList(Gated(n, long, BothWays(series(long, n), series(long, n))) for _ in layers)
+        self.channels = nn.ModuleList(Gated(n, long, channels()) for _ in layers)
         self.to_tokens = nn.ParameterList(torch.ones(2 * i) for i in layers)  # alpha, then beta
         self.to_channels = nn.ParameterList(torch.ones(2 * i + 1) for i in layers)  # theta, then gamma
         with torch.no_grad():
@@ -168,12 +145,12 @@ class MambaMixer(Mixer):
         def image(u: Tensor, name: str) -> Tensor:
             height, width = grid
             around = nn.functional.pad(u.unflatten(1, (height, width)), (0, 0, 1, 1, 1, 1))
-            kernel, taps = w[f"{name}.conv.weight"][:, 0], itertools.product(range(3), repeat=2)
+            kernel, taps = w[f"{name}.0.weight"][:, 0], itertools.product(range(3), repeat=2)
             found = [kernel[:, i, j] * around[:, i : i + height, j : j + width] for i, j in taps]
             rows = list(range(height * width))
             columns = [a * width + b for b in range(width) for a in range(height)]
-            u = silu((torch.stack(found).sum(0) + w[f"{name}.conv.bias"]).flatten(1, 2))
-            return scanned(u, [rows, columns, rows[::-1], columns[::-1]], f"{name}.scan")
+            u = silu((torch.stack(found).sum(0) + w[f"{name}.0.bias"]).flatten(1, 2))
+            return scanned(u, [rows, columns, rows[::-1], columns[::-1]], f"{name}.2")
 
         def series(u: Tensor, name: str) -> Tensor:
             kernel = w[f"{name}.conv.weight"][:, 0]

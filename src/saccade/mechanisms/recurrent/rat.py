@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from saccade import attend, merge
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import positive
+from saccade.mix import rotary_rates, turn_halves
 from saccade.scan import affine, associative_scan
 from saccade.where import Labels
 
@@ -57,7 +58,7 @@ class RAT(Mixer):
         paper="2507.04416",
         year=2025,
         family="recurrent",
-        uses=("associative_scan", "affine", "attend", "merge", "Labels"),
+        uses=("associative_scan", "affine", "attend", "merge", "Labels", "turn_halves"),
     )
     causal = True
 
@@ -91,12 +92,7 @@ class RAT(Mixer):
 
     def turn(self, x: Tensor, chunks: Tensor) -> Tensor:
         """x (B, H, n, D), turned by the indices of their chunks (n,)."""
-        size = x.shape[3]
-        rates = self.theta ** -(torch.arange(0, size, 2, device=x.device, dtype=torch.float64) / size)
-        angles = chunks[:, None] * rates
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        one, two = x.chunk(2, 3)
-        return torch.cat([one * cos - two * sin, two * cos + one * sin], 3)
+        return turn_halves(x, chunks[:, None] * rotary_rates(x.shape[3] // 2, self.theta, device=x.device))
 
     def within(self, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """k~ and v~ (B, H, N, D)."""

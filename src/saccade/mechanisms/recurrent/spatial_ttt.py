@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from saccade import attend
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import positive
+from saccade.mix import rotary_rates, turn_halves
 from saccade.where import Causal, Window
 
 TINY = 1e-5  # added to lengths that divide
@@ -52,12 +53,8 @@ def orthogonal(g: Tensor) -> Tensor:
 
 def turned(x: Tensor, size: int, theta: float) -> Tensor:
     """The first `size` channels of x (B, H, N, W), turned in two halves by the positions."""
-    angle = torch.arange(x.shape[2], dtype=torch.float64, device=x.device)[:, None] * theta ** -(
-        torch.arange(0, size, 2, dtype=torch.float64, device=x.device) / size
-    )
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    one, two, rest = x.split([size // 2, size // 2, x.shape[3] - size], 3)
-    return torch.cat([one * cos - two * sin, two * cos + one * sin, rest], 3)
+    at = torch.arange(x.shape[2], device=x.device)
+    return turn_halves(x, at[:, None] * rotary_rates(size // 2, theta, device=x.device))
 
 
 class FastWeights(nn.Module):
@@ -175,7 +172,7 @@ class SpatialTTT(Mixer):
         paper="2603.12255",
         year=2026,
         family="recurrent",
-        uses=("attend", "Causal", "Window"),
+        uses=("attend", "Causal", "Window", "turn_halves"),
         grid=(3, 0),
     )
 

@@ -51,8 +51,6 @@ class SumSaliency(Mixer):
         grid=2,
     )
 
-    orders: Tensor
-
     def __init__(self, dims: Dims, *, kinds: int = 4, prompt: int = 128, expand: int = 2, state: int = 16) -> None:
         super().__init__(dims)
         inner, width = positive("expand", expand) * dims.dim, positive("prompt", prompt, least=2)
@@ -62,11 +60,10 @@ class SumSaliency(Mixer):
             self.mlp = nn.Sequential(*hidden, nn.Linear(width // 2, 5))
         self.kinds, self.before = kinds, nn.LayerNorm(dims.dim)
         self.enter = nn.Linear(dims.dim, 2 * inner, bias=False)
-        self.conv = DepthwiseConv(inner, (3, 3))
-        self.scan = GridScan(inner, state=state, rank=-(-dims.dim // 16))
+        self.conv = DepthwiseConv(inner, (3, 3), grid=dims.grid)
+        self.scan = GridScan(inner, state=state, rank=-(-dims.dim // 16), orders=raster_orders(dims.grid or ()))
         self.norm = nn.LayerNorm(inner)
         self.leave = nn.Linear(inner, dims.dim, bias=False)
-        self.register_buffer("orders", raster_orders(dims.grid or ()), persistent=False)
 
     def moves(self, x: Tensor, kind: Tensor | None) -> tuple[Tensor, ...]:
         """b_1, a_1, b_2, a_2, a_3, each (B, 1, 1), or all of them one zero."""
@@ -84,8 +81,8 @@ class SumSaliency(Mixer):
     def compute(self, x: Tensor, *, kind: Tensor | None = None) -> Tensor:
         b1, a1, b2, a2, a3 = self.moves(x, kind)
         u, z = self.enter(self.before(x) * (1 + a1) + b1).chunk(2, -1)
-        u = nn.functional.silu(self.conv(u, self.dims.grid or ()))
-        y = self.norm(self.scan(u, self.orders) * (1 + a3)) * (1 + a2) + b2
+        u = nn.functional.silu(self.conv(u))
+        y = self.norm(self.scan(u) * (1 + a3)) * (1 + a2) + b2
         return x + self.leave(y * nn.functional.silu(z))
 
     def oracle(self, x: Tensor, *, kind: Tensor | None = None) -> Tensor:
@@ -171,7 +168,7 @@ class SumSaliency(Mixer):
     def scale(cls) -> Finding:
         module, x = cls.sample((6, 7))
         norm, u = module.norm, nn.functional.silu(module.enter(module.before(x)).chunk(2, -1)[0])
-        s = module.scan(u, module.orders)
+        s = module.scan(u)
         least, apart = s.var(-1, correction=0).min(), 0.0
         for a3 in (-0.9, 4.0, 1e4):
             apart = max(apart, float((norm(s * (1 + a3)) - norm(s)).abs().max() / norm(s).abs().max()))

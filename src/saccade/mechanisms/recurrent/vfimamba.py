@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import positive
+from saccade.hosts.block import Gated
 from saccade.mix import DepthwiseConv
 from saccade.scan import GridScan
 
@@ -22,27 +23,16 @@ def interleaved(grid: Sequence[int]) -> Tensor:
     return torch.cat([ways, ways.flip(1)])
 
 
-class Mixed(nn.Module):
-    """W_o (LN(sum_k scan_k(silu(DW(u)))) * silu(z)), [u; z] = W x, along interleaved orders; tokens (B, N, C)."""
+class FrameByFrame(nn.Module):
+    """A depthwise 3 x 3 convolution of every frame; tokens (B, N, dim) of the grid (T, Y, X)."""
 
-    orders: Tensor
-
-    def __init__(self, dims: Dims, expand: int, state: int) -> None:
+    def __init__(self, dim: int, grid: Sequence[int]) -> None:
         super().__init__()
-        grid, inner = dims.grid or (), positive("expand", expand) * dims.dim
-        self.grid = grid
-        self.enter = nn.Linear(dims.dim, 2 * inner, bias=False)
-        self.conv = DepthwiseConv(inner, (3, 3))
-        self.scan = GridScan(inner, state=state, rank=-(-dims.dim // 16))
-        self.norm = nn.LayerNorm(inner)
-        self.leave = nn.Linear(inner, dims.dim, bias=False)
-        self.register_buffer("orders", interleaved(grid), persistent=False)
+        self.frames, self.conv = grid[0], DepthwiseConv(dim, (3, 3), grid=grid[1:])
 
     def forward(self, x: Tensor) -> Tensor:
-        u, z = self.enter(x).chunk(2, -1)
-        frames = self.conv(u.unflatten(1, (self.grid[0], -1)).flatten(0, 1), self.grid[1:])
-        u = nn.functional.silu(frames.unflatten(0, (-1, self.grid[0])).flatten(1, 2))
-        return self.leave(self.norm(self.scan(u, self.orders)) * nn.functional.silu(z))
+        frames = self.conv(x.unflatten(1, (self.frames, -1)).flatten(0, 1))
+        return frames.unflatten(0, (-1, self.frames)).flatten(1, 2)
 
 
 class ChannelAttention(nn.Module):
@@ -100,7 +90,10 @@ class VFIMamba(Mixer):
     def __init__(self, dims: Dims, *, expand: int = 2, state: int = 16, compress: int = 3, squeeze: int = 30) -> None:
         super().__init__(dims)
         self.norms = nn.ModuleList(nn.LayerNorm(dims.dim) for _ in range(2))
-        self.mixed, self.channels = Mixed(dims, expand, state), ChannelAttention(dims, compress, squeeze)
+        inner, rank, grid = positive("expand", expand) * dims.dim, -(-dims.dim // 16), dims.grid or ()
+        scan = GridScan(inner, state=state, rank=rank, orders=interleaved(grid))
+        self.mixed = Gated(dims.dim, inner, nn.Sequential(FrameByFrame(inner, grid), nn.SiLU(), scan))
+        self.channels = ChannelAttention(dims, compress, squeeze)
         self.kept = nn.Parameter(torch.ones(2, dims.dim))
 
     def compute(self, x: Tensor) -> Tensor:
@@ -132,7 +125,7 @@ class VFIMamba(Mixer):
             return total.flatten(1, 3)
 
         u, z = layer(normed(x, "norms.0"), "mixed.enter").chunk(2, -1)
-        u = silu(conv(u, "mixed.conv"))
+        u = silu(conv(u, "mixed.inner.0.conv"))
         rows, columns = [], []
         for i, j in itertools.product(range(height), range(width)):
             rows += [(f * height + i) * width + j for f in range(frames)]
@@ -140,7 +133,7 @@ class VFIMamba(Mixer):
             columns += [(f * height + i) * width + j for f in range(frames)]
         ways = torch.tensor([rows, columns, rows[::-1], columns[::-1]])
         read, step, bias, log_rate, direct = (
-            w[f"mixed.scan.{name}"] for name in ("read", "step", "bias", "log_rate", "direct")
+            w[f"mixed.inner.2.{name}"] for name in ("read", "step", "bias", "log_rate", "direct")
         )
         met, size = u[:, ways], log_rate.shape[2]
         low, write, look = (met @ read.mT).split([step.shape[2], size, size], 3)
@@ -185,7 +178,7 @@ class VFIMamba(Mixer):
         other, _ = cls.sample((2, 7, 4))
         weights = module.state_dict()
         for name, value in weights.items():
-            if ".scan." in name:
+            if "mixed.inner.2." in name:
                 weights[name] = value[[1, 0, 3, 2]]
             elif "conv" in name and value.ndim == 4:
                 weights[name] = value.mT

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from saccade import attend
 from saccade.contract import Attention, Case, Dims, Finding, Spec, claim
 from saccade.errors import positive
+from saccade.mix import rotary_rates, turn_pairs
 from saccade.where import GridBlocks, Plan
 
 SIDES = ((0, 0), (1, 1), (0, 1), (1, 0))  # blocks up and to the left: itself, top-left, left, top
@@ -49,7 +50,7 @@ class InfDit(Attention):
         paper="2405.04312",
         year=2024,
         family="spatial_window",
-        uses=("attend", "GridBlocks"),
+        uses=("attend", "GridBlocks", "turn_pairs"),
         grid=2,
     )
     per_head = True  # by p
@@ -80,14 +81,9 @@ class InfDit(Attention):
         """R x for x (..., n, D), the tokens of these numbers."""
         if not self.rope:
             return x
-        half = x.shape[-1] // 2
-        wide = torch.promote_types(x.dtype, torch.float32)
-        frequencies = 10000 ** (-torch.arange(0, half, 2, dtype=wide, device=x.device) / half)
-        axes = torch.stack([tokens // self.grid[1], tokens % self.grid[1]], -1).to(frequencies)
-        angles = (axes[..., None] * frequencies).flatten(-2)  # (n, D / 2)
-        even, odd = x.unflatten(-1, (-1, 2)).to(wide).unbind(-1)
-        cos, sin = angles.cos(), angles.sin()
-        return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).to(x.dtype)
+        places = torch.stack([tokens // self.grid[1], tokens % self.grid[1]], -1)  # (n, 2)
+        angles = places[..., None] * rotary_rates(x.shape[-1] // 4, device=x.device)
+        return turn_pairs(x, angles.flatten(-2))
 
     def weigh(self, q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
         """Blocks q (B, H, n, D) with the four blocks of each side, k and v (B, Hkv, m, D); q and k are rotated."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import known, positive
-from saccade.hosts.block import MLP
+from saccade.hosts.block import MLP, Gated
 from saccade.hosts.pyramid import Stage
 from saccade.hosts.resize import Reduce
 from saccade.hosts.unet import UNet
@@ -19,29 +19,6 @@ from saccade.hosts.vit import WavePositions
 from saccade.hosts.windows import WindowAttention
 from saccade.mix import DepthwiseConv
 from saccade.scan import GridScan, raster_orders, snake_orders
-
-Grid = Sequence[int]
-
-
-class Snakes(nn.Module):
-    """SS2D on tokens (B, N, C) of `grid`, with E = expand C channels inside, along four continuous orders."""
-
-    orders: Tensor
-
-    def __init__(self, dim: int, grid: Grid, *, expand: int, state: int) -> None:
-        super().__init__()
-        self.grid, inner = tuple(grid), positive("expand", expand) * dim
-        self.enter = nn.Linear(dim, 2 * inner, bias=False)
-        self.conv = DepthwiseConv(inner, (3, 3), bias=False)
-        self.scan = GridScan(inner, state=state, rank=-(-dim // 16))
-        self.norm = nn.LayerNorm(inner)
-        self.leave = nn.Linear(inner, dim, bias=False)
-        self.register_buffer("orders", snake_orders(grid), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        u, z = self.enter(x).chunk(2, -1)
-        u = self.scan(nn.functional.silu(self.conv(u, self.grid)), self.orders)
-        return self.leave(self.norm(u) * nn.functional.silu(z))
 
 
 class LamambaDiff(Mixer):
@@ -101,7 +78,13 @@ class LamambaDiff(Mixer):
         grid, side, by = dims.grid or (), positive("window", window), positive("shift", shift, least=0)
         self.sizes, self.shifts = [min(side, n) for n in grid], [by if n > side else 0 for n in grid]
         self.width = dims.dim if condition is None else positive("condition", condition)
-        self.scan = Snakes(dims.dim, grid, expand=expand, state=state)
+        inner, rank = positive("expand", expand) * dims.dim, -(-dims.dim // 16)
+        scanned = [
+            DepthwiseConv(inner, (3, 3), bias=False, grid=grid),
+            nn.SiLU(),
+            GridScan(inner, state=state, rank=rank, orders=snake_orders(grid)),
+        ]
+        self.scan = Gated(dims.dim, inner, nn.Sequential(*scanned))
         self.attention = WindowAttention(dims, self.sizes, shift=self.shifts)
         self.mlp = MLP(dims.dim, mlp_ratio)
         self.norms = nn.ModuleList(nn.LayerNorm(dims.dim) for _ in range(3))
@@ -139,7 +122,7 @@ class LamambaDiff(Mixer):
         def scanned(t: Tensor) -> Tensor:
             u, z = layer(t, "scan.enter").chunk(2, -1)
             around = nn.functional.pad(u.unflatten(1, (height, width)), (0, 0, 1, 1, 1, 1))
-            kernel = w["scan.conv.weight"][:, 0]
+            kernel = w["scan.inner.0.weight"][:, 0]
             taps = [kernel[:, i, j] * around[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
             u = silu(torch.stack(taps).sum(0).flatten(1, 2))
             rows, columns = [], []
@@ -151,7 +134,7 @@ class LamambaDiff(Mixer):
                 columns += [y * width + x for y in up]
             ways = torch.tensor([rows, rows[::-1], columns, columns[::-1]])
             read, step, bias, log_rate, direct = (
-                w[f"scan.scan.{name}"] for name in ("read", "step", "bias", "log_rate", "direct")
+                w[f"scan.inner.2.{name}"] for name in ("read", "step", "bias", "log_rate", "direct")
             )
             met, size = u[:, ways], log_rate.shape[2]
             low, write, look = (met @ read.mT).split([step.shape[2], size, size], 3)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from saccade import attend
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import known, positive
-from saccade.hosts.block import Residual, init_linear, num_parameters
-from saccade.hosts.pyramid import Mean, Pyramid, Stage
-from saccade.mix import DepthwiseConv
+from saccade.hosts.block import ConvMLP, Residual, TokenNorm, init_linear, num_parameters
+from saccade.hosts.pyramid import Pyramid, Stage, widen_then_pool
+from saccade.mix import DepthwiseConv, grid_angles, turn_pairs
 from saccade.scan import GridScan, raster_orders
 from saccade.softmax import RelativeTable
 from saccade.where import Neighborhood
@@ -29,22 +29,9 @@ SIZES = {  # channels, blocks, heads and widths of F over C for each of four sta
 }
 
 
-class Conv(DepthwiseConv):
-    """A depthwise convolution of `kernel` x `kernel` taps on the grid of dims, of tokens (B, N, `width` or C)."""
-
-    def __init__(self, dims: Dims, kernel: int, width: int | None = None) -> None:
-        super().__init__(width or dims.dim, (kernel, kernel))
-        self.grid = dims.grid or ()
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x, self.grid)
-
-
-class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation of tokens (B, N, C)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.mT).mT
+def convolution(dims: Dims, kernel: int) -> DepthwiseConv:
+    """A depthwise convolution of `kernel` x `kernel` taps, tokens (B, N, C) of the grid of dims."""
+    return DepthwiseConv(dims.dim, (kernel, kernel), grid=dims.grid)
 
 
 class PairTable(nn.Module):
@@ -61,22 +48,17 @@ class PairTable(nn.Module):
 class Scan(nn.Module):
     """u + LN(SS2D(silu(BN(DW(u))))), tokens (B, N, C)."""
 
-    orders: Tensor
-
     def __init__(self, dims: Dims) -> None:
         super().__init__()
-        self.before = nn.Sequential(Conv(dims, 3), BatchNorm(dims.dim), nn.SiLU())
-        self.scan, self.norm = GridScan(dims.dim), Norm(dims.dim)
-        self.register_buffer("orders", raster_orders(dims.grid or ()), persistent=False)
+        self.before = nn.Sequential(convolution(dims, 3), TokenNorm(dims.dim), nn.SiLU())
+        self.scan, self.norm = GridScan(dims.dim, orders=raster_orders(dims.grid or ())), Norm(dims.dim)
 
     def forward(self, u: Tensor) -> Tensor:
-        return u + self.norm(self.scan(self.before(u), self.orders))
+        return u + self.norm(self.scan(self.before(u)))
 
 
 class Lass(nn.Module):
     """The mixer of the block on tokens (B, N, C)."""
-
-    places: Tensor
 
     def __init__(self, dims: Dims, kernel: int, beyond: str) -> None:
         super().__init__()
@@ -85,20 +67,15 @@ class Lass(nn.Module):
         self.pattern = Neighborhood(grid, [min(kernel, size) for size in grid])
         self.bias = RelativeTable(dims.num_heads, (kernel, kernel), grid=grid)
         self.qkv, self.out = nn.Linear(dims.dim, 3 * dims.dim), nn.Linear(dims.dim, dims.dim)
-        self.position = Conv(dims, 5)
+        self.position = convolution(dims, 5)
         scans = known("beyond", beyond, ("scan", "attention")) == "scan"
         self.scan = Scan(dims) if scans else None
         self.pairs = None if scans else PairTable(dims.num_heads, n)
-        self.register_buffer("places", torch.cartesian_prod(*map(torch.arange, grid)), persistent=False)
 
     def rotate(self, x: Tensor) -> Tensor:
         """x (B, H, N, D), pairs of channels turned, the first half by the row and the second by the column."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        rates = 10000.0 ** -torch.linspace(0, 1, x.shape[3] // 4, dtype=wide, device=x.device)
-        angles = (self.places[:, :, None] * rates).flatten(1)  # (N, D / 2)
-        cos, sin = angles.cos(), angles.sin()
-        even, odd = x.to(wide).unflatten(3, (-1, 2)).unbind(4)
-        return torch.stack([even * cos - odd * sin, odd * cos + even * sin], 4).flatten(3).to(x.dtype)
+        rates = torch.logspace(0, -4, x.shape[3] // 4, dtype=torch.float64, device=x.device)
+        return turn_pairs(x, grid_angles(self.dims.grid or (), (rates, rates)))
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x)
@@ -163,7 +140,7 @@ class Segman(Mixer):
         paper="2412.11890",
         year=2024,
         family="spatial_window",
-        uses=("attend", "DepthwiseConv", "GridScan", "Neighborhood", "RelativeTable", "raster_orders"),
+        uses=("attend", "DepthwiseConv", "GridScan", "Neighborhood", "RelativeTable", "raster_orders", "turn_pairs"),
         grid=2,
     )
 
@@ -184,15 +161,14 @@ class Segman(Mixer):
         hidden = int(dims.dim * mlp_ratio)
         if hidden < 1:
             raise ValueError(f"mlp_ratio: got {mlp_ratio}, which leaves no channel of {dims.dim}; pass 1.0 or more")
-        feed = [nn.Linear(dims.dim, hidden), nn.GELU(), Residual(Conv(dims, 3, hidden)), nn.Linear(hidden, dims.dim)]
-        inner: list[nn.Module] = [Lass(dims, kernel, beyond), nn.Sequential(*feed)]
+        inner: list[nn.Module] = [Lass(dims, kernel, beyond), ConvMLP(dims.dim, hidden, dims.grid or ())]
         if layer_scale is not None:
             inner = [Scaled(layer, dims.dim, layer_scale) for layer in inner]
         mixer, mlp = inner
         self.block = nn.Sequential(
-            Residual(Conv(dims, 3)),
+            Residual(convolution(dims, 3)),
             Residual(mixer, Norm(dims.dim)),
-            Residual(Conv(dims, 3)),
+            Residual(convolution(dims, 3)),
             Residual(mlp, Norm(dims.dim)),
         )
         self.kernel, self.beyond, self.scaled = kernel, beyond, layer_scale is not None
@@ -279,8 +255,8 @@ class Segman(Mixer):
             return layer(out + conv(every[..., -d.dim :], f"{lass}.position"), f"{lass}.out")
 
         def fed(t: Tensor) -> Tensor:
-            h = nn.functional.gelu(layer(t, f"{feed}.0"))
-            return layer(h + conv(h, f"{feed}.2.inner"), f"{feed}.3")
+            h = nn.functional.gelu(layer(t, f"{feed}.enter"))
+            return layer(h + conv(h, f"{feed}.local"), f"{feed}.leave")
 
         for number, branch in ((0, mixed), (2, fed)):
             x = x + conv(x, f"block.{number}.inner")
@@ -316,11 +292,7 @@ class Segman(Mixer):
             paper: dict[str, Any] = {"kernel": kernels[s], "mlp_ratio": ratios[s], "layer_scale": layer_scale}
             return cls(dims, **{**paper, "beyond": "attention" if s == 3 else "scan", **(params or {})})
 
-        def head(dims: Dims, num_classes: int) -> nn.Module:
-            wide = [nn.Linear(dims.dim, 1024), BatchNorm(1024), nn.SiLU()]
-            return nn.Sequential(*wide, Mean(), nn.Linear(1024, num_classes))
-
-        paper = {"size": (224, 224), "stages": stages, "block": block, "enter": enter, "head": head}
+        paper = {"size": (224, 224), "stages": stages, "block": block, "enter": enter, "head": widen_then_pool(1024)}
         model = Pyramid(**{**paper, **host})
         init_linear(model)
         return model

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from saccade import attend
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import positive
-from saccade.mix import DepthwiseConv, cut_windows, join_windows, to_map, to_tokens
+from saccade.mix import (
+    DepthwiseConv,
+    cut_windows,
+    grid_angles,
+    join_windows,
+    rotary_rates,
+    to_map,
+    to_tokens,
+    turn_pairs,
+)
 
 Grid = tuple[int, ...]
 
@@ -116,7 +125,7 @@ class Ultragen(Mixer):
         paper="2510.18775",
         year=2025,
         family="spatial_window",
-        uses=("attend", "DepthwiseConv", "cut_windows", "join_windows", "to_map", "to_tokens"),
+        uses=("attend", "DepthwiseConv", "cut_windows", "join_windows", "to_map", "to_tokens", "turn_pairs"),
         grid=3,
     )
 
@@ -143,16 +152,9 @@ class Ultragen(Mixer):
 
     def rotate(self, x: Tensor, grid: Grid) -> Tensor:
         """x (B, H, N, D), pairs of channels turned: a third each by row and column, rounded down, the rest by frame."""
-        wide, third = torch.promote_types(x.dtype, torch.float32), x.shape[3] // 6
-        angles = []
-        for axis, pairs in enumerate((x.shape[3] // 2 - 2 * third, third, third)):
-            rates = 10000 ** (-torch.arange(pairs, dtype=wide, device=x.device) / max(1, pairs))
-            at = torch.arange(grid[axis], device=x.device).view([-1 if a == axis else 1 for a in range(3)])
-            angles.append(at.expand(grid).flatten()[:, None] * rates)
-        turns = torch.cat(angles, 1)  # (N, D / 2)
-        even, odd = x.to(wide).unflatten(3, (-1, 2)).unbind(4)
-        cos, sin = turns.cos(), turns.sin()
-        return torch.stack([even * cos - odd * sin, odd * cos + even * sin], 4).flatten(3).to(x.dtype)
+        third = x.shape[3] // 6
+        pairs = x.shape[3] // 2 - 2 * third, third, third
+        return turn_pairs(x, grid_angles(grid, [rotary_rates(count, device=x.device) for count in pairs]))
 
     def weigh(self, x: Tensor, grid: Grid, adapter: Adapter | None = None) -> Tensor:
         """Attention among all tokens x (B, N, C) of `grid`."""

@@ -33,26 +33,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from saccade.softmax.kernels.hopper import (
-    PANEL,
-    PLAIN,
+from saccade.softmax.kernels.hopper import PANEL, PLAIN, after, barriers, copy, get, put, save
+from saccade.softmax.kernels.hopper_walk import (
     RESIDENT,
     ROWS,
     Walk,
-    after,
-    barriers,
-    copy,
     copyable,
     described,
-    get,
     in_order,
     numbers,
     padded,
     processors,
-    put,
-    save,
 )
-from saccade.softmax.kernels.hopper import supports as supports_forward
+from saccade.softmax.kernels.hopper_walk import supports as supports_forward
 from saccade.softmax.lists import turned
 from saccade.where import Plan
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from saccade.softmax.kernels import hopper, hopper_backward
-from saccade.softmax.kernels.hopper import Walk
 from saccade.softmax.kernels.hopper_backward import KeyWalk
+from saccade.softmax.kernels.hopper_walk import Walk
 from saccade.where.grid import Grid
 
 
