@@ -51,7 +51,7 @@ def reasons(problem: Problem) -> list[str]:
 
 
 def planned(problem: Problem) -> Plan:
-    """The plan of a problem; the backward kernel takes large tiles alone."""
+    """The plan of a problem; the backward kernel takes tiles of 128 keys alone."""
     return problem.plan(BLOCK) if problem.wants_gradients else problem.plan_on_grid(BLOCK, GRID_BLOCK)
 
 
