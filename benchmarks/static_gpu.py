@@ -6,13 +6,20 @@ B = 1, H = 16, D = 128, N = 16,384 tokens (a grid of 128 x 128, or 16 x 32 x 32)
 forward. Mechanisms of the families static_sparse and spatial_window that follow a plan, in eager PyTorch, all of a call
 counted. `effective` is how many times faster than dense attention it is; `of the bound` is the time over tile density x
 dense time: 1 would be a call that does nothing but multiply the tiles that its plan lists, at the dense rate. Dense is
-causal where the mechanism is.
+causal where the mechanism is. What binds a call is told by the rest: `calls` of `attend` and their backends,
+`multiplied`, the share of the pairs that these calls multiply, `host ms` until a call returns, with the device idle,
+and `plan ms`, of a plan made afresh and waited for, which calls after the first have at hand.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from common import save, show
@@ -22,7 +29,9 @@ from saccade import attend
 from saccade.bench.timing import clock_for, rounds
 from saccade.catalogue import mechanism, mechanisms
 from saccade.contract import Attention, Dims
-from saccade.softmax import explain, which
+from saccade.softmax import explain
+from saccade.softmax.backends import Backend, choose
+from saccade.softmax.problem import Problem
 from saccade.where import Causal, Full
 
 FAMILIES = ("static_sparse", "spatial_window")
@@ -42,6 +51,44 @@ def dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, seconds: float) -> tupl
     return min(zip(able, (one.seconds for one in found), strict=True), key=lambda pair: pair[1])
 
 
+def observed(call: Callable[[], Any]) -> list[tuple[str, float]]:
+    """The calls of `attend` that a call makes: the backend of each, and the pairs that it multiplies."""
+    found: list[tuple[str, float]] = []
+
+    def noted(name: str, problem: Problem) -> Backend:
+        chosen = choose(name, problem)
+        found.append((chosen.name, multiplied(chosen, problem)))
+        return chosen
+
+    with mock.patch.object(sys.modules[attend.__module__], "choose", noted):
+        call()
+    return found
+
+
+def multiplied(chosen: Backend, problem: Problem) -> float:
+    """Pairs that a backend multiplies, of all heads."""
+    batch, heads, n, _ = problem.q.shape
+    if chosen.name == "sdpa":
+        return batch * heads * n * problem.k.shape[2] / (2 if problem.is_causal else 1)
+    planned = getattr(chosen, "planned", None)
+    plan = problem.plan(getattr(chosen, "BLOCK", (64, 64))) if planned is None else planned(problem)
+    return batch * heads * plan.num_computed
+
+
+def least_ms(call: Callable[[], Any], *, wait: bool, times: int = 5) -> float:
+    """Milliseconds of the fastest of a few calls: until the device is done, if `wait`, else until the host goes on."""
+    seconds = []
+    for _ in range(times):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if wait:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return round(min(seconds) * 1e3, 4)
+
+
 def measure(cls: type[Attention], against: dict[bool, tuple[str, float]], seconds: float) -> dict[str, Any] | None:
     """One row; None where it follows no plan at these sizes, or where nothing is left out."""
     grid = GRIDS[cls.spec.ranks[0]]
@@ -59,7 +106,8 @@ def measure(cls: type[Attention], against: dict[bool, tuple[str, float]], second
     (found,) = rounds(calls[:1], calls[1], seconds=seconds, clock=clock_for("cuda"))
     admissible = TOKENS * (TOKENS + 1) / 2 if causal else TOKENS**2
     tiles = plan.num_computed / admissible
-    pattern = getattr(module, "pattern", None)
+    calls_made = observed(lambda: module(q, k, v))
+    counts = Counter(name for name, _ in calls_made)
     return {
         "pattern": cls.spec.id,
         "tokens": TOKENS,
@@ -70,7 +118,10 @@ def measure(cls: type[Attention], against: dict[bool, tuple[str, float]], second
         "dense ms": round(found.baseline_seconds * 1e3, 4),
         "effective": round(found.baseline_seconds / found.seconds, 2),
         "of the bound": round(found.seconds / (tiles * min(whole, found.baseline_seconds)), 2),
-        "backend": None if pattern is None or callable(pattern) else which(q, k, v, pattern),
+        "calls": ", ".join(f"{count} {name}" for name, count in counts.items()),
+        "multiplied": round(sum(pairs for _, pairs in calls_made) / (HEADS * admissible), 4),
+        "host ms": least_ms(lambda: module(q, k, v), wait=False),
+        "plan ms": least_ms(lambda: module.plan(q, k), wait=True),
     }
 
 
@@ -96,7 +147,7 @@ def main() -> None:
             print(f"{spec.id}: follows no plan that leaves pairs out", flush=True)
             continue
         rows.append(row)
-        print({name: row[name] for name in ("pattern", "effective", "of the bound", "backend")}, flush=True)
+        print({name: row[name] for name in ("pattern", "effective", "of the bound", "calls")}, flush=True)
         save("static_gpu", [row], device="cuda", heads=HEADS, head_dim=WIDTH, dtype="bfloat16")
     rows.sort(key=lambda row: row["of the bound"])
     show("Static mechanisms", rows)

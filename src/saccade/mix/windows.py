@@ -181,6 +181,11 @@ class RegionBias(nn.Module):
             raise ValueError(f"regions: got {regions.dtype} of shape {tuple(regions.shape)}; pass integers (W, w)")
         self.bias, self.heads = bias, -1 if heads is None else positive("heads", heads)
         self.register_buffer("regions", regions, persistent=False)
+        self.parts = True
+
+    def simpler(self) -> Bias:
+        """The bias that is added, where `of` keeps nothing apart: it may be one that kernels know (`RelativeTable`)."""
+        return self if self.parts or self.bias is None else self.bias
 
     @classmethod
     def of(
@@ -195,7 +200,9 @@ class RegionBias(nn.Module):
     ) -> RegionBias:
         cut = Cut.of(grid, size, shift)
         if cut.is_plain(grid):
-            return cls(bias, torch.zeros(1, torch.Size(cut.size).numel(), dtype=torch.int64), heads=heads)
+            found = cls(bias, torch.zeros(1, torch.Size(cut.size).numel(), dtype=torch.int64), heads=heads)
+            found.parts = False  # known without a look at the regions, whose values may not exist yet
+            return found
         return cls(bias, window_regions(grid, size, shift=shift, dilated=dilated), heads=heads)
 
     def forward(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:

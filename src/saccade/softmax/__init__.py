@@ -2,6 +2,7 @@
 
 from saccade.softmax.attend import attend, explain, which, why
 from saccade.softmax.bias import Alibi, FromCoordinates, RelativeTable
+from saccade.softmax.heads import attend_heads
 from saccade.softmax.measuring import measure
 from saccade.softmax.merge import merge
 from saccade.softmax.normalizers import Entmax, Sigmoid, Softmax
@@ -17,6 +18,7 @@ __all__ = [
     "Softmax",
     "attend",
     "attend_cascade",
+    "attend_heads",
     "attend_pages",
     "explain",
     "measure",

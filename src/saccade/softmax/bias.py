@@ -29,23 +29,32 @@ class RelativeTable(nn.Module):
         b_h(i, j) = table[h, c_0(i) - c_0(j) + e_0 - 1, c_1(i) - c_1(j) + e_1 - 1, ...]
 
     num_heads: H. extents: e_a, the differences |d| < e_a that have an entry of their own, one number an axis; larger
-    ones share the outermost. grid: (T, Y, X), (Y, X) or (X,) of the tokens (default None: a sequence, one axis). The
-    table starts at zero.
+    ones share the outermost. grid: (T, Y, X), (Y, X) or (X,) of the tokens (default None: a sequence, one axis). step:
+    coordinates c are counted in steps of so many tokens, rounded down, as a dilated window does (1). The table starts
+    at zero.
 
     >>> RelativeTable(2, (3, 3), grid=(4, 5)).table.shape
     torch.Size([2, 5, 5])
     """
 
-    def __init__(self, num_heads: int, extents: Sequence[int], grid: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, num_heads: int, extents: Sequence[int], grid: Sequence[int] | None = None, *, step: int = 1
+    ) -> None:
         super().__init__()
+        self.step = positive("step", step)
         self.extents = tuple(positive("extents", size) for size in extents)
         self.grid = None if grid is None else tuple(positive("grid", size) for size in grid)
         if len(self.extents) != (1 if self.grid is None else len(self.grid)):
             raise ValueError(f"extents: got {self.extents} for the grid {self.grid}; pass one number an axis")
         self.table = nn.Parameter(torch.zeros(positive("num_heads", num_heads), *(2 * e - 1 for e in self.extents)))
 
+    def coordinates(self, position: Tensor) -> list[Tensor]:
+        """c of row-major positions, one tensor an axis."""
+        axes = [position] if self.grid is None else axes_of(position, self.grid)
+        return axes if self.step == 1 else [c // self.step for c in axes]
+
     def forward(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        queries, keys = ([p] if self.grid is None else axes_of(p, self.grid) for p in (q_pos, k_pos))
+        queries, keys = self.coordinates(q_pos), self.coordinates(k_pos)
         at = torch.zeros(len(q_pos), len(k_pos), dtype=torch.int64, device=q_pos.device)
         for a, b, extent in zip(queries, keys, self.extents, strict=True):
             apart = (a[:, None] - b[None, :]).clamp(1 - extent, extent - 1)
@@ -53,7 +62,7 @@ class RelativeTable(nn.Module):
         return self.table.flatten(1)[:, at]
 
     def extra_repr(self) -> str:
-        return f"num_heads={len(self.table)}, extents={self.extents}, grid={self.grid}"
+        return f"num_heads={len(self.table)}, extents={self.extents}, grid={self.grid}, step={self.step}"
 
 
 class Alibi(nn.Module):

@@ -38,9 +38,9 @@ def merge(partials: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     total = weights.sum(0)
     blind = total == 0
     shares = (weights / total.masked_fill(blind, 1)).unsqueeze(-1)
-    wide = torch.promote_types(each.dtype, partials[0][0].dtype)
-    o = sum(share.to(wide) * part.to(wide) for share, (part, _) in zip(shares, partials, strict=True))
-    assert isinstance(o, Tensor)
+    o = shares[0] * partials[0][0]  # in the wider type of the two; each part is read once and widened on the way
+    for share, (part, _) in zip(shares[1:], partials[1:], strict=True):
+        o = torch.addcmul(o, share, part)
     lse = (top + total.masked_fill(blind, 1).log()).masked_fill(blind, -torch.inf)
     return o.to(partials[0][0].dtype), lse
 

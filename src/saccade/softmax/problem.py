@@ -15,6 +15,9 @@ from torch import Tensor
 from saccade.errors import check_cu_seqlens, check_qkv
 from saccade.softmax.normalizers import NORMALIZERS, Normalizer, Softmax
 from saccade.where import And, Band, Causal, Documents, Full, Packed, Pattern, Plan, Router, Window
+from saccade.where.gathered import NotGathered, lattice_of
+
+LONG = 8  # tiles of a list
 
 Bias = Callable[[Tensor, Tensor], Tensor]
 
@@ -65,6 +68,7 @@ class Problem:
             raise ValueError(f"softcap: got {softcap!r}; pass a finite number > 0, or None for no cap")
         if bias is not None:
             _check_bias(bias, q, k)
+            bias = bias.simpler() if hasattr(bias, "simpler") else bias
         if sink is not None:
             _check_sink(sink, q, is_softmax)
         if return_lse and not is_softmax:
@@ -99,10 +103,34 @@ class Problem:
         return plan_of(self.where, self.q.shape[2], self.k.shape[2], self.q.shape[1], block, self.q.device)
 
     def plan_on_grid(self, block: tuple[int, int], cells: tuple[int, int]) -> Plan:
-        """`plan(block)`, but in tiles of `cells` for a pattern of windows on a grid, which smaller tiles fit better."""
+        """`plan(block)`, but in tiles of `cells` for a pattern of windows on a grid, which smaller tiles fit better,
+        and in tiles of half as many keys where stripes or blocks leave much of a whole one empty."""
         plan = self.plan(block)
-        windows = isinstance(self.where, Pattern) and plan.grid is not None and len(plan.grid.cell) > 1
-        return self.plan(cells) if windows else plan
+        if not isinstance(self.where, Pattern):
+            return plan
+        if plan.grid is not None and len(plan.grid.cell) > 1:
+            return self.plan(cells)
+        narrow = block[0], block[1] // 2
+        # Kernels take two narrow tiles a step, so that short lists gain nothing.
+        long = plan.q_order is None and plan.k_order is None and self.foretold(block) >= LONG * block[1]
+        return self.plan(narrow) if long and self.fits(narrow, block) else plan
+
+    def fits(self, small: tuple[int, int], large: tuple[int, int]) -> bool:
+        """Of tiles of the one size so few can be listed, of those of the other, that a fifth of the pairs goes."""
+        return 5 * self.foretold(small) <= 4 * self.foretold(large)
+
+    def foretold(self, block: tuple[int, int]) -> float:
+        """Keys, at most, that a query is multiplied with in tiles of `block` of the tokens as they stand, on average
+        over heads; of a pattern. Told without a list, so that nothing waits for one."""
+        assert isinstance(self.where, Pattern)
+        return keys_at_most(self.where, self.q.shape[2], self.k.shape[2], self.q.shape[1], block)
+
+    def plan_of_keys(self, block: tuple[int, int], by: str) -> Plan | None:
+        """`Pattern.gathered` of windows on a grid of two or three axes, where its lists hold at most half the keys of
+        the tiles of `block`; else None. On a GPU the host waits for it once."""
+        if not isinstance(self.where, Pattern) or self.q.shape[2] != self.k.shape[2]:
+            return None
+        return keys_of(self.where, self.q.shape[2], self.q.shape[1], block, self.q.device, by)
 
 
 def reach(where: Pattern | Plan) -> tuple[float, float] | None:
@@ -133,6 +161,29 @@ def reach(where: Pattern | Plan) -> tuple[float, float] | None:
 def plan_of(pattern: Pattern, n: int, m: int, heads: int, block: tuple[int, int], device: torch.device) -> Plan:
     """`pattern.plan(...)`, remembered: patterns are equal by value, and layers share theirs."""
     return pattern.plan(n, m, heads, block, device)
+
+
+@functools.lru_cache(maxsize=256)
+def keys_at_most(pattern: Pattern, n: int, m: int, heads: int, block: tuple[int, int]) -> float:
+    """See `Problem.foretold`."""
+    distinct = dict.fromkeys(pattern.at_head(h, heads) for h in range(heads))
+    tiles = sum(one.most_tiles(n, m, block, None) for one in distinct) / len(distinct)
+    return tiles * block[1] / -(-n // block[0])
+
+
+@functools.lru_cache(maxsize=64)
+def keys_of(pattern: Pattern, n: int, heads: int, block: tuple[int, int], device: torch.device, by: str) -> Plan | None:
+    """See `Problem.plan_of_keys`; remembered like `plan_of`."""
+    lattice = lattice_of([pattern.at_head(h, heads) for h in range(heads)], n)
+    if lattice is None or lattice.num_axes == 1:
+        return None
+    try:
+        plan = pattern.gathered(n, n, heads, block, device, by=by)
+    except NotGathered:  # dilated, or cells would leave the grid
+        return None
+    assert plan.token_indices is not None
+    tiles = plan_of(pattern, n, n, heads, block, device).num_tiles
+    return plan if 2 * len(plan.token_indices) <= tiles * block[1] else None
 
 
 def _is_number(value: Any) -> bool:

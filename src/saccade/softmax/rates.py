@@ -52,13 +52,17 @@ class Work:
         where, (bq, bk) = problem.where, getattr(backend, "BLOCK", (64, 64))
         rows = {"rows": -(-n // bq) * float(bq * ROWS)}
         if isinstance(where, Plan):
-            singles = 0 if where.token_indices is None else len(where.token_indices)
-            pairs = (where.num_tiles * where.block[1] + singles) * where.block[0]
+            listed = 0 if where.token_indices is None else len(where.token_indices)
+            pairs = (where.num_tiles * where.block[1] + listed) * where.block[0]
             return cls(rows | {"tiles": pairs / where.num_groups})
         sides = reach(where)
         if sides is None:
             planned = getattr(backend, "planned", None)
             plan = problem.plan((bq, bk)) if planned is None else planned(problem)
+            if plan.token_indices is not None:  # of which those that the boxes cut are most
+                singles = float(len(plan.token_indices) * plan.block[0]) / plan.num_groups
+                rows = {"rows": plan.num_row_tiles * float(plan.block[0] * ROWS)}
+                return cls(rows | {"tiles" if plan.token_grid is None else "cells": singles}, 1)
             full, cut = _pairs(plan)
             in_cells = planned is not None and plan.grid is not None and len(plan.grid.cell) > 1
             comparisons = 1 if in_cells else plan.boxes.lo.shape[1] * plan.boxes.coord.shape[0]

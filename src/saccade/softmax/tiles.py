@@ -33,7 +33,7 @@ def reasons(problem: Problem) -> list[str]:
 
 def run(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """(o, lse) of a problem; lse is None for normalisers that have none."""
-    plan = problem.plan(BLOCK)
+    plan = problem.plan_of_keys(BLOCK, "keys") or problem.plan(BLOCK)
     softmax = problem.normalizer.name == "softmax"
     dtype = torch.promote_types(problem.q.dtype, torch.float32)
     q, k, v = (x.to(dtype) for x in (problem.q, problem.k, problem.v))

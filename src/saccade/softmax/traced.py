@@ -70,7 +70,8 @@ def _facts(problem: Problem) -> Facts:
 def _kind(bias: Bias | None) -> Any:
     """What the plan and the choice need of a bias: its class, and of a table the arguments that it was made from."""
     if isinstance(bias, RelativeTable):
-        return (RelativeTable, (operator.index(bias.table.shape[0]), bias.extents, bias.grid), bias.table.requires_grad)
+        sizes = (operator.index(bias.table.shape[0]), bias.extents, bias.grid, bias.step)
+        return (RelativeTable, sizes, bias.table.requires_grad)
     return None if bias is None else (type(bias), (), False)
 
 
@@ -78,8 +79,8 @@ def _like(kind: Any) -> Bias | None:
     """A bias of that kind, whose values are not its own."""
     if kind is None:
         return None
-    made, arguments, grad = kind
-    return made(*arguments).requires_grad_(grad) if arguments else object.__new__(made)
+    made, sizes, grad = kind
+    return made(*sizes[:3], step=sizes[3]).requires_grad_(grad) if sizes else object.__new__(made)
 
 
 def key_of(value: Any) -> Any:

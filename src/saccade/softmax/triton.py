@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.softmax.bias import Alibi, RelativeTable, axes_of
+from saccade.softmax.bias import Alibi, RelativeTable
 from saccade.softmax.lists import turned
 from saccade.softmax.normalizers import Entmax, Softmax
 from saccade.softmax.problem import Bias, Problem
-from saccade.where import Plan
+from saccade.where import Pattern, Plan
 from saccade.where.gathered import in_tiles
 
 name = "triton"
@@ -120,8 +120,18 @@ def settle(problem: Problem) -> Settled:
 
 
 def planned(problem: Problem) -> Plan:
-    """The plan of a problem."""
-    return problem.plan_on_grid(BLOCK, GRID_BLOCK)
+    """The plan of a problem: lists of cells or keys that begin where windows do, where these are much shorter than
+    tiles, which is so for small windows; a table of biases is read once a pair, and by the numbers of single keys, so
+    that smaller tiles serve it too. For gradients without one tiles are as good, because those of k and v are found
+    from tiles anyway."""
+    listed = None
+    if isinstance(problem.bias, RelativeTable):
+        listed = problem.plan_of_keys(GRID_BLOCK, "keys")
+        if listed is None and isinstance(problem.where, Pattern) and problem.fits(GRID_BLOCK, BLOCK):
+            listed = problem.plan(GRID_BLOCK)
+    elif problem.bias is None and isinstance(problem.normalizer, Softmax) and not wants_gradients(problem):
+        listed = problem.plan_of_keys(GRID_BLOCK, "cells")
+    return problem.plan_on_grid(BLOCK, GRID_BLOCK) if listed is None else listed
 
 
 def _by_key(plan: Plan) -> Plan:
@@ -170,7 +180,7 @@ def _positions(bias: Bias, plan: Plan) -> list[Tensor]:
     k_at = torch.arange(m, device=plan.device) if plan.k_order is None else plan.k_order
     if not isinstance(bias, RelativeTable):
         return [q_at.int(), k_at.int()]
-    axes = ([at] if bias.grid is None else axes_of(at, bias.grid) for at in (q_at, k_at))
+    axes = (bias.coordinates(at) for at in (q_at, k_at))
     return [
         *(torch.stack(each).int() for each in axes),
         torch.tensor(bias.extents, dtype=torch.int32, device=plan.device),

@@ -21,20 +21,6 @@ from saccade.softmax import RelativeTable
 from saccade.where import Neighborhood
 
 
-class StepTable(nn.Module):
-    """A table of biases over differences in steps of the dilation, which all pairs that meet are apart on each axis."""
-
-    def __init__(self, num_heads: int, grid: tuple[int, ...], kernel: int, dilation: int) -> None:
-        super().__init__()
-        self.grid, self.dilation = grid, dilation
-        self.steps = RelativeTable(num_heads, (kernel, kernel), grid=tuple(-(-n // dilation) for n in grid))
-
-    def forward(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        width, d = self.grid[1], self.dilation
-        q_pos, k_pos = (p // width // d * -(-width // d) + p % width // d for p in (q_pos, k_pos))
-        return self.steps(q_pos, k_pos)
-
-
 class Around(nn.Module):
     """Attention to the dilated neighbourhood of each position, q, k, v (B, H, N, D)."""
 
@@ -42,10 +28,8 @@ class Around(nn.Module):
         super().__init__()
         grid = dims.grid or ()
         self.dims, self.pattern = dims, Neighborhood(grid, kernel, dilation=dilation)
-        table = RelativeTable(dims.num_heads, (kernel, kernel), grid=grid)  # which kernels know; so no steps of one
-        self.bias = table if dilation == 1 else StepTable(dims.num_heads, grid, kernel, dilation)
-        for weight in self.bias.parameters():
-            nn.init.trunc_normal_(weight, std=0.02)
+        self.bias = RelativeTable(dims.num_heads, (kernel, kernel), grid=grid, step=dilation)
+        nn.init.trunc_normal_(self.bias.table, std=0.02)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, self.pattern, bias=self.bias)

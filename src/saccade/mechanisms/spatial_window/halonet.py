@@ -32,8 +32,11 @@ class Halonet(Attention):
     block, where ours make the output the sub-sampled one; timm refuses grids that b does not divide.
     block: b, pixels a side of a block (default 8). halo: h, pixels around it (3). border: "zero", or "mask": no
     attention beyond the border. relative: learn r and c (True); without, only q . k is weighed.
-    Costs 2 N w^2 (D + 2w) multiplications and memory of N w^2 / b^2 keys and values of D + 2w channels: the relative
-    term travels in the 2w, of the query its logits, of the key its row and column in the window, as one-hot vectors.
+    Costs 2 N w^2 (D + w) multiplications and memory of N keys of D + 2w channels: the relative term travels in the 2w,
+    of the query its logits, of the key its row and column modulo w, as one-hot vectors, which tell places in every
+    window apart. Tiles of windows of 14 x 14 among 8 x 8 pixels hold 256 keys a block in cells that begin where windows
+    do, 1.3 times the 196 that it sees, and kernels round D + 2w up to a power of two. With a stride windows are copied,
+    N w^2 / b^2 keys and values.
     Errors: ValueError or TypeError when dims.grid has not two axes, for a block or stride that is no positive integer,
     a negative halo, an unknown border, or a stride that does not divide block.
 
@@ -104,6 +107,51 @@ class Halonet(Attention):
     def compute(self, q: Tensor, k: Tensor, v: Tensor, *, stride: int = 1) -> Tensor:
         if self.block % positive("stride", stride):
             raise ValueError(f"stride: got {stride} for block {self.block}; pass a divisor of block")
+        return self.whole(q, k, v) if stride == 1 else self.sampled(q, k, v, stride)
+
+    def bearings(self, q: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+        """By residue modulo w, of which a window holds each once: a query's logits with the row or column of its window
+        that has it (B, H, N, w), which of these lie beyond the border (N, w), and the residue of a key (N, w), one-hot.
+        """
+        w, table = self.side, (self.rows, self.columns)[axis]
+        at = torch.arange(q.shape[2], device=q.device)
+        at, residues = (at // self.grid[1], at % self.grid[1])[axis][:, None], torch.arange(w, device=q.device)
+        inside = at % self.block
+        first = at - inside - self.halo
+        place = (residues - first) % w
+        if table is None:
+            logits = q.new_zeros(*q.shape[:3], w)
+        else:
+            offset = place - inside + self.block - 1
+            logits = (q @ table.T).gather(-1, offset.expand(*q.shape[:2], -1, -1))
+        beyond = (first + place < 0) | (first + place >= self.grid[axis])
+        return logits, beyond, at % w == residues
+
+    def whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Every query, its keys read where they lie; what lies beyond the border has no value and joins the sum."""
+        (down, above, rows), (across, beside, columns) = (self.bearings(q, axis) for axis in (0, 1))
+        queries, keys, width = q * q.shape[3] ** -0.5, k, q.shape[3]
+        if self.rows is not None:
+            places = torch.cat([rows, columns], -1).to(k.dtype).expand(*k.shape[:3], -1)
+            queries, keys = torch.cat([queries, down, across], -1), torch.cat([k, places], -1)
+            short = -(width + 2 * self.side) % 8  # rows of whole 16 bytes, which copies of tiles want
+            queries, keys = (nn.functional.pad(x, (0, short)) for x in (queries, keys))
+        if self.border == "mask":
+            return attend(queries, keys, v, self.pattern(), scale=1.0)
+        o, lse = attend(queries, keys, v, self.pattern(), scale=1.0, return_lse=True)
+        least = torch.finfo(lse.dtype).min / 8  # of which two, added, are finite
+
+        def total(logits: Tensor, hidden: Tensor) -> Tensor:
+            return logits.to(lse.dtype).masked_fill(hidden, least).logsumexp(-1)
+
+        every = torch.zeros_like(beside)
+        outside = torch.logaddexp(
+            total(down, ~above) + total(across, every), total(down, above) + total(across, ~beside)
+        )
+        return o * (lse - torch.logaddexp(lse, outside)).exp()[..., None].to(o.dtype)
+
+    def sampled(self, q: Tensor, k: Tensor, v: Tensor, stride: int) -> Tensor:
+        """The queries of every stride-th row and column, with a window of keys a block."""
         (down, across), b = self.blocks, self.block
         q = self.padded(q, 0).unflatten(3, (across, b)).unflatten(2, (down, b))[:, :, :, ::stride, :, ::stride]
         q = q.permute(0, 2, 4, 1, 3, 5, 6)  # (B, Y / b, X / b, H, t, t, D), t = b / stride
@@ -190,24 +238,25 @@ class Halonet(Attention):
                 module(x, x, x)
             work.append(counter.get_total_flops())
             shares.append(module.windows(x).numel() / x.numel())
-        holds = shares == [14**2 / 8**2, 49, 14**2 / 8**2] and work[2] == 2 * work[0]
+        holds = shares == [14**2 / 8**2, 49, 14**2 / 8**2] and 2 * work[0] <= work[2] < 2.3 * work[0]  # less at borders
         figure = f"{shares[0]:.2f} keys a pixel at b = 8, h = 3, {shares[1]:.0f} pixel by pixel"
         return Finding(holds, f"{figure}; {work[2] / work[0]:.3f} times the work at twice N")
 
-    @claim("Strided queries give the sub-sampled output, for a quarter of the attention's work at stride 2.")
+    @claim("Strided queries give the sub-sampled output; each doubling of the stride quarters the attention's work.")
     def strided(cls) -> Finding:
         from torch.utils.flop_counter import FlopCounterMode
 
         module, found, work = cls(Dims(2, 8, grid=(19, 29))).double(), [], []
         q, k, v = (torch.randn(1, 2, 19 * 29, 8, dtype=torch.float64) for _ in range(3))
-        for stride in (1, 2):
+        for stride in (1, 2, 4):
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 found.append(module(q, k, v, stride=stride))
             work.append(counter.get_total_flops())
-        whole = found[0].unflatten(2, (19, 29))[:, :, ::2, ::2].flatten(2, 3)
-        error = float((found[1] - whole).abs().max())
-        figure = f"largest difference {error:.1e} on 19 x 29, {work[1] / work[0]:.2f} of the work"
-        return Finding(error < 1e-13 and 4 * work[1] == work[0], figure)
+        whole, error = found[0].unflatten(2, (19, 29)), 0.0
+        for stride, o in zip((2, 4), found[1:], strict=True):
+            error = max(error, float((o - whole[:, :, ::stride, ::stride].flatten(2, 3)).abs().max()))
+        figure = f"largest difference {error:.1e} on 19 x 29, at stride 4 {work[2] / work[1]:.2f} of the work at 2"
+        return Finding(error < 1e-13 and 4 * work[2] == work[1], figure)
 
     @claim("Zeros beyond the border take mass: uniform weights over ones give ((b + h) / (b + 2h))^2 in a corner.")
     def border_mass(cls) -> Finding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,37 @@ from saccade import attend
 from saccade.contract import Attention, Case, Dims, Finding, Spec, claim
 from saccade.errors import positive
 from saccade.mix import rotary_rates, turn_pairs
+from saccade.softmax import merge
 from saccade.where import GridBlocks, Plan
+from saccade.where.grid_patterns import OnGrid
+from saccade.where.pattern import touched
 
 SIDES = ((0, 0), (1, 1), (0, 1), (1, 0))  # blocks up and to the left: itself, top-left, left, top
 Block = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class BlockBefore(OnGrid):
+    """The block so many blocks up and to the left of a query's own, or the first one where there is none.
+
+    >>> BlockBefore((4,), 2, (1,)).dense(4)[0].int().tolist()
+    [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]]
+    """
+
+    grid: tuple[int, ...]
+    size: int
+    back: tuple[int, ...]
+
+    @property
+    def dilation(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (1,) * len(self.grid)
+
+    def interval(self, axis: int, c: Tensor) -> tuple[Tensor, Tensor]:
+        start = (c // self.size - self.back[axis]).clamp(min=0) * self.size
+        return start, start + self.size
+
+    def reach(self, axis: int, count: int) -> int:
+        return touched(self.size, count) * self.size
 
 
 class InfDit(Attention):
@@ -35,8 +63,10 @@ class InfDit(Attention):
     normalised, if at all; positions start at 0, where training adds a random offset; cross-attention to the image of
     low resolution is the host's. The authors have one key head a query head.
     block: tokens a side (default 32). rope: rotate q and k (True).
-    Costs 4 N block^2 D, and memory for four copies of k and v. Errors: ValueError or TypeError when dims.grid has not
-    two axes, block is no positive integer, rope has a head_dim that 4 does not divide, or k are not as many as q.
+    Costs 4 N block^2 D, in four calls, one a side, whose results are merged: keys are read where they lie, but the
+    rotation takes passes of its own over q and k, and the merge over four o. Errors: ValueError or TypeError when
+    dims.grid has not two axes, block is no positive integer, rope has a head_dim that 4 does not divide, or k are not
+    as many as q.
 
     >>> uni, x = InfDit(Dims(2, 8, grid=(6, 8)), block=3), torch.randn(1, 2, 48, 8)
     >>> uni(x, x, x).shape, uni.plan(x, x).dense()[0].sum(1).view(6, 8)[:, 0].tolist()
@@ -50,7 +80,7 @@ class InfDit(Attention):
         paper="2405.04312",
         year=2024,
         family="spatial_window",
-        uses=("attend", "GridBlocks", "turn_pairs"),
+        uses=("attend", "merge", "GridBlocks", "turn_pairs"),
         grid=2,
     )
     per_head = True  # by p
@@ -93,25 +123,14 @@ class InfDit(Attention):
     def compute(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if k.shape[2] != q.shape[2]:
             raise ValueError(f"k: got {k.shape[2]} keys for {q.shape[2]} queries; both are the tokens of one map")
-        every, tokens = torch.arange(q.shape[2], device=q.device), self.tokens()
+        every = torch.arange(q.shape[2], device=q.device)
         q, k = self.rotate(q, every), self.rotate(k, every)
-        alike: dict[tuple[int, ...], list[Block]] = {}  # cut blocks at the border have a shape of their own
-        for block in tokens:
-            shape = tuple(len(tokens[one]) for one in (block, *self.sides(block)))
-            alike.setdefault(shape, []).append(block)
-
-        def gather(x: Tensor, blocks: Sequence[Block]) -> Tensor:  # (B G, H, n, D), G blocks
-            at = torch.stack([tokens[block] for block in blocks]).to(x.device)
-            return x[:, :, at].transpose(1, 2).flatten(0, 1)
-
-        parts, places = [], []
-        for blocks in alike.values():
-            sides = list(zip(*map(self.sides, blocks), strict=True))
-            keys, values = ([gather(x, side) for side in sides] for x in (k, v))
-            o = self.weigh(gather(q, blocks), keys, values)
-            parts.append(o.unflatten(0, (len(q), -1)).transpose(1, 2).flatten(2, 3))
-            places += [tokens[block] for block in blocks]
-        return torch.cat(parts, 2)[:, :, torch.cat(places).argsort().to(q.device)]
+        # What a query gets from p is the same for all keys of a side: it moves the side's share of the softmax alone.
+        grouped = q.unflatten(1, (k.shape[1], -1))
+        more = torch.einsum("bhgnd,chd->cbhgn", grouped, self.offsets).flatten(2, 3) * q.shape[3] ** -0.5
+        sides = [BlockBefore(self.grid, self.block, back) for back in SIDES]
+        parts = [attend(q, k, v, side, return_lse=True) for side in sides]
+        return merge([(o, lse + own.to(lse.dtype)) for (o, lse), own in zip(parts, more, strict=True)])[0]
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (height, width), b, dim = self.grid, self.block, q.shape[3]

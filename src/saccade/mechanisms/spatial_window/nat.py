@@ -25,7 +25,9 @@ class Nat(Attention):
     differences of position. Near a border the window is clamped, so that every query has exactly kernel^2 keys. Paper:
     arXiv 2204.07143, equations 2-4. kernel: pixels a side of the neighbourhood, counting the query (default 7).
     dilation: gap between its pixels (1; arXiv 2209.15001). bias: learn B (True; it starts at zero). Costs N kernel^2 D
-    and memory of one tile; the tokens are permuted tile by tile. Errors: ValueError when the grid has not two axes, or
+    and memory of one tile. Windows are finer than tiles: on 128 x 128 pixels 0.3 % of the pairs are seen, and tiles of
+    64 that windows of 7 x 7 meet hold 3.2 %. The biases are read once a pair, so that with them keys are listed one by
+    one, 1.1 % of the pairs. Errors: ValueError when the grid has not two axes, or
     kernel * dilation exceeds one.
 
     >>> nat = Nat(Dims(2, 8, grid=(9, 11)), kernel=3)

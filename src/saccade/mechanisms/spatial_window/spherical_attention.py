@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from saccade import attend
 from saccade.contract import Attention, Case, Dims, Finding, Spec, claim
@@ -18,6 +18,7 @@ from saccade.where import Box, Frame, Pattern, Plan, Span
 from saccade.where.pattern import sent
 
 SLACK = 1 + 1e-3  # of a radius, so that rounding does not decide about keys at the edge
+NARROW = 8  # channels of values that carry one number: what copies of tiles take at least
 EMPTY = 2**30  # no coordinate is as large
 
 
@@ -35,6 +36,13 @@ def latitudes(num: int, nodes: str) -> tuple[np.ndarray, np.ndarray]:
     weights = (1 - series.sum(1)) * 2 / (num - 1)
     weights[[0, -1]] /= 2
     return colatitudes, weights
+
+
+@functools.lru_cache(maxsize=16)
+def areas(grid: tuple[int, ...], nodes: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Quadrature weights of the points of a grid (Y, X), the largest 1: (Y X, 1)."""
+    _, weights = latitudes(grid[0], nodes)
+    return torch.from_numpy(weights / weights.max()).to(device, dtype).repeat_interleave(grid[1])[:, None]
 
 
 @dataclass(frozen=True)
@@ -104,8 +112,11 @@ class SphericalAttention(Attention):
     host's, queries and keys share one grid, and of the rules of quadrature there are two.
     nodes: "equiangular", poles included, with the weights of Clenshaw and Curtis (default), or "legendre-gauss".
     cutoff: radians, or None for the widest step between two latitudes, pi / (Y - 1) on equiangular nodes (None); from
-    pi on, the whole sphere. The weights travel in the values, as a channel more. Costs N k D for k keys a query, most
-    at the poles; tiles that discs meet in part are computed whole. Each row that a disc reaches is two boxes of the
+    pi on, the whole sphere. The weights are values of a second call, whose 8 channels are cheaper than
+    the 256 that kernels round D + 1 = 129 up to. Costs N k D for k keys a query, most at the poles; tiles that discs
+    meet in part are computed whole. Discs of the default cutoff are finer than tiles: on 128 x 128 points 0.07 % of the
+    pairs are seen, the tiles of 64 hold 2.8 %, and each is compared with six boxes, more than a kernel of `hopper`
+    holds. Each row that a disc reaches is two boxes of the
     pattern, one around the globe. Errors: ValueError or TypeError when dims.grid has not two axes, or one latitude with
     the default cutoff or equiangular nodes, nodes are unknown, cutoff is not above 0, or k are not as many as q.
 
@@ -152,14 +163,10 @@ class SphericalAttention(Attention):
     def compute(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if k.shape[2] != q.shape[2]:
             raise ValueError(f"k: got {k.shape[2]} keys for {q.shape[2]} queries; both are the points of one grid")
-        _, areas = latitudes(self.grid[0], self.nodes)
-        weights = torch.from_numpy(areas / areas.max()).to(q).repeat_interleave(self.grid[1])[:, None]
-        scale, dim = q.shape[3] ** -0.5, v.shape[3]
-        v = torch.cat([v * weights, weights.expand(*v.shape[:3], 1)], -1)
-        width = max(q.shape[3], dim + 1)  # fused kernels want values as wide as the keys
-        q, k, v = (nn.functional.pad(x, (0, width - x.shape[3])) for x in (q, k, v))
-        o = attend(q, k, v, self.pattern(), scale=scale)
-        return o[..., :dim] / o[..., dim : dim + 1]
+        weights, where = areas(self.grid, self.nodes, v.dtype, v.device), self.pattern()
+        o = attend(q, k, v * weights, where)
+        total = attend(q, k, weights.expand(*v.shape[:3], NARROW), where)[..., :1]
+        return o / total
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (height, width), wide = self.grid, torch.float64

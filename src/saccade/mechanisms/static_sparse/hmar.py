@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -16,6 +17,18 @@ from saccade.where import Documents, Pattern, Plan
 
 SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SHARPEST = 100.0  # the largest factor of the scores
+
+
+@functools.lru_cache(maxsize=64)
+def scales_of(scales: tuple[int, ...], num_tokens: int) -> Pattern:
+    """Scales of these sides, one after the other, as documents; the last may be cut."""
+    ends = itertools.accumulate(itertools.cycle(side**2 for side in scales))
+    return Documents([0, *itertools.takewhile(lambda end: end < num_tokens, ends), num_tokens])
+
+
+def shrinking(x: Tensor) -> Tensor:
+    """What brings x (..., D) to length one: (..., 1)."""
+    return x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny).reciprocal()
 
 
 class Hmar(Attention):
@@ -34,8 +47,10 @@ class Hmar(Attention):
     anew belong to the model around it; heads may share keys.
     scales: n_k, sides of the token maps, coarse to fine (default 1, 2, 3, 4, 5, 6, 8, 10, 13, 16). cosine: the scores
     above (True); without, they are q . k / (4 sqrt(D)), as in the authors' code.
-    Costs sum n_k^4 pairs an image, 0.24 N^2 for these scales. Errors: TypeError or ValueError for scales that are none
-    or no positive integers, a scale that there is not, or, with a scale, N that is not its n_k^2.
+    Costs sum n_k^4 pairs an image, 0.24 N^2 for these scales, and with cosine scores two passes over q and k. Coarse
+    scales are finer than tiles: of 16,384 tokens 1 % of the pairs are seen, tiles of 128 hold 2.7 %. Errors: TypeError
+    or ValueError for scales that are none or no positive integers, a scale that there is not, or, with a scale, N that
+    is not its n_k^2.
 
     >>> hmar, x = Hmar(Dims(2, 8), scales=(1, 2, 3)), torch.randn(1, 2, 14, 8)
     >>> hmar(x, x, x).shape, hmar.plan(x, x).dense()[0].sum(1).tolist()
@@ -62,8 +77,7 @@ class Hmar(Attention):
 
     def pattern(self, num_tokens: int) -> Pattern:
         """The scales, of as many images as `num_tokens` are, as blocks on the diagonal."""
-        ends = itertools.accumulate(itertools.cycle(side**2 for side in self.scales))
-        return Documents([0, *itertools.takewhile(lambda end: end < num_tokens, ends), num_tokens])
+        return scales_of(self.scales, num_tokens)
 
     def plan(self, q: Tensor, k: Tensor) -> Plan:
         return self.pattern(k.shape[2]).plan(q.shape[2], k.shape[2], q.shape[1], block=(64, 64), device=q.device)
@@ -80,7 +94,7 @@ class Hmar(Attention):
         if self.sharpness is None:
             return attend(q, k, v, where, scale=q.shape[3] ** -0.5 / 4)
         factor = self.sharpness.exp().clamp(max=SHARPEST)[:, None, None]
-        q, k = nn.functional.normalize(q, dim=-1) * factor, nn.functional.normalize(k, dim=-1)
+        q, k = q * (factor * shrinking(q)), k * shrinking(k)  # one factor a token, so that q and k are copied once
         return attend(q, k, v, where, scale=1.0)
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -48,7 +48,9 @@ class Mswa(CachePolicy):
     does not divide: a head or layer then takes the scale at its middle, so that a single layer has a = 1 (MSWA-h, the
     paper's variant over heads alone). window: w, the query included (default 128). layer: which layer this is, from 0
     (0). num_layers: of how many (1). head_scales: b ((1/4, 1/2, 1, 2); (1,) is MSWA-l, the variant over layers alone).
-    layer_scales: a (the same). Costs N w_lh D a head and a cache of w_lh tokens. Errors: TypeError or ValueError for
+    layer_scales: a (the same). Costs N w_lh D a head and a cache of w_lh tokens. Windows are as fine
+    as tiles: at N = 16,384 and w = 128, 1.5 % of the causal pairs are seen, tiles of 128 hold 3.5 %, of 64 2.3 %, and a
+    call takes little longer than starting it. Errors: TypeError or ValueError for
     sizes that are no positive integers, a layer that the model does not have, scales that are none, or no numbers above
     0.
 

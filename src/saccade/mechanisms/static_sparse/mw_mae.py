@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from saccade import attend
 from saccade.contract import Attention, Case, Dims, Finding, Spec, claim
 from saccade.errors import positive
-from saccade.softmax import RelativeTable
+from saccade.softmax import RelativeTable, attend_heads
 from saccade.where import Blocks, Full, Pattern, PerHead, Plan
 
 WINDOWS = (2, 5, 10, 25, 50, 125, 0, 0)  # for 250 tokens: every divisor between 1 and 250, and two global heads
@@ -32,8 +31,9 @@ class MwMae(Attention):
     to shift every other block's windows, off in the paper, is not offered.
     windows: w_h, one a query head (default None: 2, 5, 10, 25, 50, 125, 0, 0, of another number of heads each takes
     the size at its place in the list). bias: learn b (True).
-    Costs N w_h D a head, N^2 D a global one. Errors: ValueError or TypeError for sizes that are no integers >= 0, or
-    whose number is not that of the heads.
+    Costs N w_h D a head, N^2 D a global one. Small windows are finer than tiles: at N = 16,384 the windowed heads see
+    0.2 % of the pairs, in tiles of 64 that hold 1.0 %. Errors: ValueError or TypeError for sizes that are no integers
+    >= 0, or whose number is not that of the heads.
 
     >>> audio, x = MwMae(Dims(8, 4)), torch.randn(1, 8, 250, 4)
     >>> audio(x, x, x).shape, round(audio.plan(x, x).density, 4)
@@ -47,7 +47,7 @@ class MwMae(Attention):
         paper="2306.00561",
         year=2023,
         family="static_sparse",
-        uses=("attend", "PerHead", "Blocks", "RelativeTable"),
+        uses=("attend_heads", "PerHead", "Blocks", "RelativeTable"),
     )
     per_head = True
 
@@ -60,6 +60,7 @@ class MwMae(Attention):
         self.windows = [positive("windows", size, least=0) for size in windows]
         self.local = [h for h, size in enumerate(self.windows) if size]
         self.whole = [h for h, size in enumerate(self.windows) if not size]
+        self.within = PerHead([Blocks(self.windows[h]) for h in self.local]) if self.local else None
         largest = max(self.windows)
         self.bias = RelativeTable(len(self.local), (largest,)) if bias and self.local else None
 
@@ -71,13 +72,8 @@ class MwMae(Attention):
         return self.pattern().plan(q.shape[2], k.shape[2], q.shape[1], block=(64, 64), device=q.device)
 
     def compute(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = q.new_empty(*q.shape[:3], v.shape[3])
-        reads = torch.arange(self.dims.num_heads, device=q.device) // self.dims.group
-        within = PerHead([Blocks(self.windows[h]) for h in self.local]) if self.local else None
-        for heads, where, bias in ((self.local, within, self.bias), (self.whole, None, None)):
-            if heads:
-                out[:, heads] = attend(q[:, heads], k[:, reads[heads]], v[:, reads[heads]], where, bias=bias)
-        return out
+        groups = (self.local, self.within, self.bias), (self.whole, None, None)
+        return attend_heads(q, k, v, [group for group in groups if group[0]])
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         table, seen_before = dict(self.named_parameters()).get("bias.table"), 0

@@ -28,7 +28,8 @@ class Nar(Attention):
     the model around it; heads may share keys.
     prefix: conditioning tokens in front of the grid (default 0; the paper has 1 for a class). `plan` is that of a grid
     without one, None otherwise.
-    Costs about N^2 / 2 pairs, like causal attention, and T + Y + X - 2 passes to generate T Y X tokens.
+    Costs about N^2 / 2 pairs, like causal attention, a copy of q, k, v and o in the order of the steps, and
+    T + Y + X - 2 passes to generate T Y X tokens.
     Errors: ValueError when dims.grid has not three axes or N is not prefix + T Y X; ValueError or TypeError for a
     prefix that is no integer >= 0.
 

@@ -23,7 +23,8 @@ class PowerAttention(Attention):
     in the mask; `sinks` is 1 there, and some of the paper's models keep full attention in 2 of 7 layers, which is a
     matter of the host. block: tokens a block (default 256). window: blocks of the window, counting the query's own (5).
     sinks: blocks at the start that every query sees (1). Costs window + sinks + log2(N / (block window)) key blocks a
-    query, about. Errors: ValueError or TypeError for sizes that are no positive integers (sinks may be 0).
+    query, about. Beyond 8,192 tokens these are five intervals a row and more; a kernel of `hopper` holds four, so that
+    `triton` runs it. Errors: ValueError or TypeError for sizes that are no positive integers (sinks may be 0).
 
     >>> power, x = PowerAttention(Dims(2, 8), block=4, window=2), torch.randn(1, 2, 64, 8)
     >>> power(x, x, x).shape, power.plan(x, x).dense()[0, -1].view(16, 4).any(1).nonzero().flatten().tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,24 +12,65 @@ from saccade import attend
 from saccade.contract import Attention, Case, Dims, Finding, Spec, claim
 from saccade.errors import positive
 from saccade.softmax import merge
-from saccade.where import BlockBand, GridBlocks, Labels, Pattern, Plan, Sinks
+from saccade.where import BlockBand, Box, Frame, Or, Pattern, Plan, Sinks, Span
 
 APART = 8  # frames from which on a band is laid out in cells of frames and places,
 SMALL = 1024  # if a frame has fewer places; else rows of it are as good
 
 
-def bands(frames: int, size: int) -> dict[int, Pattern]:
-    """By b = 2, 4, 8, ...: the places seen in frames at a distance of b to 2 b - 1."""
-    found: dict[int, Pattern] = {}
-    for band in (1 << r for r in range(1, (frames - 1).bit_length())):
-        aside, every = max(1, size // band) - 1, -(-band // size)
-        first, last = -(-band // every), (2 * band - 1) // every  # in steps of `every` frames
-        before, after = (
-            GridBlocks((frames, size), 1, (left, aside), (right, aside), dilation=(every, 1))
-            for left, right in ((last, -first), (-first, last))
-        )
-        found[band] = before | after
-    return found
+@dataclass(frozen=True)
+class Ring(Pattern):
+    """Near places of the frames at a distance of band to 2 band - 1; frames before `first` are left out.
+
+    |k - l| < max(1, floor(size / band)),  D mod ceil(band / size) = 0,  for place k of its frame and l of the other.
+    frames, size: of the video, and places of a frame. band: b. first: of the frames that are seen.
+
+    >>> Ring(4, 3, 2).dense(12)[0].view(12, 4, 3).sum(2)[0].tolist()
+    [0, 0, 1, 1]
+    """
+
+    frames: int
+    size: int
+    band: int
+    first: int = 0
+
+    @property
+    def aside(self) -> int:
+        """Places on either side."""
+        return max(1, self.size // self.band) - 1
+
+    @property
+    def every(self) -> int:
+        """Frames from one that is seen to the next."""
+        return -(-self.band // self.size)
+
+    def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:
+        apart, between = (i // self.size - j // self.size).abs(), (i % self.size - j % self.size).abs()
+        some = (apart >= self.band) & (apart < 2 * self.band) & (apart % self.every == 0)
+        return some & (between <= self.aside) & (j // self.size >= self.first)
+
+    def boxes(self, frame: Frame) -> list[Box]:
+        # Two boxes of two axes: the bounds that a kernel of `hopper` holds. Where frames are left out no place is seen
+        # but one's own, so that place and class of frames are one number.
+        (at, place), (to, other) = ((x // self.size, x % self.size) for x in (frame.queries, frame.keys))
+        if self.every > 1:
+            place, other = place * self.every + at % self.every, other * self.every + to % self.every
+        sides = (at - 2 * self.band + 1).clamp(min=self.first), at - self.band + 1
+        ahead = (at + self.band).clamp(min=self.first), at + 2 * self.band
+        near = Span(other, place - self.aside, place + self.aside + 1)
+        # An axis of a grid has plans lay the tokens out in its cells.
+        cells = self.every == 1 and self.band >= APART and self.size < SMALL
+        grid = ("grid", (self.frames, self.size), (1, 1))
+        names = [
+            (*grid, axis, "step", frame.tag) if cells else ("ring", self.size, self.every, axis, frame.tag)
+            for axis in (0, 1)
+        ]
+        return [{names[0]: Span(to, *ends), names[1]: near} for ends in (sides, ahead)]
+
+
+def rings(frames: int, size: int, first: int) -> list[Ring]:
+    """Of the bands b = 2, 4, 8, ..., those that a video has."""
+    return [Ring(frames, size, 1 << r, first) for r in range(1, (frames - 1).bit_length())]
 
 
 class RadialAttention(Attention):
@@ -48,8 +90,11 @@ class RadialAttention(Attention):
     dense is a matter of the host.
     text: text tokens behind the video (default 0; `plan` knows of none, and gives None with text). sink: frames at the
     start that all tokens see (1; 0 for none).
-    Costs about 2.5 s N log2 T pairs; dense attention has s N T. Tiles are runs of one frame, and for distances from 8
-    frames on, where frames have fewer than 1024 places, compact cells, whose results are merged with the others'.
+    Costs about 2.5 s N log2 T pairs; dense attention has s N T. Every band is attended on its own, in two boxes, and
+    the results are merged: in one call with all boxes, kernels would compare every key of a tile with every band. Tiles
+    are runs of one frame, and for distances from 8 frames on, where frames have fewer than 1024 places, compact cells.
+    A merge reads each part once and its sum twice, which is what a call takes beyond its tiles: N H D numbers for each
+    of log2 T bands, little beside the s N H D products of a band where frames have a thousand places.
     Errors: ValueError when dims.grid has not three axes or N is not T Y X + text; ValueError or TypeError for text or
     sink that is no integer >= 0.
 
@@ -66,7 +111,7 @@ class RadialAttention(Attention):
         paper="2506.19852",
         year=2025,
         family="static_sparse",
-        uses=("attend", "merge", "GridBlocks", "BlockBand", "Sinks", "Labels"),
+        uses=("attend", "merge", "BlockBand", "Sinks", "Pattern"),
         grid=3,
     )
 
@@ -75,18 +120,15 @@ class RadialAttention(Attention):
         self.text, self.sink = positive("text", text, least=0), positive("sink", sink, least=0)
         frames, *sides = dims.grid or (1,)
         self.num_video, size = math.prod((frames, *sides)), math.prod(sides)
-        self.near: Pattern = BlockBand(size, 2, 1) | Sinks(min(sink, frames) * size)
-        self.far: Pattern | None = None
-        self.pattern = self.near
-        for band, seen in bands(frames, size).items():
-            self.pattern |= seen
-            if band < APART or size >= SMALL:
-                self.near |= seen
-            else:
-                self.far = self.far | seen if self.far else seen
-        if self.far and sink:
-            rest = torch.zeros(self.num_video, dtype=torch.int32)
-            self.far &= Labels(rest.index_fill(0, torch.arange(min(sink, frames) * size), -1), queries=rest)
+        first = min(sink, frames)
+        near: Pattern = BlockBand(size, 2, 1) | Sinks(first * size)
+        # Disjoint: a frame beside the query's own is at no distance of two, and rings leave the first frames out.
+        self.parts = [near, *rings(frames, size, first)]
+
+    @property
+    def pattern(self) -> Pattern:
+        """What the tokens of the video see of it."""
+        return Or.of(*self.parts)
 
     def check_grid(self, name: str, num_tokens: int) -> None:
         if num_tokens != self.num_video + self.text:
@@ -99,10 +141,8 @@ class RadialAttention(Attention):
         return self.pattern.plan(q.shape[2], k.shape[2], q.shape[1], block=(64, 64), device=q.device)
 
     def compute(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.far is None and not self.text:
-            return attend(q, k, v, self.near)
         (video, asks), (places, words), (values, said) = (x.tensor_split([self.num_video], 2) for x in (q, k, v))
-        parts = [attend(video, places, values, where, return_lse=True) for where in (self.near, self.far) if where]
+        parts = [attend(video, places, values, where, return_lse=True) for where in self.parts]
         if not self.text:
             return merge(parts)[0]
         o, _ = merge([*parts, attend(video, words, said, return_lse=True)])

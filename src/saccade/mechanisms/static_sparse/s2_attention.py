@@ -23,7 +23,8 @@ class S2Attention(Attention):
     offsets are those of the authors' kernel as shipped for Phi-3-small. block: tokens a block (default 64).
     local_blocks: blocks of the band, counting the query's own (16). stride: blocks from one stripe to the next (8).
     same_offset: every head reads the first one's stripes (False). Costs N / stride + local_blocks block keys a query,
-    and as much cache. Errors: ValueError or TypeError for sizes that are no positive integers.
+    and as much cache; stripes of 64 are met by tiles of 64 keys, of which only those at the ends of the band need a
+    mask. Errors: ValueError or TypeError for sizes that are no positive integers.
 
     >>> S2Attention(Dims(4, 16), block=8, local_blocks=2, stride=4).offsets()
     [3, 2, 1, 0]
@@ -49,6 +50,9 @@ class S2Attention(Attention):
         self.local_blocks = positive("local_blocks", local_blocks)
         self.stride = positive("stride", stride)
         self.same_offset = same_offset
+        band = BlockBand(block, local_blocks)
+        shards = [(band | Columns(block, stride, offset)) & Causal() for offset in self.offsets()]
+        self.pattern: Pattern = PerHead([shard for shard in shards for _ in range(dims.group)])
 
     def offsets(self) -> list[int]:
         """The stripe of each key head: it reads the blocks b with b mod stride == offset."""
@@ -56,17 +60,11 @@ class S2Attention(Attention):
         step = 0 if self.same_offset else max(1, self.stride // heads)
         return [-(h * step + 1) % self.stride for h in range(heads)]
 
-    def pattern(self) -> Pattern:
-        """What each query head sees."""
-        band = BlockBand(self.block, self.local_blocks)
-        shards = [(band | Columns(self.block, self.stride, offset)) & Causal() for offset in self.offsets()]
-        return PerHead([shard for shard in shards for _ in range(self.dims.group)])
-
     def plan(self, q: Tensor, k: Tensor) -> Plan:
-        return self.pattern().plan(q.shape[2], k.shape[2], q.shape[1], block=(64, 64), device=q.device)
+        return self.pattern.plan(q.shape[2], k.shape[2], q.shape[1], block=(64, 64), device=q.device)
 
     def compute(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, k, v, self.pattern())
+        return attend(q, k, v, self.pattern)
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (heads, n), m = q.shape[1:3], k.shape[2]
@@ -102,7 +100,7 @@ class S2Attention(Attention):
     @claim("Together the heads read every causal pair iff there are at least as many heads as stripes.")
     def union(cls) -> Finding:
         def covered(heads: int) -> float:
-            pattern = cls(Dims(heads, 8), block=4, local_blocks=1, stride=8).pattern()
+            pattern = cls(Dims(heads, 8), block=4, local_blocks=1, stride=8).pattern
             seen = pattern.dense(256, heads=heads).any(0)
             return int(seen.sum()) / (256 * 257 / 2)
 
@@ -115,7 +113,7 @@ class S2Attention(Attention):
     def density(cls) -> Finding:
         block, stride, n = 64, 8, 32768
         module = cls(Dims(8, 8), block=block, local_blocks=4, stride=stride)
-        plans = [pattern.plan(n, block=(block, block)) for pattern in module.pattern().patterns]  # type: ignore[attr-defined]
+        plans = [pattern.plan(n, block=(block, block)) for pattern in module.pattern.patterns]  # type: ignore[attr-defined]
         last = [int(plan.indptr[-1] - plan.indptr[-2]) for plan in plans]  # blocks that the last queries still read
         density, kept = (sum(x) / len(plans) for x in ([p.density for p in plans], [x * block / n for x in last]))
         bound = 1 / stride + 5 * block / n

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,7 +11,32 @@ from torch import Tensor
 from saccade import attend
 from saccade.contract import Attention, Case, Dims, Finding, Spec, claim
 from saccade.errors import positive
-from saccade.where import Blocks, Causal, Labels, Pattern, PerHead, Plan, Sinks
+from saccade.where import Blocks, Box, Causal, Frame, Pattern, PerHead, Plan, Sinks, Span
+
+
+@dataclass(frozen=True)
+class ShiftedGroups(Pattern):
+    """Groups of `size` tokens of a ring that is turned by half a group; a token sees those of its group before it.
+
+        floor(rho_i / size) = floor(rho_j / size) and rho_j <= rho_i,   rho_t = (t - floor(size / 2)) mod N
+
+    >>> ShiftedGroups(4).dense(6)[0].int().tolist()[:3]
+    [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0]]
+    """
+
+    size: int
+
+    def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:
+        one, other = ((t - self.size // 2) % num_keys for t in (i, j))
+        return (one // self.size == other // self.size) & (other <= one)
+
+    def boxes(self, frame: Frame) -> list[Box]:
+        n = frame.num_keys
+        turn = self.size // 2 % n
+        place = (frame.queries - turn) % n
+        first, end = place // self.size * self.size + turn, place + turn + 1  # of the group, unrolled beyond the last
+        spans = (first, end.clamp(max=n)), ((first - n).clamp(min=0), end - n)
+        return [{("position", frame.tag): Span(frame.keys, *ends)} for ends in spans]
 
 
 class SinkLoRA(Attention):
@@ -42,7 +68,7 @@ class SinkLoRA(Attention):
         paper="2406.05678",
         year=2024,
         family="static_sparse",
-        uses=("attend", "PerHead", "Blocks", "Labels", "Sinks"),
+        uses=("attend", "PerHead", "Blocks", "Pattern", "Sinks"),
     )
     per_head = True
 
@@ -61,10 +87,9 @@ class SinkLoRA(Attention):
     def pattern(self, num_tokens: int) -> Pattern:
         """What each query head sees of so many tokens."""
         size = self.group or -(-num_tokens // 4)
-        place = (torch.arange(num_tokens) - size // 2) % num_tokens
         front = Sinks(self.sinks) & Causal()
         stays = Blocks(size) & Causal() | front
-        shifted = Labels(place // size) & Labels(place, left=None) | front
+        shifted = ShiftedGroups(size) | front
         heads = self.dims.num_heads
         return PerHead([stays] * (heads - self.num_shifted) + [shifted] * self.num_shifted)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from saccade import attend
 from saccade.contract import Attention, Case, Dims, Finding, Spec, claim
 from saccade.errors import known, positive
-from saccade.softmax import merge
+from saccade.softmax import attend_heads, merge
 from saccade.where import Band, BlockBand, Blocks, Causal, Columns, Pattern, PerHead, Plan, Strided, Window
 
 
@@ -32,8 +32,10 @@ class SparseTransformer(Attention):
     part is far). stride: l (128); about sqrt(N) is best. columns: c, summary columns a block, fixed only (None: 32).
     subblocks: how many sub-blocks of c columns, counted from the block's end, the far heads take turns at, fixed only
     (1: one for all).
-    Costs N (l + N / (2 l)) D strided, N (l / 2 + c N / (2 l)) D fixed. A2 is attended on its own, where the plan lays
-    its stripes out as blocks, and the result is merged with that of A1.
+    Costs N (l + N / (2 l)) D strided, N (l / 2 + c N / (2 l)) D fixed. A2 is attended on its own, where its
+    stripes are blocks: residues modulo l, where they fill the sequence, are taken as batch entries and read where they
+    lie, else the plan sorts the tokens. The result is merged with that of A1; no one order of tokens makes both few
+    tiles, and the plan of the whole, as they stand, has half of the causal ones at l = 128.
     Errors: ValueError or TypeError for an unknown kind or heads, one head to split, sizes that are no positive
     integers, columns that do not divide the stride, sub-blocks that do not fit into it or do not divide the far heads,
     and columns or subblocks given to strided.
@@ -50,7 +52,18 @@ class SparseTransformer(Attention):
         paper="1904.10509",
         year=2019,
         family="static_sparse",
-        uses=("attend", "merge", "Window", "Strided", "Blocks", "Columns", "PerHead", "Band", "BlockBand"),
+        uses=(
+            "attend",
+            "attend_heads",
+            "merge",
+            "Window",
+            "Strided",
+            "Blocks",
+            "Columns",
+            "PerHead",
+            "Band",
+            "BlockBand",
+        ),
     )
     causal = True
 
@@ -110,12 +123,24 @@ class SparseTransformer(Attention):
     def compute(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         near, far = self.factors(apart=self.heads == "merged")
         if self.heads == "merged":
-            return merge([attend(q, k, v, where, return_lse=True) for where in (near[0], PerHead(far))])[0]
-        reads = torch.arange(self.dims.num_heads, device=q.device) // self.dims.group
-        parts = []
-        for own, where in ((slice(self.near_heads), near), (slice(self.near_heads, None), far)):
-            parts.append(attend(q[:, own], k[:, reads[own]], v[:, reads[own]], PerHead(where[own])))
-        return torch.cat(parts, 1)
+            stripes = self.stripes(q, k, v, PerHead(far))
+            parts = [attend(q, k, v, near[0], return_lse=True), stripes]
+            parts = [(o.view(stripes[0].shape), lse.view(stripes[1].shape)) for o, lse in parts]
+            return merge(parts)[0].reshape(*q.shape[:3], -1)
+        half = self.near_heads
+        groups = [(range(half), near[:half]), (range(half, self.dims.num_heads), far[half:])]
+        return attend_heads(q, k, v, [(heads, PerHead(where), None) for heads, where in groups])
+
+    def stripes(self, q: Tensor, k: Tensor, v: Tensor, where: Pattern) -> tuple[Tensor, Tensor]:
+        """(o, lse) of A2 without A1. Where residues modulo l fill the sequence they are batch entries, read where they
+        lie, and the result is a view as well: o (B, H, N / l, l, Dv)."""
+        (batch, _, n, _), size = q.shape, self.stride
+        if self.kind != "strided" or n != k.shape[2] or n % size:
+            return attend(q, k, v, where, return_lse=True)
+        q, k, v = (x.unflatten(2, (-1, size)).permute(0, 3, 1, 2, 4).flatten(0, 1) for x in (q, k, v))
+        o, lse = attend(q, k, v, Band(None, -1), return_lse=True)
+        o, lse = o.unflatten(0, (batch, size)), lse.unflatten(0, (batch, size))
+        return o.permute(0, 2, 3, 1, 4), lse.permute(0, 2, 3, 1)
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (heads, n), m, size = q.shape[1:3], k.shape[2], self.stride
@@ -142,6 +167,7 @@ class SparseTransformer(Attention):
         fixed = {"kind": "fixed", "stride": 6, "columns": 2}
         return [
             Case(Dims(4, 8, 2), 53, {"stride": 7}),
+            Case(Dims(4, 8, 2), 42, {"stride": 7}),
             Case(Dims(3, 8), 37, {"heads": "split", "stride": 5}),
             Case(Dims(4, 4, 2), 47, fixed | {"subblocks": 2}),
             Case(Dims(6, 8, 3), 41, fixed | {"heads": "split", "subblocks": 3}, batch=1),

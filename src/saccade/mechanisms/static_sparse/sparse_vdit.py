@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade import attend
 from saccade.contract import Attention, Case, Dims, Finding, Spec, claim
 from saccade.errors import known, positive
+from saccade.softmax import attend_heads
 from saccade.where import Band, Full, Pattern, PerHead, Plan, Prefix, Sinks
 from saccade.where.pattern import Box, Frame, Span
 
@@ -58,7 +58,8 @@ class SparseVdit(Attention):
     not offered. Key heads may be shared.
     modes: a mode, or one a query head (default "multi_diagonal"). window: share of the keys in a diagonal, or in all
     diagonals (0.25). stripe: frames that everything reads in a vertical_stripe (1).
-    Costs N (2 r + 1) D a head, N^2 D a full one, nothing a skipped one. Errors: ValueError or TypeError for unknown
+    Costs N (2 r + 1) D a head, N^2 D a full one, nothing a skipped one, and where heads are multi_diagonal a copy of
+    their q, k, v and o in another order. Errors: ValueError or TypeError for unknown
     modes or their number, a window outside (0, 1], a stripe of more frames than there are.
 
     >>> video, x = SparseVdit(Dims(2, 8, grid=(3, 4, 4)), modes=("diagonal", "skip")), torch.randn(1, 2, 48, 8)
@@ -73,7 +74,7 @@ class SparseVdit(Attention):
         paper="2506.03065",
         year=2025,
         family="static_sparse",
-        uses=("attend", "PerHead", "Band", "Prefix"),
+        uses=("attend_heads", "PerHead", "Band", "Prefix"),
         grid=3,
     )
     per_head = True
@@ -108,13 +109,9 @@ class SparseVdit(Attention):
         return pattern.plan(q.shape[2], k.shape[2], q.shape[1], block=(64, 64), device=q.device)
 
     def compute(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = q.new_zeros(*q.shape[:3], v.shape[3])
-        reads = torch.arange(self.dims.num_heads, device=q.device) // self.dims.group
-        for mode, pattern in self.patterns().items():
-            heads = [h for h, one in enumerate(self.modes) if one == mode]
-            if heads and mode != "skip":
-                out[:, heads] = attend(q[:, heads], k[:, reads[heads]], v[:, reads[heads]], pattern)
-        return out
+        seen = self.patterns()
+        of_mode = {mode: [h for h, one in enumerate(self.modes) if one == mode] for mode in MODES if mode != "skip"}
+        return attend_heads(q, k, v, [(heads, seen[mode], None) for mode, heads in of_mode.items() if heads])
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         frames, height, width = self.dims.grid  # type: ignore[misc]

@@ -4,6 +4,12 @@ With u = p^(2 - alpha), dp_ij = do_i . v_j, delta_i = do_i . (sum_j u_ij v_j / s
 
     ds_ij = u_ij (dp_ij - delta_i),    dv_j = sum_i p_ij do_i,
     dq_i = scale sum_j ds_ij k_j,      dk_j = scale sum_i ds_ij q_i
+
+The forward pass leaves the mean of v at the tau before its last step. Unlike o it is not corrected for that step, and
+what delta_i is off stands in every pair of the row, so that dq_i adds it up. But the sum of ds over a row is zero; what
+is found instead says how far delta_i is off,
+
+    shift_i = sum_j ds_ij / sum_j u_ij,    delta_i + shift_i,    dq_i - scale shift_i sum_j u_ij k_j
 """
 
 from __future__ import annotations
@@ -22,8 +28,11 @@ def of_queries(
     D: tl.constexpr, DV: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, BN: tl.constexpr, SQ: tl.constexpr,
     BOXES: tl.constexpr, AXES: tl.constexpr, POWER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of SQ rows over a list of `count` tiles, the first `full` of them full."""
+    """dq of SQ rows over a list of `count` tiles, the first `full` of them full, and the shift of their deltas."""
     dq = tl.zeros([SQ, PAD_D], tl.float32)
+    uk = tl.zeros([SQ, PAD_D], tl.float32)
+    ds_sum = tl.zeros([SQ], tl.float32)
+    u_sum = tl.zeros([SQ], tl.float32)
     for PARTIAL in tl.static_range(2):
         for at in tl.range(full if PARTIAL else 0, count if PARTIAL else full):
             first = tl.load(listed + at) * BN
@@ -36,7 +45,11 @@ def of_queries(
             _, u = weights(s, scale, t, POWER, 0)
             ds = u * (dp - deltas[:, None])
             dq = tl.dot(ds.to(ks.dtype), ks, dq, input_precision=PRECISION)
-    return dq
+            uk = tl.dot(u.to(ks.dtype), ks, uk, input_precision=PRECISION)
+            ds_sum += tl.sum(ds, 1)
+            u_sum += tl.sum(u, 1)
+    shift = ds_sum / tl.where(u_sum == 0.0, 1.0, u_sum)
+    return dq - shift[:, None] * uk, shift
 
 
 @triton.jit
@@ -62,17 +75,17 @@ def queries(
     starts, lengths = bounds(tables, union, place, BOXES * AXES, False)
     at_place = head_of_all.to(tl.int64) * (tl.num_programs(0) * SQ) + place
     deltas = tl.sum(dos.to(tl.float32) * means.to(tl.float32), 1)
-    tl.store(delta + at_place, deltas)
     t = tl.load(tau + at_place)
 
     begin, _ = row_list(tables, base, group, part // SUBS, head_of_all, part % SUBS, STEPS, SUBS)
     full = tl.load(live.num_full + head_of_all * tl.num_programs(0) + part)
     count = tl.load(live.num_all + head_of_all * tl.num_programs(0) + part)
-    found = of_queries(
+    found, shift = of_queries(
         t, deltas, qs, dos, k, k_box, v, v_box, batch, head // ratio, live.tiles + begin, full, count,
         starts, lengths, scale, tables,
         D, DV, PAD_D, PAD_DV, BN, SQ, BOXES, AXES, POWER, PRECISION,
     )  # fmt: skip
+    tl.store(delta + at_place, deltas + shift)
     write_span(dq, dq.x, found * factor, batch, head, part * SQ, tables.num_queries, SQ, D, PAD_D)
 
 
