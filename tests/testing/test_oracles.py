@@ -11,7 +11,8 @@ from saccade.contract import Case, Dims
 from saccade.testing import assert_close, compare, dense_attention, randomise
 from saccade.testing.ambient import isolated, poisoned, restore, settings
 from saccade.testing.healthy import Decayed, Sliding
-from saccade.testing.subject import EPS_RATIO, Subject, cast, widen
+from saccade.testing.rounding import EPS_RATIO, RUNS, cast, nudge
+from saccade.testing.subject import Subject, widen
 from saccade.testing.work import Largest, stretched
 
 
@@ -109,8 +110,59 @@ def test_a_subject_shows_every_dtype_the_same_numbers():
     assert torch.equal(subject.inputs()[0].float(), subject.inputs(torch.float32)[0])
     double, single = (module.get_parameter("decay") for module in (subject.module, subject.build(torch.float32)))
     assert torch.equal(double.float(), single)
-    off = (subject.eager - subject.truth).abs().max()
-    assert 0 < off < subject.truth.abs().max() * EPS_RATIO
+    for beside in subject.output().beside("output"):
+        off = (beside - subject.truth).abs().max()
+        assert 0 < off < subject.truth.abs().max() * EPS_RATIO
+
+
+def test_eager_runs_differ_by_rounding_alone():
+    subject = Subject(Decayed, Decayed.cases()[0])
+    eager = subject.output(torch.float32)
+    runs = [beside - subject.truth for beside in eager.beside("output")]
+    plain = subject.build(torch.float32).oracle(*subject.inputs(torch.float32)).detach()
+    torch.testing.assert_close(runs[0], plain.double() - subject.truth)
+    assert len(runs) == RUNS
+    assert not any(torch.equal(runs[0], other) for other in runs[1:])
+    # The neighbour's own answer is further away than what rounding loses: it was not compared with the given one's.
+    size, eps = float(subject.truth.abs().max()), torch.finfo(torch.float32).eps
+    assert all(float(run.abs().max()) < 2 * eps * size for run in runs)
+    again = [beside - subject.truth for beside in subject.output(torch.float32).beside("output")]
+    assert all(map(torch.equal, runs, again))
+
+
+def test_runs_are_made_as_long_as_they_are_needed():
+    asked = []
+
+    def runs(truth):
+        for off in (0.0, 0.5, 0.2):
+            asked.append(off)
+            yield truth + off
+
+    truth = torch.ones(4, dtype=torch.float64)
+    assert compare(truth.clone(), truth, runs(truth)).ok
+    assert asked == [0.0]
+    asked.clear()
+    assert compare(truth + 0.9, truth, runs(truth)).ok
+    assert asked == [0.0, 0.5]
+    asked.clear()
+    verdict = compare(truth + 1.1, truth, runs(truth))
+    assert not verdict.ok
+    assert verdict.allowed == pytest.approx(1.0)
+    assert asked == [0.0, 0.5, 0.2]
+
+
+def test_a_nudge_is_a_last_bit():
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.complex64):
+        x = torch.randn(1000, dtype=dtype)
+        moved = nudge(x, generator)
+        wide = torch.complex128 if dtype.is_complex else torch.float64
+        step = (moved.to(wide) / x.to(wide) - 1).abs() / torch.finfo(dtype).eps
+        assert moved.dtype == dtype
+        assert float(step[step > 0.1].min()) >= 0.49
+        assert float(step.max()) < 2.1
+        assert 200 < int((step <= 0.1).sum()) < 500
+        assert not nudge(torch.zeros(3, dtype=dtype), generator).any()
 
 
 def test_stretched_cases_keep_their_divisors():

@@ -15,7 +15,8 @@ from saccade.contract import Attention, CachePolicy, Mechanism
 from saccade.testing.budget import assert_close, same_bits
 from saccade.testing.gradients import gradients_agree
 from saccade.testing.registry import named
-from saccade.testing.subject import Subject, widen
+from saccade.testing.rounding import Eager
+from saccade.testing.subject import Subject, outputs
 
 
 def decode(
@@ -46,24 +47,25 @@ def step_equals_whole(subject: Subject) -> None:
 @named(applies=lambda subject: issubclass(subject.cls, Attention))
 def value_width(subject: Subject) -> None:
     """Wider values than keys come out right, whole and token by token, or a ValueError that names v refuses them."""
-    module, (q, k, v) = subject.module, subject.inputs()
-    wide = torch.cat([v, v[..., :1] - v[..., -1:]], -1)
+    q, k, v = subject.drawn
+    drawn = q, k, torch.cat([v, v[..., :1] - v[..., -1:]], -1)
+    module, wide = subject.module, tuple(x.double() for x in drawn)
     refusal = None
     with torch.no_grad():
         try:
-            out = module(q, k, wide)
+            out = module(*wide)
         except ValueError as error:
             refusal = str(error)
-        if refusal is not None:
-            assert refusal.startswith("v: "), f"values of {wide.shape[3]} channels: got {refusal!r}; name v first"
-            return
-        truth = module.oracle(q, k, wide)
-        single = subject.build(torch.float32).oracle(q.float(), k.float(), wide.float())
-    eager = widen(truth, single)
-    assert_close(out, truth, eager, name="output of wide values", terms=subject.case.length)
+    if refusal is not None:
+        assert refusal.startswith("v: "), f"values of {drawn[2].shape[3]} channels: got {refusal!r}; name v first"
+        return
+    eager = Eager(outputs, subject.master, drawn, torch.float64)
+    truth = eager.truth["output"]
+    assert_close(out, truth, eager.beside("output"), name="output of wide values", terms=subject.case.length)
     if subject.cls.can_step():
-        rows, _ = decode(module, (q, k, wide))
-        assert_close(rows, truth, eager, name="output of step with wide values", terms=subject.case.length)
+        rows, _ = decode(module, wide)
+        name = "output of step with wide values"
+        assert_close(rows, truth, eager.beside("output"), name=name, terms=subject.case.length)
 
 
 @named(applies=lambda subject: subject.cls.can_step())
@@ -148,9 +150,9 @@ def varlen_equals_loop(subject: Subject) -> None:
         spans = list(itertools.pairwise(ends))
         return lambda *inputs: torch.cat([alone.oracle(*(x[..., a:b, :] for x in inputs)) for a, b in spans], -2)
 
+    eager = packed.eager(lambda alone, inputs: {"output": loop(alone)(*inputs)})
+    truth = eager.truth["output"]
     with torch.no_grad():
-        truth = loop(module)(*packed.inputs())
-        eager = loop(packed.build(torch.float32))(*packed.inputs(torch.float32))
         actual = fast(*packed.inputs())
-    assert_close(actual, truth, widen(truth, eager), name="packed output", terms=length)
+    assert_close(actual, truth, eager.beside("output"), name="packed output", terms=length)
     gradients_agree(packed, fast, loop, shape=truth.shape, terms=length, what="packed gradient")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 
 from saccade.testing.budget import assert_close
-from saccade.testing.gradients import differentiate
+from saccade.testing.gradients import check_gradients, cotangent, differentiate
 from saccade.testing.registry import named
-from saccade.testing.subject import Subject, cast
+from saccade.testing.subject import Subject
+from saccade.testing.values import pooled
 
 DEVICE = "cuda"
 
@@ -37,18 +39,16 @@ def gpu_bfloat16(subject: Subject) -> None:
 
 def _value(subject: Subject, dtype: torch.dtype) -> None:
     # As many draws as on the CPU, for the same reason: a decision near a tie may flip in either run.
-    actual, truth, eager = [], [], []
-    for draw in range(6 if subject.cls.spec.discrete else 1):
-        one = subject.variant(seed=subject.seed + draw)
-        module, inputs = one.build(dtype), one.inputs(dtype)
-        with torch.no_grad(), unrounded():
-            result = one.build(dtype).to(DEVICE)(*(x.to(DEVICE) for x in inputs))
-            eager.append(module.oracle(*inputs))
-            truth.append(cast(module, torch.float64).oracle(*(x.double() for x in inputs)))
+    draws = 6 if subject.cls.spec.discrete else 1
+
+    def there(one: Subject) -> Tensor:
+        with unrounded():
+            result = one.build(dtype).to(DEVICE)(*(x.to(DEVICE) for x in one.inputs(dtype)))
         assert result.device.type == DEVICE, f"output: on {result.device} for inputs on {DEVICE}"
-        assert result.dtype == dtype, f"output: got dtype {result.dtype} for {dtype} inputs"
-        actual.append(result.cpu())
-    assert_close(torch.stack(actual), torch.stack(truth), torch.stack(eager), name="output", terms=subject.case.length)
+        return result.cpu()
+
+    actual, truth, eager = pooled(subject, draws, dtype, there)
+    assert_close(actual, truth, eager, name="output", terms=subject.case.length)
 
 
 def _is_smooth(subject: Subject) -> bool:
@@ -58,15 +58,12 @@ def _is_smooth(subject: Subject) -> bool:
 @named(applies=_is_smooth)
 def gpu_gradients(subject: Subject) -> None:
     """On a GPU in float32, gradients of every input and parameter are those of autograd through the oracle."""
-    single, exact = subject.build(torch.float32), subject.module
-    weight = torch.randn(subject.truth.shape, generator=torch.Generator().manual_seed(subject.seed + 2))
-    truth = differentiate(exact.oracle, subject.inputs(), subject.names, exact, weight.double())
-    eager = differentiate(single.oracle, subject.inputs(torch.float32), subject.names, single, weight)
+    weight = cotangent(subject, subject.truth.shape)
+    eager = subject.eager(
+        lambda module, inputs: differentiate(module.oracle, inputs, subject.names, module, weight), torch.float32
+    )
     there = subject.build(torch.float32).to(DEVICE)
     inputs = [x.to(DEVICE) for x in subject.inputs(torch.float32)]
     with unrounded():
         found = differentiate(there, inputs, subject.names, there, weight.to(DEVICE))
-    scale = max(float(g.abs().max()) for g in truth.values())
-    for name, wanted in truth.items():
-        mine = found[name].cpu()
-        assert_close(mine, wanted, eager[name], name=f"gradient of {name}", terms=subject.case.length, scale=scale)
+    check_gradients({name: x.cpu() for name, x in found.items()}, eager, terms=subject.case.length)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from saccade.contract import Mechanism
 from saccade.testing.budget import assert_close
 from saccade.testing.registry import named
-from saccade.testing.subject import Subject, widen
+from saccade.testing.rounding import Eager
+from saccade.testing.subject import Subject
 
 
 def differentiate(
@@ -28,7 +29,7 @@ def differentiate(
     tensors = {**leaves, **weights}
     if not output.requires_grad:
         return {name: torch.zeros_like(x) for name, x in tensors.items()}
-    found = torch.autograd.grad(output, list(tensors.values()), cotangent, allow_unused=True)
+    found = torch.autograd.grad(output, list(tensors.values()), cotangent.to(output), allow_unused=True)
     return {name: torch.zeros_like(x) if g is None else g for (name, x), g in zip(tensors.items(), found, strict=True)}
 
 
@@ -41,22 +42,30 @@ def gradients_agree(
     terms: int,
     what: str = "gradient",
 ) -> None:
-    """Raise unless `fast` has the gradients of `plain(module)` in float64, by the budget of its float32 run.
+    """Raise unless `fast` has the gradients of `plain(module)` in float64, by the budget of its float32 runs.
 
     fast: a function of the inputs that reads the parameters of `subject.module`. plain: module -> function of the
     inputs. shape: of the output. terms: see `compare`.
     """
-    module, single = subject.module, subject.build(torch.float32)
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(subject.seed + 2))
-    truth = differentiate(plain(module), subject.inputs(), subject.names, module, weight.double())
-    eager = differentiate(plain(single), subject.inputs(torch.float32), subject.names, single, weight)
-    found = differentiate(fast, subject.inputs(), subject.names, module, weight.double())
+    weight = cotangent(subject, shape)
+    eager = subject.eager(lambda module, inputs: differentiate(plain(module), inputs, subject.names, module, weight))
+    found = differentiate(fast, subject.inputs(), subject.names, subject.module, weight)
+    check_gradients(found, eager, terms=terms, what=what)
+
+
+def cotangent(subject: Subject, shape: torch.Size) -> Tensor:
+    """What the gradients of an output are asked for."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(subject.seed + 2))
+
+
+def check_gradients(found: dict[str, Tensor], eager: Eager, *, terms: int, what: str = "gradient") -> None:
+    """Raise unless the gradients `found` are those of the equations, by their budget."""
+    truth = eager.truth
     scale = max(float(g.abs().max()) for g in truth.values())
     assert scale > 0, "the oracle has no gradient at all, so nothing could be compared"
     for name, exact in truth.items():
         cut = " (cut off: zero everywhere)" if exact.any() and not found[name].any() else ""
-        budget = widen(exact, eager[name])
-        assert_close(found[name], exact, budget, name=f"{what} of {name}{cut}", terms=terms, scale=scale)
+        assert_close(found[name], exact, eager.beside(name), name=f"{what} of {name}{cut}", terms=terms, scale=scale)
 
 
 @named()

@@ -12,7 +12,8 @@ import torch
 from saccade.testing.ambient import seeded
 from saccade.testing.budget import same_bits
 from saccade.testing.registry import named
-from saccade.testing.subject import Subject, cast
+from saccade.testing.rounding import cast
+from saccade.testing.subject import Subject
 
 
 def _is_smallest(subject: Subject) -> bool:

@@ -1,13 +1,13 @@
 """A mechanism at one case, with what the checks share: the module, its inputs, the oracle's answer and the budget.
 
 Values are drawn in float32 and cast up, so that the float64 oracle and the float32 eager run see the very same numbers.
-What the oracle loses in float32, scaled by eps64 / eps32, is what a float64 fast path is allowed to lose.
+What the oracle loses in float32, scaled by eps64 / eps32, is what a float64 fast path is allowed to lose (`rounding`).
 """
 
 from __future__ import annotations
 
-import copy
 import functools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,20 +16,7 @@ from torch import Tensor, nn
 from saccade.contract import Attention, Case, Mechanism
 from saccade.testing.ambient import seeded
 from saccade.testing.budget import assert_close
-
-EPS_RATIO = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-
-
-def cast(module: Mechanism, dtype: torch.dtype) -> Mechanism:
-    """A copy with every floating parameter and buffer in `dtype`; complex ones keep being complex, integers stay."""
-    wide = torch.complex128 if dtype == torch.float64 else torch.complex64
-
-    def convert(tensor: Tensor) -> Tensor:
-        if tensor.is_complex():
-            return tensor.to(wide)
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-    return copy.deepcopy(module)._apply(convert)
+from saccade.testing.rounding import EPS_RATIO, Eager, Evaluate, cast
 
 
 @torch.no_grad()
@@ -58,6 +45,11 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
         elif name.endswith("running_var"):
             buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator, dtype=buffer.dtype))
     return module
+
+
+def outputs(module: Mechanism, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What the oracle gives, by name."""
+    return {"output": module.oracle(*inputs)}
 
 
 class Subject:
@@ -100,17 +92,21 @@ class Subject:
         """What the inputs are called."""
         return ("q", "k", "v") if issubclass(self.cls, Attention) else ("x",)
 
-    @functools.cached_property
-    def truth(self) -> Tensor:
-        with torch.no_grad():
-            return self.module.oracle(*self.inputs())
+    def eager(self, evaluate: Evaluate, dtype: torch.dtype = torch.float64) -> Eager:
+        """Equations that `evaluate` reads off a module, in `dtype`, on these numbers."""
+        return Eager(evaluate, self.master, self.drawn, dtype)
+
+    def output(self, dtype: torch.dtype = torch.float64) -> Eager:
+        """The oracle's `output`."""
+        return self.eager(outputs, dtype)
 
     @functools.cached_property
-    def eager(self) -> Tensor:
-        """`truth` moved by as much as the oracle's own float32 run is off, scaled to float64."""
-        with torch.no_grad():
-            single = self.build(torch.float32).oracle(*self.inputs(torch.float32))
-        return widen(self.truth, single)
+    def _output(self) -> Eager:
+        return self.output()
+
+    @property
+    def truth(self) -> Tensor:
+        return self._output.truth["output"]
 
     def agrees(self, actual: Tensor, name: str = "output") -> None:
         """Raise unless the float64 `actual` equals the oracle within the budget."""
@@ -118,7 +114,7 @@ class Subject:
         assert actual.shape == self.truth.shape, (
             f"{name}: got shape {tuple(actual.shape)}, the oracle gives {tuple(self.truth.shape)}"
         )
-        assert_close(actual, self.truth, self.eager, name=name, terms=self.case.length)
+        assert_close(actual, self.truth, self._output.beside("output"), name=name, terms=self.case.length)
 
 
 def widen(truth: Tensor, single: Tensor) -> Tensor:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
+
 import torch
+from torch import Tensor
 
 from saccade.contract import Attention
 from saccade.testing.ambient import seeded
 from saccade.testing.budget import assert_close
 from saccade.testing.oracles import dense_attention
 from saccade.testing.registry import named
-from saccade.testing.subject import Subject, cast, widen
+from saccade.testing.rounding import cast
+from saccade.testing.subject import Subject
 
 
 @named()
@@ -31,27 +36,31 @@ def dtype_bfloat16(subject: Subject) -> None:
     _dtype(subject, torch.bfloat16)
 
 
+def pooled(
+    subject: Subject, draws: int, dtype: torch.dtype, fast: Callable[[Subject], Tensor]
+) -> tuple[Tensor, Tensor, Iterator[Tensor]]:
+    """What `fast` gives in `dtype` for several draws of the numbers, beside the truth and eager runs of all of them."""
+    subjects = [subject.variant(seed=subject.seed + draw) for draw in range(draws)]
+    eager = [one.output(dtype) for one in subjects]
+    with torch.no_grad():
+        found = [fast(one) for one in subjects]
+    for one, beside in zip(found, eager, strict=True):
+        truth = beside.truth["output"]
+        assert one.dtype == dtype, f"output: got dtype {one.dtype} for {dtype} inputs"
+        assert one.shape == truth.shape, f"output: got shape {tuple(one.shape)}, the oracle gives {tuple(truth.shape)}"
+    runs = zip(*(one.beside("output") for one in eager), strict=True)
+    return torch.stack(found), torch.stack([one.truth["output"] for one in eager]), map(torch.stack, runs)
+
+
 def _dtype(subject: Subject, dtype: torch.dtype) -> None:
     # A decision taken near a tie may flip in either run, and one flip outweighs all rounding: pool several draws, so
     # that the eager run meets its share of flips, and ask the median, which flips leave alone, for the rounding itself.
-    draws = range(6) if subject.cls.spec.discrete else range(2)
-    actual, truth, eager = [], [], []
-    for draw in draws:
-        one = subject.variant(seed=subject.seed + draw)
-        module, inputs = one.build(dtype), one.inputs(dtype)
-        with torch.no_grad():
-            result = module(*inputs)
-            eager.append(module.oracle(*inputs))
-            truth.append(cast(module, torch.float64).oracle(*(x.double() for x in inputs)))
-        assert result.dtype == dtype, f"output: got dtype {result.dtype} for {dtype} inputs"
-        assert result.shape == truth[-1].shape, (
-            f"output: got shape {tuple(result.shape)}, the oracle gives {tuple(truth[-1].shape)}"
-        )
-        actual.append(result)
-    fast, exact, plain = torch.stack(actual), torch.stack(truth), torch.stack(eager)
-    assert_close(fast, exact, plain, name="output")
+    draws = 6 if subject.cls.spec.discrete else 2
+    found, exact, eager = pooled(subject, draws, dtype, lambda one: one.build(dtype)(*one.inputs(dtype)))
+    first = next(eager)
+    assert_close(found, exact, itertools.chain([first], eager), name="output")
     if subject.cls.spec.discrete:
-        error, allowed = ((x.double() - exact).abs().median() for x in (fast, plain))
+        error, allowed = ((x.double() - exact).abs().median() for x in (found, first))
         band = torch.finfo(dtype).eps * exact.abs().median()
         assert error <= 2 * allowed + band, f"output: median error {error:.3e} (allowed {2 * allowed + band:.3e})"
 
@@ -67,8 +76,8 @@ def full_budget(subject: Subject) -> None:
     params = subject.cls.full_budget(subject.case.dims, subject.case.length)
     with seeded(subject.seed):
         module = cast(subject.cls(subject.case.dims, **(params or {})), torch.float64).eval()
-    inputs, single = subject.inputs(), subject.inputs(torch.float32)
-    truth = dense_attention(*inputs, causal=module.causal)
-    eager = widen(truth, dense_attention(*single, causal=module.causal))
+    dense = subject.eager(lambda _, inputs: {"output": dense_attention(*inputs, causal=module.causal)})
     with torch.no_grad():
-        assert_close(module(*inputs), truth, eager, name="output at full budget", terms=subject.case.length)
+        found = module(*subject.inputs())
+    truth = dense.truth["output"]
+    assert_close(found, truth, dense.beside("output"), name="output at full budget", terms=subject.case.length)
