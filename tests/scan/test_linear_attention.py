@@ -444,6 +444,89 @@ def test_a_large_gate_costs_later_tokens_no_digits(gate):
     assert torch.equal(a, b)
 
 
+# Sums of a chunk's gates from hardly any to more than exp holds, in one product, in one of few tokens, and in none.
+STEEPNESS = [0.01, 0.5, 1.0, 4.0, 40.0]
+
+
+def ways(monkeypatch, g, chunk):
+    """How many of the chunks' rows one product gives, and how many all are, while `linear_attention` runs."""
+    seen = [0, 0]
+    plain = chunks.VectorDecay.scores
+
+    def scores(self, q, k):
+        if q.ndim == 6:
+            rows = torch.ones_like(self.g[..., :1]) if self.near is None else self.near
+            seen[0] += int(rows.sum())
+            seen[1] += rows.numel()
+        return plain(self, q, k)
+
+    monkeypatch.setattr(chunks.VectorDecay, "scores", scores)
+    linear_attention(*inputs(tokens=g.shape[2]), log_decay=g, chunk=chunk)
+    monkeypatch.undo()
+    return seen
+
+
+def test_gates_go_every_way(monkeypatch):
+    shares = [near / rows for near, rows in (ways(monkeypatch, steep(s), 64) for s in STEEPNESS)]
+    assert shares[0] == 1
+    assert 0 < shares[-1] < shares[2] < 1
+
+
+def steep(steepness, tokens=131):
+    return -steepness * draw(2, 2, tokens, D, seed=3).exp()
+
+
+@pytest.mark.parametrize("steepness", STEEPNESS)
+def test_vector_gates_of_any_steepness(steepness):
+    tokens = 131
+    given = [*inputs(4, 2, tokens), steep(steepness), draw(2, 2, D, DV, seed=9)]
+    verify(fast(chunk=64), linear, given, terms=tokens * D, dtypes=(torch.float64, torch.float32))
+
+
+def test_a_product_beyond_what_exp_holds_is_caught(monkeypatch):
+    """The twin takes every row by one product."""
+    monkeypatch.setattr(chunks, "SAFE", math.inf)
+    given = [*inputs(4, 2, 131), steep(4.0), draw(2, 2, D, DV, seed=9)]
+    with pytest.raises(AssertionError, match="output 0"):
+        verify(fast(chunk=64), linear, given, terms=131 * D, dtypes=(torch.float32,))
+
+
+@pytest.mark.parametrize("gate", ["scalar", "vector"])
+@pytest.mark.parametrize("later", [0.01, 4.0, 1e4, math.inf])
+def test_later_gates_leave_the_past_alone_bitwise(gate, later):
+    tokens = 131
+    given = inputs(4, 2, tokens, dtype=torch.float32)
+    g = 0.3 * draw_gate(gate, 2, tokens, D).float()
+    before = linear_attention(*given, log_decay=g)
+    for now in (0, 20, 63, 64, 100, 129):
+        changed = g.clone()
+        changed[:, :, now + 1 :] = -later
+        after = linear_attention(*given, log_decay=changed)
+        assert torch.equal(before[:, :, : now + 1], after[:, :, : now + 1])
+        assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("gate", ["scalar", "vector"])
+def test_one_sequence_a_time_under_vmap(gate):
+    q, k, v = inputs(4, 2, 37)
+    g = draw_gate(gate, 2, 37, D)
+    g[1] *= 40
+    whole = linear_attention(q, k, v, log_decay=g, chunk=16)
+    mapped = torch.func.vmap(
+        lambda q, k, v, g: linear_attention(*(x[None] for x in (q, k, v)), log_decay=g[None], chunk=16)[0]
+    )
+    close(mapped(q, k, v, g), whole, 37 * D)
+
+
+@pytest.mark.parametrize("steepness", STEEPNESS)
+def test_second_derivatives_of_vector_gates(steepness):
+    q, k, v = inputs(2, 1, 19, batch=1, dim=2)
+    g = -steepness * draw(1, 1, 19, 2, seed=3).exp()
+    leaves = [x.requires_grad_() for x in (q, k, v, g)]
+    call = torch.autograd.gradgradcheck
+    assert call(lambda q, k, v, g: linear_attention(q, k, v, log_decay=g, chunk=18), leaves, fast_mode=True)
+
+
 @pytest.mark.parametrize("gate", GATES)
 def test_states_are_float32_or_wider(gate):
     given = inputs(4, 2, 9, dtype=torch.bfloat16)

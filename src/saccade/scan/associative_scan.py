@@ -61,27 +61,34 @@ def _scan(combine: Combine, elements: Element, dim: int) -> Element:
     length = elements[0].shape[dim]
     if length == 1:
         return elements
-    pairs = length // 2
-    even, odd = (tuple(_every_other(e, dim, start) for e in elements) for start in (0, 1))
-    odd = _scan(combine, _combined(combine, tuple(e.narrow(dim, 0, pairs) for e in even), odd), dim)
-    first = tuple(e.narrow(dim, 0, 1) for e in even)
+    # Tensors are split, never sliced: the gradient of a slice is a whole tensor of zeros, to be written and added up.
+    pairs, odd_length = divmod(length, 2)
+    split = [e.split([2 * pairs, 1] if odd_length else length, dim) for e in elements]
+    even, odd = zip(*(_unzip(whole, dim) for whole, *_ in split), strict=True)
+    odd = _scan(combine, _combined(combine, even, odd), dim)
+    first, rest = zip(*(e.split([1, pairs - 1], dim) for e in even), strict=True)
+    if odd_length:
+        earlier, rest = odd, tuple(torch.cat((e, end), dim) for e, (_, end) in zip(rest, split, strict=True))
+    else:
+        earlier = tuple(e.split([pairs - 1, 1], dim)[0] for e in odd)
     if length > 2:
-        steps = even[0].shape[dim] - 1
-        later = _combined(
-            combine, tuple(e.narrow(dim, 0, steps) for e in odd), tuple(e.narrow(dim, 1, steps) for e in even)
-        )
+        later = _combined(combine, earlier, rest)
         first = tuple(torch.cat(both, dim) for both in zip(first, later, strict=True))
     return tuple(_interleave(e, o, dim) for e, o in zip(first, odd, strict=True))
 
 
-def _every_other(x: Tensor, dim: int, start: int) -> Tensor:
-    return x[(slice(None),) * (dim % x.ndim) + (slice(start, None, 2),)]
+def _unzip(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Every even and every odd position; their number is even."""
+    even, odd = x.unflatten(dim, (-1, 2)).unbind(dim % x.ndim + 1)
+    return even, odd
 
 
 def _interleave(even: Tensor, odd: Tensor, dim: int) -> Tensor:
     dim, pairs = dim % even.ndim, odd.shape[dim]
-    mixed = torch.stack((even.narrow(dim, 0, pairs), odd), dim + 1).flatten(dim, dim + 1)
-    return mixed if even.shape[dim] == pairs else torch.cat((mixed, even.narrow(dim, pairs, 1)), dim)
+    if even.shape[dim] == pairs:
+        return torch.stack((even, odd), dim + 1).flatten(dim, dim + 1)
+    even, end = even.split([pairs, 1], dim)
+    return torch.cat((torch.stack((even, odd), dim + 1).flatten(dim, dim + 1), end), dim)
 
 
 def _combined(combine: Combine, earlier: Element, later: Element) -> Element:

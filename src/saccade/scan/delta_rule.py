@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saccade.errors import check_qkv, known, positive
-from saccade.scan.chunks import Stretch, grouped, weigh
+from saccade.scan.chunks import Stretch, each_chunk, grouped, weigh
 from saccade.scan.linear_attention import (
     check_log_decay,
     each_sequence,
@@ -59,7 +59,7 @@ def delta_rule(
     Within a chunk the values actually written, u_t = beta_t (v_t - what k_t finds), solve one triangular system (the WY
     form): (I + diag(beta) L) U = diag(beta) (V - K' S), with L the decayed key-key products below the diagonal and K'
     the keys decayed from the chunk's start. Computed in float32 (float64 for float64), whatever autocast says.
-    Costs N (D + Dv) (chunk + D) multiply-adds; memory N (D + Dv + chunk) + N / chunk D (D + Dv) with gradients.
+    Costs N chunk (D + Dv) + N D Dv multiply-adds; memory N (D + Dv + chunk) + N / chunk D Dv with gradients.
     Errors: ValueError and TypeError name the argument.
 
     >>> key = torch.ones(1, 1, 2, 1)
@@ -150,14 +150,13 @@ def scan_chunks(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, memory: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor]:
     """Outputs and last memory of the recurrence, chunk by chunk; shapes as for `scan_tokens`."""
-    groups, dim, width, outputs = k.shape[1], k.shape[-1], v.shape[-1], []
-    eye = torch.eye(dim, dtype=k.dtype, device=k.device)
+    groups, width, outputs = k.shape[1], v.shape[-1], []
     # Columns beyond the values' are carried along and never written.
     carried = memory.shape[-1] - width
     memory = memory.unflatten(1, (groups, -1))
-    for stretch in Stretch.cover(q.shape[2], chunk, groups):
-        queries, keys, values = stretch.cut(q), stretch.cut(k), stretch.cut(v)
-        share, decay = stretch.cut(beta)[..., None], stretch.decay(g)
+    for stretch, *parts in Stretch.cover((q, k, v, beta, g), chunk, groups):
+        queries, keys, values, share = (stretch.cut(x) for x in parts[:4])
+        share, decay = share[..., None], stretch.decay(parts[4])
         system = share * decay.scores(keys, keys).tril(-1)
         # A NaN in a value must reach no earlier one, so the solver never sees it.
         spoilt = (values.detach() * 0).cumsum(-2)
@@ -165,14 +164,15 @@ def scan_chunks(
         own, found = _solve(system, right).tensor_split([width], -1)
         own = own + spoilt
         last = decay.to_end(keys).mT
-        passed = (eye if decay.total is None else decay.total * eye) - last @ found
-        added = F.pad(last @ own, (0, carried))
-        before = []
-        for through, more in zip(passed.unbind(2), added.unbind(2), strict=True):
+        own = F.pad(own, (0, carried))
+        before, written = [], []
+        kept = each_chunk(decay.total, own.shape[2])
+        for left, more, erased, write in zip(kept, own.unbind(2), found.unbind(2), last.unbind(2), strict=True):
             before.append(memory)
-            memory = through @ memory + more
-        start = torch.stack(before, 2)[..., :width]
-        o = weigh(decay.scores(queries, keys), own - found @ start)
+            written.append(more - erased @ memory)
+            memory = (memory if left is None else left * memory) + write @ written[-1]
+        start, own = (torch.stack(x, 2)[..., :width] for x in (before, written))
+        o = weigh(decay.scores(queries, keys), own)
         outputs.append(stretch.join(o + grouped(decay.from_start(queries), start)))
     return torch.cat(outputs, 2), memory.flatten(1, 2)
 

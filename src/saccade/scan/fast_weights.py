@@ -385,31 +385,35 @@ def fast_weights(
             raise ValueError(f"{name}: got shape {tuple(value.shape)}; pass ({heads},) or {(batch, heads, length)}")
         return (value.unsqueeze(-1) if value.ndim == 1 else value).expand(batch, heads, length)
 
-    steps = {"eta": per_token("eta", eta), "log_decay": per_token("log_decay", 0.0 if log_decay is None else log_decay)}
+    steps = {"eta": per_token("eta", eta)}
+    if log_decay is not None:
+        steps["log_decay"] = per_token("log_decay", log_decay)
     if log_momentum is not None:
         steps["log_momentum"] = per_token("log_momentum", log_momentum)
     if state is None:
         state = _begin(memory, params or (), optimizer, retention, (batch, heads), wide)
     else:
         state = state.to(wide)
-    keys, values, queries = k.to(wide), v.to(wide), q.to(wide).unflatten(1, (heads, -1))
+    first = min(length, chunk - state.position)
+    sizes = [first, *(min(chunk, length - a) for a in range(first, length, chunk))]
+    # Split, not sliced: the gradient of a slice is a tensor of all tokens, zero but for its own.
+    parts = (x.to(wide).split(sizes, -2) for x in (k, v, q.unflatten(1, (heads, -1))))
+    numbers = (x.split(sizes, -1) for x in steps.values())
     outputs, start = [], 0
-    while start < length:
-        stop = min(length, start + chunk - state.position)
-        rows = slice(start, stop)
+    for size, key, value, query, *own in zip(sizes, *parts, *numbers, strict=True):
+        stop = start + size
         advanced, read = _advance(
             memory,
             loss.span(start, stop),
             optimizer,
             state,
-            keys[..., rows, :],
-            values[..., rows, :],
-            **{name: x[..., rows] for name, x in steps.items()},
+            key,
+            value,
+            **dict(zip(steps, own, strict=True)),
         )
         ends = advanced.position == chunk
         if ends:
             advanced = _close(advanced, optimizer, retention)
-        query = queries[..., rows, :]
         if not inclusive:
             outputs.append(memory([layer.start.unsqueeze(2) for layer in state.layers], query))
         elif ends and not retention.linear:
@@ -449,12 +453,16 @@ def _advance(
     v: Tensor,
     *,
     eta: Tensor,
-    log_decay: Tensor,
+    log_decay: Tensor | None = None,
     log_momentum: Tensor | None = None,
 ) -> tuple[FastState, Linear]:
     """The state n tokens on in the same chunk, and the product of query rows with the weights of their token."""
     inputs, errors = _gradients(memory, [layer.start for layer in state.layers], loss, k, v)
-    decays, since = _products(log_decay), log_decay.cumsum(-1).exp()
+    if log_decay is None:
+        since = torch.ones_like(eta[:1, :1])
+        decays = torch.ones_like(since.unsqueeze(-1).expand(-1, -1, -1, since.shape[-1])).tril()
+    else:
+        decays, since = _products(log_decay), log_decay.cumsum(-1).exp()
     if log_momentum is None:
         kept, kept_since = decays, since
         mixed, mixed_since = decays, since

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saccade.errors import check_cu_seqlens, check_qkv, known, positive
 from saccade.scan import kernels
-from saccade.scan.chunks import Stretch, grouped, weigh
+from saccade.scan.chunks import Stretch, each_chunk, grouped, weigh
 from saccade.scan.features import LogFeatures, Map, feature_map_of
 from saccade.scan.normalizers import Normalizer, Read, normalizer_of
 from saccade.scan.state import State, chain
@@ -56,11 +56,12 @@ def linear_attention(
     chunk: tokens handled at once by matrix products; changes the speed, and no result beyond rounding. "triton" has
         sizes of its own.
     backend: "reference" (token by token), "chunked", "triton" (kernels, causal, at most 256 channels, differentiable
-        once; they have run in Triton's interpreter alone, so that they must be named), or "auto": chunked.
+        once), or "auto": triton on a GPU in 16 bits where it can, otherwise chunked.
 
     Computed in float32 (float64 for float64), whatever autocast says; "triton" rounds the factors of matrix products,
     features among them, to the dtype of q, as dense attention does, and sums in float32. A vector gate is split at the
-    middle of ever smaller blocks, so that every exponent is a sum of decays and none is positive. Costs N F Dv +
+    middle of ever smaller blocks, so that every exponent is a sum of decays and none is positive; on a CPU, rows before
+    which a chunk decays by no more than exp(-16) take one product with exponents of either sign. Costs N F Dv +
     N chunk (F + Dv) multiply-adds; memory N (F + Dv + chunk) + N / chunk F Dv with gradients, less without.
     Errors: ValueError and TypeError name the argument; a decay without `causal` is refused, for nothing says which
     token is the older one; a named backend that cannot run says why.
@@ -109,9 +110,12 @@ def linear_attention(
 
 
 def _takes_kernels(backend: str, v: Tensor, features: int, causal: bool) -> bool:
-    if backend == "triton" and (why := kernels.reasons(v, features, causal)):
+    if backend not in ("triton", "auto") or (backend == "auto" and not (v.is_cuda and v.dtype.itemsize == 2)):
+        return False
+    why = kernels.reasons(v, features, causal)
+    if why and backend == "triton":
         raise ValueError(f"backend: got 'triton', which cannot run this: {'; '.join(why)}. Pass 'auto'")
-    return backend == "triton"
+    return not why
 
 
 def _featured(
@@ -165,9 +169,10 @@ def each_sequence(
     if state is not None and state.memory.shape[0] != len(ends) - 1:
         raise ValueError(f"state: got {state.memory.shape[0]} memories for {len(ends) - 1} sequences; pass one each")
     states = [None] * (len(ends) - 1) if state is None else list(state.unbind())
+    lengths = [stop - start for start, stop in itertools.pairwise(ends)]
+    cut = [[t] * len(lengths) if t is None or t.ndim == 1 else t.split(lengths, 2) for t in (q, *tokens, *gates)]
     outputs, after = [], []
-    for (start, stop), before in zip(itertools.pairwise(ends), states, strict=True):
-        parts = [t if t is None or t.ndim == 1 else t[:, :, start:stop] for t in (q, *tokens, *gates)]
+    for before, *parts in zip(states, *cut, strict=True):
         o, left = one(*parts, before)
         outputs.append(o)
         after.append(left)
@@ -220,22 +225,17 @@ def scan_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, memory: Tenso
     """Outputs and last memory of the recurrence, chunk by chunk; shapes as for `scan_tokens`."""
     groups, outputs = k.shape[1], []
     memory = memory.unflatten(1, (groups, -1))
-    for stretch in Stretch.cover(q.shape[2], chunk, groups):
-        queries, keys, values = stretch.cut(q), stretch.cut(k), stretch.cut(v)
-        decay = stretch.decay(g)
+    for stretch, *parts in Stretch.cover((q, k, v, g), chunk, groups):
+        queries, keys, values = (stretch.cut(x) for x in parts[:3])
+        decay = stretch.decay(parts[3])
         added = decay.to_end(keys).mT @ values
         before = []
-        kept = itertools.repeat(None) if decay.total is None else _each_chunk(decay.total, added.shape[2])
-        for left, more in zip(kept, added.unbind(2), strict=False):
+        for left, more in zip(each_chunk(decay.total, added.shape[2]), added.unbind(2), strict=True):
             before.append(memory)
             memory = (memory if left is None else left * memory) + more
         o = weigh(decay.scores(queries, keys), values)
         outputs.append(stretch.join(o + grouped(decay.from_start(queries), torch.stack(before, 2))))
     return torch.cat(outputs, 2), memory.flatten(1, 2)
-
-
-def _each_chunk(x: Tensor, count: int) -> tuple[Tensor, ...]:
-    return x.expand(-1, -1, count, *x.shape[3:]).unbind(2)
 
 
 def scan_tokens(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, memory: Tensor, chunk: int) -> tuple[Tensor, Tensor]:

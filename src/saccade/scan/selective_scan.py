@@ -77,8 +77,8 @@ def selective_scan(
     if state is not None:
         h = _memory(state).to(wide).squeeze(-1).unflatten(1, (groups, -1))
     parts = []
-    for start in range(0, length, chunk):
-        piece = [t[:, start : start + chunk] for t in (tokens, steps, write, read)]
+    # Split, not sliced: the gradient of a slice is a tensor of all tokens, zero but for its own.
+    for piece in zip(*(t.split(chunk, 1) for t in (tokens, steps, write, read)), strict=True):
         # One chunk has nothing to gain from being recomputed.
         if length > chunk and torch.is_grad_enabled():
             y, h = checkpoint(_chunk, h, rates, *piece, use_reentrant=False, preserve_rng_state=False)

@@ -1,9 +1,11 @@
 """Triton kernels for the recurrence of linear attention, forward and backward, for any gate.
 
-Two passes over the tokens: one that walks from chunk to chunk and leaves the state before each, and one over all chunks
-at once. The gradient makes the same two passes, the walk in reverse. No sum depends on the order of programs, so equal
-inputs give equal bits. With D and Dv channels, chunks of C tokens and e bytes an entry, a token costs e (2 D + 2 Dv)
-bytes for q, k, v and o, again e (D + Dv) for the walk, and 2 e D Dv / C for the states, which the gradient finds again.
+One walk over the tokens computes it, state in registers, and with other operands each of the three gradients (`walk`).
+Before, a decay a channel is put into queries and keys (`prepare`); afterwards what flowed past each token becomes the
+gradient of the gate (`flows`). Where sequences and heads are too few for the GPU, sequences are cut into stretches,
+whose states a walk without outputs finds first (`join`). No sum depends on the order of programs, so equal inputs give
+equal bits. With D = Dv channels of e bytes a token costs 4 e D forward and 12 e D backward, half as much more in
+stretches; a decay a channel 8 e D more and its own bytes, and the gradient of one a state every 256 tokens.
 """
 
 from __future__ import annotations

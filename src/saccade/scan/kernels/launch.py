@@ -1,4 +1,4 @@
-"""Launching the kernels: which sizes they take for which problem, buffers, grids."""
+"""Launching the walk: which sizes it takes for which problem, buffers, grids."""
 
 from __future__ import annotations
 
@@ -10,52 +10,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.scan.kernels.gradients import scan_gradients
-from saccade.scan.kernels.outputs import scan_outputs
-from saccade.scan.kernels.states import join_segments, scan_states
-from saccade.scan.kernels.tiles import Cuts, Heads
+from saccade.scan.kernels.flows import channel_flows, token_flows
+from saccade.scan.kernels.join import join_stretches
+from saccade.scan.kernels.prepare import prepare_sums, prepare_tokens
+from saccade.scan.kernels.tiles import Bounds, Cuts, Heads, States
+from saccade.scan.kernels.walk import scan_walk
 
-PROGRAMS = 4  # walks over states that a multiprocessor should have
-LEAST_CHUNKS = 4  # chunks that a stretch has at least: it is read twice where there is more than one
+LEAST_CHUNKS = 8  # that a stretch has: all but the last of a sequence are read twice where there is more than one
+ANCHORED = 256  # tokens between the states that the gradient of a gate starts from; a chunk where digits are to be kept
+NARROW = 32  # channels of a chunk that one warp holds
 JOINED = 1024  # entries of a state that one program carries from stretch to stretch
 
 
 class Tile(NamedTuple):
-    """Channels of keys and of values that a program takes at a time, its warps, and the steps with loads in flight."""
+    """Channels of values that a program takes, its warps, and the chunks whose loads are in flight."""
 
-    keys: int
     values: int
     warps: int
     stages: int
 
-    @property
-    def options(self) -> dict[str, int]:
-        return {"BD": self.keys, "BV": self.values, "num_warps": self.warps, "num_stages": self.stages}
-
 
 class Sizes(NamedTuple):
-    """Tokens a chunk, and the tiles of the three kernels."""
+    """Tokens a chunk, and the tiles of a walk over K channels that are summed and V that are kept."""
 
     chunk: int
-    states: Tile
-    outputs: Tile
-    gradients: Tile
+    tile: Tile
 
     @classmethod
-    def of(cls, d: int, dv: int, dtype: torch.dtype, gate: int) -> Sizes:
-        """For D and Dv channels and a gate of 0 (none), 1 (a token) or 2 dims (a token and channel)."""
-        d, dv = padded(d), padded(dv)
-        if dtype == torch.float32:  # no matrix unit forms its products, so tiles are as small as registers are few
-            small = Tile(min(d, 32), min(dv, 32), 4, 1)
-            return cls(32, small, small, small)
-        wide = 8 if dv > 128 else 4
-        states = Tile(min(d, 64), min(dv, 128), *((8, 2) if gate == 2 else (4, 3)))
-        narrow = min(d, 32)
-        if dtype == torch.float16:  # as wide as float32 in products of sums, for the range of sums over a sequence
-            return cls(64, states, Tile(narrow, min(dv, 128), 8, 2), Tile(narrow, min(dv, 32), 8, 2))
-        if gate == 2:  # with more channels a level's factors and products leave the registers
-            return cls(64, states, Tile(narrow, min(dv, 256), wide, 2), Tile(narrow, min(dv, 64), 4, 2))
-        return cls(64, states, Tile(min(d, 64), min(dv, 256), wide, 2), Tile(min(d, 64), min(dv, 64), 8, 2))
+    def of(cls, k: int, v: int, dtype: torch.dtype, gate: int) -> Sizes:
+        """gate: 0 (none), 1 (a token), 2 (a token and summed channel), 3 (a token and kept channel)."""
+        k, v = padded(k), padded(v)
+        if dtype != torch.bfloat16:  # factors of 4 bytes: as many as fit
+            return cls(32, Tile(min(v, 32), 4, 1))
+        if k > 128:
+            return cls(64, Tile(min(v, 64), 8, 2))
+        return cls(64, Tile(min(v, 64), 4, 2 if gate else 3))
 
 
 def padded(size: int) -> int:
@@ -63,29 +52,37 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What factors of products are, and states between chunks. Sums over a sequence may leave the range of float16."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-
-
-def state_heads(q: Tensor, k: Tensor, g: Tensor | None) -> int:
+def state_heads(k: Tensor, g: Tensor | None) -> int:
     return k.shape[1] if g is None else g.shape[1]
 
 
-def slots(q: Tensor, cu: Tensor | None, chunk: int) -> int:
-    """Chunks of all sequences; for packed ones as many as there can be, which the host knows without reading them."""
-    batch, _, length, _ = q.shape
-    return batch * -(-length // chunk) if cu is None else length // chunk + cu.shape[0] - 1
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def cuts_of(q: Tensor, cu: Tensor | None, chunk: int) -> Cuts:
-    batch, _, length, _ = q.shape
-    if cu is None:
-        return Cuts(length, batch)
-    last = (-(-cu.diff() // chunk)).cumsum(0)
-    first = torch.cat([last.new_zeros(1), last[:-1]])
-    seq_of = torch.searchsorted(last, torch.arange(slots(q, cu, chunk), device=q.device), right=True)
-    return Cuts(length, cu.shape[0] - 1, cu, first.int(), seq_of.int())
+class Prepared(NamedTuple):
+    """q, k and g as the walks take them: with the decays inside a chunk in them, under a decay a channel."""
+
+    q: Tensor
+    k: Tensor
+    reads: Tensor
+    keys: Tensor
+    gates: Tensor | None
+    bounds: Bounds | None
+
+    def raw(self, x: Tensor | None) -> Tensor | None:
+        """What x was before, where it is one of the two."""
+        return None if self.bounds is None else self.q if x is self.reads else self.k if x is self.keys else None
+
+
+class Anchors(NamedTuple):
+    """States (anchors, H, K, V) and their rows of sums (anchors, H, V), if any; from number `ends` on after the last
+    chunk of each sequence. past (anchors, H, V): what flows past each."""
+
+    states: Tensor
+    rows: Tensor | None
+    past: Tensor
+    ends: int
 
 
 @dataclass(frozen=True)
@@ -104,146 +101,278 @@ class Launch:
     mass: bool
 
     @property
-    def sizes(self) -> Sizes:
-        return Sizes.of(self.q.shape[3], self.v.shape[3], self.q.dtype, self.gate)
-
-    @property
     def gate(self) -> int:
         return 0 if self.g is None else self.g.ndim - 2
 
     @property
-    def heads(self) -> tuple[int, int, int]:
-        """(state heads, query heads a state head, state heads a key head)."""
-        states = state_heads(self.q, self.k, self.g)
-        return states, self.q.shape[1] // states, states // self.k.shape[1]
+    def sizes(self) -> Sizes:
+        return Sizes.of(self.q.shape[3], self.v.shape[3], self.q.dtype, self.gate)
 
     @property
-    def constants(self) -> dict[str, Any]:
-        """What every kernel is compiled for."""
-        kinds = {torch.float32: (tl.float32, "ieee"), torch.float16: (tl.float32, "tf32")}
-        kind, precision = kinds.get(self.q.dtype, (tl.bfloat16, "tf32"))
-        shape = {"D": self.q.shape[3], "DV": self.v.shape[3], "C": self.sizes.chunk}
-        return {**shape, "GATE": self.gate, "MASS": self.mass, "KIND": kind, "PRECISION": precision}
+    def fan(self) -> int:
+        """Query heads that share a state; each walks by itself."""
+        return self.q.shape[1] // state_heads(self.k, self.g)
+
+    @property
+    def sequences(self) -> int:
+        return self.q.shape[0] if self.cu is None else self.cu.shape[0] - 1
+
+    @property
+    def chunks(self) -> int:
+        """Of all sequences; for packed ones as many as there can be, which the host knows without reading them."""
+        batch, _, length, _ = self.q.shape
+        chunk = self.sizes.chunk
+        return batch * -(-length // chunk) if self.cu is None else length // chunk + self.cu.shape[0] - 1
+
+    @property
+    def stretches(self) -> int:
+        """Into how many a sequence is cut, to have a program for every multiprocessor, or two that take turns."""
+        tiles = triton.cdiv(self.v.shape[3], self.sizes.tile.values)
+        programs = multiprocessors(self.q.device) * (1 if self.g is None else 2)
+        wanted = programs // (self.sequences * self.q.shape[1] * tiles)
+        return max(1, min(wanted, self.chunks // (self.sequences * LEAST_CHUNKS)))
+
+    @property
+    def cuts(self) -> Cuts:
+        batch, _, length, _ = self.q.shape
+        if self.cu is None:
+            return Cuts(length, batch)
+        last = (-(-self.cu.diff() // self.sizes.chunk)).cumsum(0)
+        first = torch.cat([last.new_zeros(1), last[:-1]])
+        seq_of = torch.searchsorted(last, torch.arange(self.chunks, device=last.device), right=True)
+        return Cuts(length, self.sequences, self.cu, first.int(), seq_of.int())
+
+    @property
+    def every(self) -> int:
+        """Chunks between the states that the gradient of a gate starts from."""
+        return 1 if self.exact else max(1, ANCHORED // self.sizes.chunk)
+
+    @property
+    def exact(self) -> bool:
+        """Whether pairs are taken by levels throughout, which costs more products and loses no digits."""
+        return self.q.dtype == torch.float32
+
+    @property
+    def kind(self) -> torch.dtype:
+        """Of factors. What decays and sums over a sequence make of tokens may leave the range of float16."""
+        return torch.bfloat16 if self.q.dtype == torch.bfloat16 else torch.float32
+
+    @property
+    def products(self) -> dict[str, Any]:
+        """The same for the kernels, and how factors are multiplied."""
+        kind = tl.bfloat16 if self.kind == torch.bfloat16 else tl.float32
+        return {"KIND": kind, "PRECISION": "ieee" if self.exact else "tf32"}
+
+    def prepared(self, cuts: Cuts) -> Prepared:
+        """Queries, keys and gates as the walks take them."""
+        q, k, g = self.q, self.k, self.g
+        if g is None or self.exact:
+            return Prepared(q, k, q, k, g, None)
+        chunk, (batch, heads, length, d) = self.sizes.chunk, q.shape
+        kept = g.shape[1]
+        parts = triton.cdiv(d, NARROW)
+        grid = (self.chunks, kept)
+        if self.gate == 1:
+            sums = self.single(batch, kept, length)
+            prepare_sums[grid](Heads.of(g, kept), Heads.of(sums, kept), cuts, C=chunk, num_warps=1)
+            return Prepared(q, k, q, k, sums, None)
+        reads, keys = (q.new_empty(batch, n, length, d, dtype=self.kind) for n in (heads, kept))
+        harmful = q.new_empty(*grid, parts, dtype=torch.int32)
+        bounds = Bounds(self.single(*grid, 2, d), harmful, kept, d, parts, heads // kept)
+        prepare_tokens[(*grid, parts)](
+            Heads.of(g, kept), Heads.of(q, heads), Heads.of(k, kept), Heads.of(reads, heads), Heads.of(keys, kept),
+            bounds, cuts, self.fan, D=d, C=chunk, BD=NARROW, num_warps=1,
+        )  # fmt: skip
+        return Prepared(q, k, reads, keys, g, bounds)
 
     def forward(
         self, memory: Tensor, memory_sums: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """o in `dtype` and mass; memory and sums after the last token; both before every chunk.
+        """o in `dtype` and mass; memory and sums after the last token; both before every stretch, empty if one.
 
         memory (sequences, heads, D, DV) and, with `mass`, memory_sums (sequences, heads, D), float32: before the first.
         """
-        batch, heads, length, _ = self.q.shape
-        _, fan, share = self.heads
-        cuts = cuts_of(self.q, self.cu, self.sizes.chunk)
-        after, after_sums, states, sums = self.walk(self.k, self.v, None, memory, memory_sums, cuts, False)
-        o = self.q.new_empty(batch, heads, length, self.v.shape[3], dtype=dtype)
-        mass = self.q.new_empty(batch, heads, length if self.mass else 0, dtype=torch.float32)
-        tile = self.sizes.outputs
-        grid = (len(states) * triton.cdiv(self.v.shape[3], tile.values), heads)
-        scan_outputs[grid](
-            Heads.of(self.q), Heads.of(self.k), Heads.of(self.v), self.gates, states, sums, Heads.of(o), Heads.of(mass),
-            cuts, self.scale, fan, share, REVERSE=False, LEVELS=self.levels, **self.constants, **tile.options,
+        q, v = self.q, self.v
+        cuts = self.cuts
+        made = self.prepared(cuts)
+        before, before_sums = self.each_head(memory), self.each_head(memory_sums)
+        starts, start_sums = self.starts(made, made.keys, v, before, before_sums, None, cuts, False)
+        o = q.new_empty(*q.shape[:3], v.shape[3], dtype=dtype)
+        mass = self.single(*q.shape[:2], q.shape[2] if self.mass else 0)
+        after = self.single(self.sequences, q.shape[1], q.shape[3], v.shape[3])
+        after_sums = self.single(*after.shape[:3]) if self.mass else self.single(0)
+        self.walk(
+            (made.reads, made.keys, v), made, self.gate, cuts, o=o, mass=mass, first=starts, first_row=start_sums,
+            last=after, last_row=after_sums, column=self.mass,
         )  # fmt: skip
-        return o, mass, after, after_sums, states, sums
+        if self.fan > 1:
+            after, after_sums = (x[:, :: self.fan].contiguous() if x.ndim > 1 else x for x in (after, after_sums))
+        if self.stretches == 1:
+            return o, mass, after, after_sums, self.single(0), self.single(0)
+        return o, mass, after, after_sums, starts, start_sums if self.mass else self.single(0)
 
     def backward(
-        self, do: Tensor, dmass: Tensor | None, dafter: Tensor | None, dafter_sums: Tensor | None, states: Tensor,
-        sums: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
+        self, do: Tensor, dmass: Tensor | None, dafter: Tensor, dafter_sums: Tensor | None, memory: Tensor,
+        memory_sums: Tensor | None, starts: Tensor, start_sums: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
         """Gradients of q, k, v, g, and of memory and sums before the first token."""
-        batch, heads, length, d = self.q.shape
-        _, fan, share = self.heads
-        cuts = cuts_of(self.q, self.cu, self.sizes.chunk)
-        do = do.to(self.q.dtype)  # which every kernel would do by itself
-        dmemory, dmemory_sums, dstates, dsums = self.walk(self.q, do, dmass, dafter, dafter_sums, cuts, True)
-        dq = torch.empty_like(self.q, memory_format=torch.contiguous_format)
+        q, k, v, g = self.q, self.k, self.v, self.g
+        batch, heads, _, d = q.shape
+        dv_width = v.shape[3]
+        do = do.to(q.dtype)  # which every walk would do by itself
+        cuts = self.cuts
+        made = self.prepared(cuts)
+        if self.stretches == 1:
+            starts, start_sums = self.each_head(memory), self.each_head(memory_sums)
+        ends, end_sums = self.first_head(dafter), self.first_head(dafter_sums)
+        ends, end_sums = self.starts(made, made.reads, do, ends, end_sums, dmass, cuts, True)
+        across = 0 if g is None else 1 if self.gate == 1 else 3
+
         # Of each query head its own; those that share a key are added up afterwards, in float32 and in order.
-        whole = heads == self.k.shape[1]
-        dk, dv = (
-            x.new_empty(batch, heads, *x.shape[2:], dtype=x.dtype if whole else torch.float32) for x in (self.k, self.v)
+        whole = heads == k.shape[1]
+        dq, dk, dv = (
+            x.new_empty(batch, heads, *x.shape[2:], dtype=x.dtype if whole or x is q else torch.float32)
+            for x in (q, k, v)
         )
-        tile = self.sizes.gradients
-        tiles = triton.cdiv(d, tile.keys)
+        dreads, dkeys = (dq, dk) if self.gate < 2 else (torch.empty_like(x, dtype=self.kind) for x in (dq, dk))
+        anchors = None if g is None else self.anchors(dv_width, d)
+        self.walk(
+            (do, v, made.keys), made, across, cuts, o=dreads, first=starts.mT, first_row=start_sums, a_row=dmass,
+            row=self.mass, anchors=anchors, last=None if anchors is None else anchors.states[anchors.ends :],
+            last_row=None if anchors is None or anchors.rows is None else anchors.rows[anchors.ends :],
+        )  # fmt: skip
+        before = self.single(self.sequences, heads, d, dv_width)
+        before_sums = self.single(*before.shape[:3]) if self.mass else None
+        self.walk(
+            (v, do, made.reads), made, across, cuts, True, o=dkeys, first=ends.mT, first_row=end_sums, b_row=dmass,
+            row=self.mass, anchors=anchors, last=before.mT, last_row=before_sums,
+        )  # fmt: skip
+        self.walk((made.keys, made.reads, do), made, self.gate, cuts, True, o=dv, first=ends)
         dg = None
-        if self.g is not None:
-            dg = self.q.new_empty(batch, heads, length, d if self.gate == 2 else tiles, dtype=torch.float32)
-        scan_gradients[(len(states) * tiles, heads)](
-            Heads.of(self.q), Heads.of(self.k), Heads.of(self.v), self.gates, Heads.of(do),
-            None if dmass is None else Heads.of(dmass), states, sums, dstates, dsums, Heads.of(dq), Heads.of(dk),
-            None if dg is None else Heads.of(dg), cuts, self.scale, fan, share, LEVELS=self.levels, **self.constants,
-            **tile.options,
-        )  # fmt: skip
-        tile = self.sizes.outputs
-        constants = self.constants | {"MASS": False}
-        scan_outputs[(len(states) * triton.cdiv(self.v.shape[3], tile.values), heads)](
-            Heads.of(self.q), Heads.of(self.k), Heads.of(do), self.gates, dstates, None, Heads.of(dv), None,
-            cuts, self.scale, fan, share, REVERSE=True, LEVELS=self.levels, **constants, **tile.options,
-        )  # fmt: skip
-        dk, dv = (_shared(x, self.k.shape[1]).to(self.q.dtype) for x in (dk, dv))
-        if dg is not None and self.g is not None:
-            dg = _shared(dg if self.gate == 2 else dg.sum(-1), self.g.shape[1]).to(self.g.dtype)
-        return dq, dk, dv, dg, dmemory, dmemory_sums
+        if g is not None and anchors is not None:
+            dg = self.gate_gradient(made, cuts, anchors, (dreads, dkeys), (dq, dk))
+            dg = _shared(dg, g.shape[1]).to(g.dtype)
+        dk, dv = (_shared(x, k.shape[1]).to(q.dtype) for x in (dk, dv))
+        states = heads // self.fan
+        return dq, dk, dv, dg, _shared(before, states), None if before_sums is None else _shared(before_sums, states)
 
-    @property
-    def levels(self) -> int:
-        """How often a chunk can be halved."""
-        return self.sizes.chunk.bit_length() - 1
+    def anchors(self, k: int, v: int) -> Anchors:
+        """Room for them, for states of (k, v) channels."""
+        heads, ends = self.q.shape[1], self.chunks // self.every + self.sequences + 1
+        count = ends + self.sequences
+        rows, past = self.single(count, heads, v) if self.mass else None, self.single(count, heads, v)
+        return Anchors(self.single(count, heads, k, v), rows, past, ends)
 
-    @property
-    def gates(self) -> Heads | None:
-        return None if self.g is None else Heads.of(self.g)
+    def gate_gradient(
+        self,
+        made: Prepared,
+        cuts: Cuts,
+        anchors: Anchors,
+        prepared: tuple[Tensor, Tensor],
+        grads: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """dg a query head; for a decay a channel, the gradients of q and k are made from those of prepared tokens."""
+        batch, heads, length, d = self.q.shape
+        spans = triton.cdiv(length, self.sizes.chunk * self.every)
+        constants = {"V": d, "C": self.sizes.chunk, "EVERY": self.every}
+
+        def of(*tensors: Tensor | None) -> list[Heads | None]:
+            return [None if x is None else Heads.of(x, heads) for x in tensors]
+
+        dg = self.single(batch, heads, length, *[d] * (self.gate - 1))
+        if self.gate == 1:
+            token_flows[(self.sequences * spans, heads)](
+                *of(self.q, self.k, *grads), anchors.past, *of(dg), cuts, spans, anchors.ends, BV=64, **constants
+            )
+        else:
+            width = NARROW // 2  # of twice as many arrays
+            channel_flows[(self.sequences * spans * triton.cdiv(d, width), heads)](
+                *of(self.q, self.k, made.reads, made.keys, *prepared, made.gates), made.bounds, anchors.past,
+                *of(*grads, dg), cuts, spans, anchors.ends, BV=width, MADE=made.bounds is not None, num_warps=1,
+                **constants,
+            )  # fmt: skip
+        return dg
+
+    def each_head(self, x: Tensor | None) -> Tensor | None:
+        """(sequences, heads, ...) -> (sequences, H, ...), contiguous."""
+        return x if x is None else (x.repeat_interleave(self.fan, 1) if self.fan > 1 else x).contiguous()
+
+    def first_head(self, x: Tensor | None) -> Tensor | None:
+        """The same for what belongs to a state once, not to every query head: zeros for the others."""
+        if x is None or self.fan == 1:
+            return None if x is None else x.contiguous()
+        wide = x.new_zeros(x.shape[0], self.q.shape[1], *x.shape[2:])
+        wide[:, :: self.fan] = x
+        return wide
+
+    def single(self, *shape: int) -> Tensor:
+        return self.q.new_empty(shape, dtype=torch.float32)
+
+    def starts(
+        self, made: Prepared, b: Tensor, y: Tensor, before: Tensor | None, before_sums: Tensor | None, m: Tensor | None,
+        cuts: Cuts, reverse: bool,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        """State and sums before each stretch, in the order of the walk: those before the first, where there is one.
+
+        More are walked over twice: for what each adds and keeps first, which then is joined.
+        """
+        count, heads = self.stretches, self.q.shape[1]
+        if count == 1:
+            return before, before_sums
+        d, dv = b.shape[3], y.shape[3]
+        parts = self.single(self.sequences * count, heads, d, dv)
+        part_sums = self.single(*parts.shape[:3]) if self.mass else None
+        left = self.single(*parts.shape[:3])
+        self.walk(
+            (None, b, y), made, self.gate, cuts, reverse, last=parts, last_row=part_sums, left=left, b_row=m,
+            column=self.mass,
+        )  # fmt: skip
+        for each, start, columns in ((parts, before, dv), (part_sums, before_sums, 1))[: 1 + self.mass]:
+            join_stretches[(triton.cdiv(d * columns, JOINED), heads, self.sequences)](
+                each, left, start, count, D=d, COLUMNS=columns, BLOCK=JOINED
+            )
+        return parts, part_sums
 
     def walk(
-        self, x: Tensor, y: Tensor, m: Tensor | None, before: Tensor | None, before_sums: Tensor | None, cuts: Cuts,
-        reverse: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        """States and sums after all chunks, and before each in the order of the walk: see `scan_states`.
+        self,
+        streams: tuple[Tensor | None, Tensor, Tensor],
+        made: Prepared,
+        gate: int,
+        cuts: Cuts,
+        reverse: bool = False,
+        *,
+        o: Tensor | None = None,
+        mass: Tensor | None = None,
+        first: Tensor | None = None,
+        first_row: Tensor | None = None,
+        last: Tensor | None = None,
+        last_row: Tensor | None = None,
+        left: Tensor | None = None,
+        a_row: Tensor | None = None,
+        b_row: Tensor | None = None,
+        column: bool = False,
+        row: bool = False,
+        anchors: Anchors | None = None,
+    ) -> None:
+        """`scan_walk` over all sequences and heads; what it is given and writes, see there."""
+        a, b, y = streams
+        heads, (k, v) = self.q.shape[1], (b.shape[3], y.shape[3])
+        chunk, tile = self.sizes.chunk, Sizes.of(k, v, self.q.dtype, gate).tile
+        states, rows, past, ends = (None, None, None, 0) if anchors is None else anchors
 
-        A few long sequences are cut into stretches, which are walked over twice: what a stretch adds, then, once the
-        stretches are joined, the state before each of its chunks.
-        """
-        heads, fan, share = self.heads
-        (d, dv), tile = (self.q.shape[3], self.v.shape[3]), self.sizes.states
-        tiles = triton.cdiv(d, tile.keys) * triton.cdiv(dv, tile.values)
-        chunks = len(self.q) * triton.cdiv(self.q.shape[2], cuts.count * self.sizes.chunk)
-        segments = segments_of(cuts.count * heads * tiles, chunks, self.q.device)
-        shape = (slots(self.q, self.cu, self.sizes.chunk), heads, d)
-        states = x.new_empty(*shape, dv, dtype=kept_dtype(x.dtype))
-        sums = x.new_empty(shape if self.mass else (0,), dtype=torch.float32)
-        constants = {name: value for name, value in self.constants.items() if name != "KIND"}
-        constants |= {"FAN": fan if reverse else 1, "REVERSE": reverse}
+        def of(x: Tensor | None) -> Heads | None:
+            return None if x is None else Heads.of(x, heads)
 
-        def run(store: bool, first: Tensor | None, first_sums: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-            entries = cuts.count if store else cuts.count * segments
-            after = x.new_empty(entries, heads, d, dv, dtype=torch.float32)
-            after_sums = x.new_empty((entries, heads, d) if self.mass else (0,), dtype=torch.float32)
-            left = None if store else x.new_empty(entries, heads, d, dtype=torch.float32)
-            scan_states[(cuts.count * segments * tiles, heads)](
-                Heads.of(x), Heads.of(y), None if m is None else Heads.of(m), self.gates, first, first_sums, after,
-                after_sums, left, states, sums, cuts, self.scale, 1 if reverse else share, segments,
-                STORE=store, **constants, **tile.options,
+        for split in ["none"] if self.exact else ["made"] if gate < 2 else ["made", "mixed"]:
+            scan_walk[(triton.cdiv(v, tile.values) * self.sequences * self.stretches, heads)](
+                of(a), of(b), of(y), *(of(made.raw(x)) for x in streams), of(made.gates), made.bounds, of(a_row),
+                of(b_row), None if first is None else States.of(first), first_row,
+                None if last is None else States.of(last), last_row, left, of(o), of(mass), states, rows, past, cuts,
+                self.scale, self.stretches, ends, K=k, V=v, C=chunk, BK=padded(k), BV=tile.values, GATE=gate,
+                REVERSE=reverse, READ=a is not None, MASS=column, ROW=row, UNIT=self.scale == 1, EVERY=self.every,
+                SPLIT=split,
+                LEVELS=chunk.bit_length() - 1, num_warps=tile.warps, num_stages=tile.stages, **self.products,
             )  # fmt: skip
-            return after, after_sums, left
-
-        if segments > 1:
-            parts, part_sums, left = run(False, None, None)
-            for each, start, columns in ((parts, before, dv), (part_sums, before_sums, 1))[: 1 + self.mass]:
-                join_segments[(triton.cdiv(d * columns, JOINED), heads, cuts.count)](
-                    each, left, start, segments, D=d, COLUMNS=columns, BLOCK=JOINED
-                )
-            before, before_sums = parts, part_sums
-        after, after_sums, _ = run(True, before, before_sums)
-        return after, after_sums, states, sums
-
-
-def segments_of(walks: int, chunks: int, device: torch.device) -> int:
-    """Into how many stretches a sequence of so many chunks is cut, where there are so many walks without."""
-    wanted = PROGRAMS * multiprocessors(device) // walks
-    return max(1, min(wanted, chunks // LEAST_CHUNKS))
-
-
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _shared(x: Tensor, heads: int) -> Tensor:

@@ -1,7 +1,8 @@
 """What the kernels share: tensors with their strides, where chunks lie, and what decays do inside one.
 
-A chunk is C tokens. What is left of one token at another is the exponential of a plain sum of g over the tokens in
-between, never of a difference of sums: that would be NaN for g = -inf, inexact for any large g, and might overflow.
+A chunk is C tokens. In float32, what is left of one token at another is the exponential of a plain sum of g over the
+tokens in between, never of a difference of sums: that would be NaN for g = -inf, inexact for any large g, and might
+overflow. Narrower dtypes bear differences where `prepare` says so.
 
 A decay a channel is no factor of the scores, so a chunk is halved: pairs of tokens in the two halves of a block meet at
 the last token of the first half, its middle. Level h = 1, 2, 4, ... takes the pairs (i, j) whose numbers differ first
@@ -24,16 +25,31 @@ from torch import Tensor
 
 
 class Heads(NamedTuple):
-    """x (B, H, N, C), whose last stride is 1, or (B, H, N), and its other strides."""
+    """x (B, heads, N, C), whose last stride is 1, or (B, heads, N), its other strides, and how many heads share one."""
 
     x: Tensor
     stride_b: int
     stride_h: int
     stride_n: int
+    share: int
 
     @classmethod
-    def of(cls, x: Tensor) -> Heads:
-        return cls(x, *x.stride()[:3])
+    def of(cls, x: Tensor, heads: int) -> Heads:
+        """For programs of so many heads."""
+        batch, head, token = x.stride()[:3]
+        return cls(x, batch, head, token, heads // x.shape[1])
+
+
+class States(NamedTuple):
+    """x (sequences, heads, K, V) or its transpose, contiguous, and the strides of K and V."""
+
+    x: Tensor
+    stride_k: int
+    stride_v: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> States:
+        return cls(x, *x.stride()[2:])
 
 
 class Cuts(NamedTuple):
@@ -48,6 +64,21 @@ class Cuts(NamedTuple):
     cu: Tensor | None = None
     first: Tensor | None = None
     seq_of: Tensor | None = None
+
+
+class Bounds(NamedTuple):
+    """What is left at the middle of a chunk of its start, and at its end of its middle: decay (chunks, heads, 2, D).
+
+    harmful (chunks, heads, parts): where that is too little, in some of the channels, for one product to serve all
+    pairs. share: heads that share one.
+    """
+
+    decay: Tensor
+    harmful: Tensor
+    heads: int
+    channels: int
+    parts: int
+    share: int
 
 
 @triton.jit
@@ -78,9 +109,22 @@ def chunk_of(cuts, slot, C: tl.constexpr):
 
 
 @triton.jit
+def any_harmful(bounds, first, last, head):
+    """0 or 1: of chunks from `first` on and before `last`."""
+    found = tl.zeros([128], tl.int32)
+    for block in range(first * bounds.parts, last * bounds.parts, 128):
+        part = block + tl.arange(0, 128)
+        slot = (part // bounds.parts).to(tl.int64)
+        at = (slot * bounds.heads + head // bounds.share) * bounds.parts + part % bounds.parts
+        found = tl.maximum(found, tl.load(bounds.harmful + at, mask=slot < last, other=0))
+    return tl.max(found, 0)
+
+
+@triton.jit
 def place(x, batch, head, start):
     """Where x[batch, head, start] lies. Within a chunk, offsets fit 32 bits."""
-    return x.x + (batch.to(tl.int64) * x.stride_b + head.to(tl.int64) * x.stride_h + start.to(tl.int64) * x.stride_n)
+    head = (head // x.share).to(tl.int64)
+    return x.x + (batch.to(tl.int64) * x.stride_b + head * x.stride_h + start.to(tl.int64) * x.stride_n)
 
 
 @triton.jit
@@ -97,20 +141,16 @@ def write(x, batch, head, start, rows, inside, channel, values, LIMIT: tl.conste
 
 
 @triton.jit
-def read_row(x, batch, head, start, rows, inside):
-    """One number a token, float32."""
-    return tl.load(place(x, batch, head, start) + rows * x.stride_n, mask=inside, other=0.0).to(tl.float32)
+def read_across(x, batch, head, start, rows, inside, channel, LIMIT: tl.constexpr):
+    """The same across, a column a token."""
+    at = place(x, batch, head, start) + (rows[None, :] * x.stride_n + channel[:, None])
+    return tl.load(at, mask=inside[None, :] & (channel < LIMIT)[:, None], other=0.0)
 
 
 @triton.jit
-def read_state(states, slot, head, num_heads, row, column, limit, D: tl.constexpr, DV: tl.constexpr):
-    """A block of states[slot, head], zeros from row `limit` on."""
-    first = states + (slot.to(tl.int64) * num_heads + head) * (D * DV)
-    return tl.load(
-        first + (row[:, None] * DV + column[None, :]),
-        mask=(row < limit)[:, None] & (column < DV)[None, :],
-        other=0.0,
-    )
+def read_row(x, batch, head, start, rows, inside):
+    """One number a token, float32."""
+    return tl.load(place(x, batch, head, start) + rows * x.stride_n, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -137,37 +177,44 @@ def between(g, rows, UPPER: tl.constexpr):
 
 
 @triton.jit
-def met(rows, h):
-    """(C, C): pairs of the level h, in either order."""
-    apart = rows[:, None] ^ rows[None, :]
-    return (apart >= h) & (apart < 2 * h)
+def apart(rows, h):
+    """(C, C): pairs that meet at the level h, in either order."""
+    differ = rows[:, None] ^ rows[None, :]
+    return (differ >= h) & (differ < 2 * h)
 
 
 @triton.jit
-def halves(g, KIND: tl.constexpr, PRECISION: tl.constexpr):
-    """g as the sum of two numbers that a product takes exactly, or nearly; finite, which 0 * g must be."""
-    g = tl.where(g < -1e4, -1e4, g)
+def finite(g):
+    """g without infinities, which 0 * g would make NaN."""
+    return tl.where(g < -1e4, -1e4, g)
+
+
+@triton.jit
+def summed(chosen, g, KIND: tl.constexpr, PRECISION: tl.constexpr):
+    """Sums of finite g over chosen tokens: (C, C), (C, channels) -> (C, channels)."""
+    chosen = chosen.to(tl.float32).to(KIND)
     if PRECISION == "ieee":
-        return g, g
+        return tl.dot(chosen, g, input_precision=PRECISION)
+    else:  # as the sum of two numbers that a product takes exactly, or nearly
+        high = g.to(tl.bfloat16)
+        low = (g - high.to(tl.float32)).to(KIND)
+        return tl.dot(chosen, high.to(KIND), tl.dot(chosen, low, input_precision=PRECISION), input_precision=PRECISION)
+
+
+@triton.jit
+def summed_across(g, chosen, KIND: tl.constexpr, PRECISION: tl.constexpr):
+    """The same across: (channels, C), (C, C) -> (channels, C)."""
+    chosen = chosen.to(tl.float32).to(KIND)
+    if PRECISION == "ieee":
+        return tl.dot(g, chosen, input_precision=PRECISION)
     else:
         high = g.to(tl.bfloat16)
-        return high.to(KIND), (g - high.to(tl.float32)).to(KIND)
+        low = (g - high.to(tl.float32)).to(KIND)
+        return tl.dot(high.to(KIND), chosen, tl.dot(low, chosen, input_precision=PRECISION), input_precision=PRECISION)
 
 
 @triton.jit
-def summed(chosen, high, low, KIND: tl.constexpr, PRECISION: tl.constexpr):
-    """Sums of g = high + low over chosen tokens, (C, C) -> (C, channels)."""
-    ones = chosen.to(tl.float32).to(KIND)
-    found = tl.dot(ones, high, input_precision=PRECISION)
-    if PRECISION != "ieee":
-        found = tl.dot(ones, low, found, input_precision=PRECISION)
-    return found
-
-
-@triton.jit
-def towards_middle(rows, h):
-    """(C, C): which tokens lie between each one and the middle of its block of 2 h, the later end included."""
-    middle = (rows | (2 * h - 1)) - h
-    low = tl.minimum(rows, middle)[:, None]
-    high = tl.maximum(rows, middle)[:, None]
-    return (rows[None, :] > low) & (rows[None, :] <= high)
+def towards_middle(at, other, h):
+    """Whether token `other` lies between token `at` and the middle of its block of 2 h, the later end included."""
+    middle = (at | (2 * h - 1)) - h
+    return (other > tl.minimum(at, middle)) & (other <= tl.maximum(at, middle))

@@ -1,0 +1,98 @@
+"""The gradient of a gate: all that flows from before token t to t and later.
+
+    dg_t = sum_(i >= t) (q_i dq_i - k_i dk_i) + what flows past the end,    and past a token: the sum of S times dS
+
+Over a long sequence the difference would lose its digits. So the walks say what flows past every EVERY chunks, where
+they have the state S and its gradient dS, and the sum is taken up to there alone.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from saccade.scan.kernels.prepare import past_middle
+from saccade.scan.kernels.tiles import any_harmful, place, read, stretch_of, write
+
+
+@triton.jit
+def token_flows(
+    q, k, dq, dk, past, dg, cuts, spans, ends,
+    V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, EVERY: tl.constexpr,
+):  # fmt: skip
+    """A gate a token: from tokens and their gradients, (B, H, N, V), to dg, (B, H, N).
+
+    EVERY chunks of one sequence and head a program. past (.., H, V): see `scan_walk`.
+    """
+    seq = tl.program_id(0) // spans
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
+    batch, begin, end, chunks, first_chunk = stretch_of(cuts, seq, C)
+    low = tl.program_id(0) % spans * EVERY
+    high = tl.minimum(low + EVERY, chunks)
+    slot = tl.where(high == chunks, ends + seq, (first_chunk + high) // EVERY + seq).to(tl.int64) * heads + head
+    carry = 0.0
+    for block in range(0, V, BV):
+        column = block + tl.arange(0, BV)
+        carry += tl.sum(tl.load(past + slot * V + column, mask=(column < V) & (low < high), other=0.0), 0)
+    rows = tl.arange(0, C)
+    for step in range(high - low):
+        start = begin + (high - 1 - step) * C
+        inside = start + rows < end
+        passed = tl.zeros([C], tl.float32)
+        for block in range(0, V, BV):
+            column = block + tl.arange(0, BV)
+            taken = read(q, batch, head, start, rows, inside, column, V).to(tl.float32)
+            taken *= read(dq, batch, head, start, rows, inside, column, V).to(tl.float32)
+            given = read(k, batch, head, start, rows, inside, column, V).to(tl.float32)
+            given *= read(dk, batch, head, start, rows, inside, column, V).to(tl.float32)
+            passed += tl.sum(taken - given, 1)
+        tl.store(place(dg, batch, head, start) + rows, carry + tl.cumsum(passed, 0, reverse=True), mask=inside)
+        carry += tl.sum(passed, 0)
+
+
+@triton.jit
+def channel_flows(
+    q, k, reads, keys, dreads, dkeys, g, bounds, past, dq, dk, dg, cuts, spans, ends,
+    V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, EVERY: tl.constexpr, MADE: tl.constexpr,
+):  # fmt: skip
+    """A gate a token and channel: from prepared tokens and their gradients to dq, dk and dg, all (B, H, N, V).
+
+    EVERY chunks of one sequence and head and BV channels a program, and one warp, so that sums over tokens cross none.
+    MADE: `prepare_tokens` has run; otherwise, and in harmful chunks, tokens are q and k themselves.
+    """
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    entry = tl.program_id(0) // TILES
+    column = tl.program_id(0) % TILES * BV + tl.arange(0, BV)
+    seq = entry // spans
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
+    batch, begin, end, chunks, first_chunk = stretch_of(cuts, seq, C)
+    low = entry % spans * EVERY
+    high = tl.minimum(low + EVERY, chunks)
+    slot = tl.where(high == chunks, ends + seq, (first_chunk + high) // EVERY + seq).to(tl.int64) * heads + head
+    carry = tl.load(past + slot * V + column, mask=(column < V) & (low < high), other=0.0)
+    rows = tl.arange(0, C)
+    for step in range(high - low):
+        chunk = high - 1 - step
+        start = begin + chunk * C
+        inside = start + rows < end
+        taken = read(dreads, batch, head, start, rows, inside, column, V).to(tl.float32)
+        given = read(dkeys, batch, head, start, rows, inside, column, V).to(tl.float32)
+        harmful = 1
+        if MADE:
+            harmful = any_harmful(bounds, first_chunk + chunk, first_chunk + chunk + 1, head)
+        if harmful == 0:
+            passed = taken * read(reads, batch, head, start, rows, inside, column, V).to(tl.float32)
+            passed -= given * read(keys, batch, head, start, rows, inside, column, V).to(tl.float32)
+            gates = read(g, batch, head, start, rows, inside, column, V).to(tl.float32)
+            away, _, _ = past_middle(gates, C)
+            taken *= tl.exp(away)
+            given *= tl.exp(-away)
+        else:
+            passed = taken * read(q, batch, head, start, rows, inside, column, V).to(tl.float32)
+            passed -= given * read(k, batch, head, start, rows, inside, column, V).to(tl.float32)
+        write(dg, batch, head, start, rows, inside, column, carry[None, :] + tl.cumsum(passed, 0, reverse=True), V)
+        carry += tl.sum(passed, 0)
+        write(dq, batch, head, start, rows, inside, column, taken, V)
+        write(dk, batch, head, start, rows, inside, column, given, V)
