@@ -9,7 +9,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import gallery
-from directives import PatternPicture, RoomReference
+from directives import PatternPicture, RoomReference, SweepResults
 from docstrings import to_rst
 
 import saccade
@@ -58,4 +58,5 @@ def setup(app: Any) -> dict[str, bool]:
     app.connect("autodoc-skip-member", _skip)
     app.add_directive("pattern", PatternPicture)
     app.add_directive("room", RoomReference)
+    app.add_directive("sweep", SweepResults)
     return {"parallel_read_safe": True}

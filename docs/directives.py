@@ -1,4 +1,4 @@
-"""`pattern`: what patterns admit, drawn where a page speaks of them; `room`: the reference of a package."""
+"""`pattern`: what patterns admit, drawn; `sweep`: what trainings found, shown; `room`: the reference of a package."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import inspect
 from types import ModuleType
 from typing import Any, ClassVar
 
+import measured
 from docstrings import to_rst
 from docutils import nodes
 from docutils.parsers.rst import Directive, directives
@@ -31,6 +32,21 @@ class PatternPicture(Directive):
             drawing = draw_pattern(pattern, None if is_grid else self.options.get("length", 64))
             figures.append(ink(drawing.images()[0][1], text, caption_is_code=True))
         return [nodes.raw("", f'<div class="pictures">{"".join(figures)}</div>', format="html")]
+
+
+class SweepResults(Directive):
+    """The argument is a sweep, `recall` or `images`: its charts and tables, from the rows that lie in `training/`."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        sweep = self.arguments[0]
+        show = {"recall": measured.recall, "images": measured.images}.get(sweep)
+        if show is None:
+            raise self.error(f"sweep: got {sweep!r}; choose recall or images")
+        for path in measured.files(sweep):
+            self.state.document.settings.record_dependencies.add(str(path))
+        return [nodes.raw("", show(measured.found(sweep)), format="html")]
 
 
 class RoomReference(Directive):
