@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -370,6 +374,18 @@ def test_sizes_fit_every_width():
         sizes = Sizes.of(width, width, dtype, gate)
         assert sizes.chunk & (sizes.chunk - 1) == 0
         assert sizes.tile.values >= 16
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_compiler_takes_every_variant(dtype):
+    """What the interpreter cannot see; in a process of its own, for here it interprets."""
+    script = Path(__file__).with_name("compile_kernels.py")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, script, dtype], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # Walks for o, dq, dk and dv and those before for two of them, without and with a normalizer, and for a decay a
+    # channel in both ways of splitting it, but for float32.
+    assert done.stdout.count("scan_walk") == 6 * 2 * (3 if dtype == "float32" else 4)
 
 
 # On a GPU: the compiled kernels, in every dtype. Compilers of some versions are known to miscompile backward kernels

@@ -1,0 +1,64 @@
+"""Compile the kernels of linear attention for compute capability 9.0, without a GPU: python compile_kernels.py DTYPE.
+
+The interpreter runs kernels as Python and is blind to what the compiler refuses: names that change their type, branches
+that leave other types behind, what is None in one variant alone. Prints a line a kernel.
+"""
+
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from saccade.scan.kernels import launch
+from saccade.scan.kernels.launch import Launch, Sizes, Tile
+
+TOKENS, D, DV = 96, 16, 32  # of several chunks and tiles, the smallest that make every product
+
+
+class NoGpu:
+    """What the compiler asks of a driver."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+def compiled(kernel: JITFunction, grid: object):
+    """In the place of a launch."""
+
+    def run(*args, **options):
+        kernel.warmup(*args, grid=grid, **options)
+        print(kernel.fn.__name__, flush=True)
+
+    return run
+
+
+def main(dtype: torch.dtype) -> None:
+    triton.runtime.driver.set_active(NoGpu())
+    JITFunction.__getitem__ = compiled
+    Sizes.of = classmethod(lambda cls, *problem: cls(32, Tile(16, 4, 2)))
+    Launch.stretches = 2
+    launch.ANCHORED = 64
+    for gate in range(3):
+        for mass in (False, True):
+            q, k = (torch.zeros(1, 2, TOKENS, D, dtype=dtype) for _ in range(2))
+            v = torch.zeros(1, 2, TOKENS, DV, dtype=dtype)
+            g = [None, torch.zeros(1, 2, TOKENS), torch.zeros(1, 2, TOKENS, D)][gate]
+            cu = torch.tensor([0, 40, TOKENS], dtype=torch.int32) if mass else None
+            memory = torch.zeros(1 + mass, 2, D, DV)
+            sums = torch.zeros(1 + mass, 2, D) if mass else None
+            problem = Launch(q, k, v, g, cu, 0.5, mass)
+            o, found, after, after_sums, starts, start_sums = problem.forward(memory, sums, dtype)
+            given = (found, after, after_sums) if mass else (None, after, None)
+            problem.backward(o, *given, memory, sums, starts, start_sums)
+
+
+if __name__ == "__main__":
+    main(getattr(torch, sys.argv[1]))
