@@ -215,7 +215,12 @@ def draw(
 
 @app.command()
 def tune(
-    id: Annotated[str, typer.Argument(help="A mechanism whose heads have rules to choose from.")],
+    id: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID|RECIPE", help="A mechanism whose heads have rules to choose from, or a recipe of conversion."
+        ),
+    ],
     density: Annotated[
         float | None, typer.Option(help="Most attended pairs, as a share of the admissible ones (default 0.5).")
     ] = None,
@@ -223,29 +228,57 @@ def tune(
         float | None, typer.Option(help="Instead: most time, as a share of dense attention's on this machine.")
     ] = None,
     lengths: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="Tokens at which the model is profiled (default 512,1024).")
+        str | None,
+        typer.Option(
+            metavar="N,N,...", help="Tokens at which the model is profiled (default 512,1024; a recipe: 256)."
+        ),
     ] = None,
     beyond: Annotated[
-        int, typer.Option(metavar="N", help="An unseen length, under the budget too, at which the choice is made.")
-    ] = 2048,
-    samples: Annotated[int, typer.Option(help="Samples a length.")] = 4,
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="An unseen length, under the budget too, at which the choice is made (default 2048); "
+            "a recipe is measured there too (1024).",
+        ),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Samples a length (default 4; a recipe: 8).")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Of a recipe: steps in which the feature maps are fitted (default 100).")
+    ] = None,
+    finetune: Annotated[
+        int | None, typer.Option(help="Of a recipe: steps of training the whole afterwards (default 60; 0: none).")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Of a recipe: cpu, cuda or cuda:N, where it runs (default cpu).")
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="A .json for compare --config.")] = Path("tuned.json"),
 ) -> None:
-    """Choose parameters head by head and layer by layer on a small language model, under a budget; then write them."""
-    from saccade.bench.tune import LENGTHS, table, tune
+    """Fit a mechanism to a small language model, then write what was found.
 
-    (cls,) = _classes([id])
+    Choose parameters head by head and layer by layer under a budget, or make the model's softmax attention linear.
+    """
+    from saccade.bench.tune import tuner
+
+    with _refusing(ValueError, TypeError):
+        tokens = _numbers("lengths", lengths) if lengths else None
+        if out.suffix == ".safetensors":
+            raise ValueError(f"out: got {str(out)!r}, where the tensors of a recipe go; pass a .json")
+    given = {
+        "density": density,
+        "time": time,
+        "lengths": tokens,
+        "beyond": beyond,
+        "count": samples,
+        "steps": steps,
+        "finetune": finetune,
+        "device": device,
+    }
     with _refusing(ValueError, TypeError, FileNotFoundError, ModuleNotFoundError), _bar() as progress:
-        found = tune(
-            cls,  # type: ignore[arg-type]
-            density=density,
-            time=time,
-            lengths=_numbers("lengths", lengths) if lengths else LENGTHS,
-            beyond=beyond,
-            count=samples,
-            progress=progress,
-        )
-    _console().print(table(found))
+        run = tuner(id, **{name: value for name, value in given.items() if value is not None})
+        if device is not None:
+            _check_device(device)
+        found = run(progress=progress)
+    _console().print(found.table())
     typer.echo(found.save(out))
 
 
@@ -273,12 +306,12 @@ def _contestants(
     """The mechanisms asked for; with a configuration, what it configures and its mechanism's defaults too."""
     if config is None:
         return list(_classes(ids, families))
-    from saccade.bench.tune import Tuned
+    from saccade.bench.tune import load
 
     with _refusing(ValueError):
-        tuned = Tuned.load(config).contestant(config.stem)
+        tuned = load(config).contestants(config.stem)
     asked = _classes(ids, families) if ids or families else []
-    return [*dict.fromkeys([*asked, tuned.cls]), tuned]
+    return list(dict.fromkeys([*asked, *tuned]))
 
 
 def _forecast(what: str, length: int | None, shape: tuple[int, int, int, int, int] | None, path: Path) -> Path:

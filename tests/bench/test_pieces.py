@@ -10,9 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 import toys
+from torch.nn.attention import SDPBackend
 
 from saccade.bench.accuracy import gate
 from saccade.bench.contestant import Entry
+from saccade.bench.dense import dense_attention, kernels
 from saccade.bench.draw import draw_mechanism, draw_pattern, influence, inputs_for, reference
 from saccade.bench.expression import parse_pattern
 from saccade.bench.guard import Failed, guard
@@ -20,6 +22,7 @@ from saccade.bench.inputs import Synthetic
 from saccade.bench.memory import available_bytes, peak_bytes
 from saccade.bench.records import Status
 from saccade.contract import Dims
+from saccade.testing.rounding import RUNS
 from saccade.where import Causal, Neighborhood, PerHead, Sinks, Window
 
 SAMPLE = Synthetic((1, 4, 2, 64, 16)).sample(150)
@@ -116,6 +119,34 @@ def test_the_gate_refuses_another_shape():
     found = gate(Short(SAMPLE.dims), (SAMPLE.q, SAMPLE.k, SAMPLE.v), torch.float32)
     assert not found.ok
     assert found.message == "output has shape (1, 4, 149, 16), its equations give (1, 4, 150, 16)"
+
+
+def test_dense_attention_is_the_same_by_every_kernel():
+    q, k, v = (torch.randn(1, heads, 12, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    for causal in (False, True):
+        plain = dense_attention(q, k, v, causal)
+        torch.testing.assert_close(dense_attention(q, k, v, causal, SDPBackend.MATH), plain)
+    assert kernels("cpu") == {"sdpa": None}
+    on_cuda = kernels("cuda:0")
+    assert next(iter(on_cuda)) == "sdpa"
+    assert len(set(on_cuda.values())) == len(on_cuda) == 4
+
+
+def test_further_eager_runs_begin_only_while_there_is_time(monkeypatch):
+    runs = []
+    oracle = toys.Wrong.oracle
+
+    def counted(self, q, k, v):
+        runs.append(q.dtype)
+        return oracle(self, q, k, v)
+
+    monkeypatch.setattr(toys.Wrong, "oracle", counted)
+    inputs = (SAMPLE.q, SAMPLE.k, SAMPLE.v)
+    assert not gate(toys.Wrong(SAMPLE.dims), inputs, torch.float32, seconds=0.0).ok
+    assert runs.count(torch.float32) == 1
+    runs.clear()
+    assert not gate(toys.Wrong(SAMPLE.dims), inputs, torch.float32).ok
+    assert runs.count(torch.float32) == RUNS
 
 
 def test_peak_memory_counts_what_is_alive_at_once():

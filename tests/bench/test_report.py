@@ -11,11 +11,14 @@ import torch
 from rich.console import Console
 from test_summary import DENSE, compared, failed, ok
 
-from saccade.bench import console, report
+from saccade.bench import console, report, units
 from saccade.bench.draw import Drawing
 from saccade.bench.records import Status, environment
 
 VOID = {"meta", "link", "img", "br"}
+
+
+KEPT = {"state_bytes": 1536, "state_tokens": 128, "baseline_state_bytes": 65536}
 
 
 class Page(HTMLParser):
@@ -51,7 +54,7 @@ def found():
         replace(DENSE, seconds=1.0, baseline_bytes=8, peak_bytes=8),
         ok("sparse", 4, 0.1, density=0.25, peak_bytes=4, baseline_bytes=8, speedup_low=3.9, speedup_high=4.2, pairs=8),
         failed("sparse", Status.TIMEOUT, 2048, "too slow"),
-        ok("odd", 0.5, 0.2, verdict="slower"),
+        ok("odd", 0.5, 0.2, verdict="slower", first_seconds=30.0, **KEPT),
         failed("evil", Status.WRONG, 128, "<script>alert('&')</script> https://evil.example"),
         failed("fell", Status.FELL_BACK, 128),
         ok("layer", 3, None, layer=True),
@@ -95,6 +98,17 @@ def test_every_mechanism_stands_in_the_table_with_its_status(text):
     assert "then TIMEOUT" in page.text
     assert "FELL_BACK" in page.text
     assert re.search(r"3\.9× to 4\.2×, faster", page.text)
+
+
+def test_what_is_kept_stands_in_a_column_of_its_own(found, text):
+    cells = re.findall(r'<td class="number([^"]*)" data-name="state">(.*?)</td>', text)
+    assert sorted(cells) == [("", "<span>1.5 KiB<small>of 64 KiB at 128</small></span>")] + [(" empty", "")] * 4
+    printed = Console(width=200, record=True, file=io.StringIO())
+    console.tell(found, printed)
+    assert "1.5 KiB at 128" in printed.export_text()
+    printed = Console(width=120, record=True, file=io.StringIO())  # the twin: it is the first column to go
+    console.tell(found, printed)
+    assert "1.5 KiB at 128" not in printed.export_text()
 
 
 def test_the_front_is_named(text):
@@ -164,6 +178,43 @@ def test_three_files(found, tmp_path):
     assert len([json.loads(line) for line in paths[2].read_text().splitlines()]) == len(found.records)
 
 
+def long_named(count):
+    made = [
+        ok(f"mechanism_with_a_long_name_{i}", 0.1, 123.0, 8192, seconds=1.234e-3 * 10**i, first_seconds=12.3)
+        for i in range(count)
+    ]
+    return compared(*(replace(r, speedup_low=0.0999, speedup_high=0.111, baseline_bytes=9) for r in made))
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 70, 80, 100, 120, 140, 200])
+def test_a_time_is_never_cut(width):
+    found = long_named(3)
+    printed = Console(width=width, record=True, file=io.StringIO())
+    printed.print(console.table(found, printed))
+    text = printed.export_text()
+    for line in long_named(3).records:
+        assert units.seconds(line.seconds) in text
+    heads = text.splitlines()[1].split()
+    assert "time" in heads
+    assert width < 70 or "…" not in text
+    assert ("backend" in text) == (width >= 140)
+    assert max(len(line) for line in text.splitlines()) <= width
+
+
+def test_what_is_unproven_has_a_time_and_says_that_it_proves_nothing():
+    about = {"status": Status.UNPROVEN, "message": "off by 53%", "first_seconds": 3.0}
+    found = replace(compared(DENSE, replace(ok("wild", 2, 0.1), **about)), environment=environment())
+    page = Page(report.page(found))
+    assert "off by 53%" in page.text
+    assert units.seconds(0.5) in page.text
+    assert "measured, not judged" in page.text
+    printed = Console(width=160, record=True, file=io.StringIO())
+    console.tell(found, printed)
+    text = printed.export_text()
+    assert "wild: UNPROVEN: off by 53%" in text
+    assert units.seconds(0.5) in text
+
+
 def test_nothing_measured_is_a_page_too():
     made = replace(compared(failed("a", Status.OOM, 1)), environment=environment())
     page = Page(report.page(made))
@@ -171,7 +222,7 @@ def test_nothing_measured_is_a_page_too():
     assert "svg" not in page.tags
 
 
-@pytest.mark.parametrize("width", [80, 160])
+@pytest.mark.parametrize("width", [64, 160])
 def test_the_console_says_the_same(found, width):
     printed = Console(width=width, record=True, file=io.StringIO())
     console.tell(found, printed)
@@ -183,4 +234,5 @@ def test_the_console_says_the_same(found, width):
     assert "Pareto front: sparse (4×, error 0.1), dense." in flat
     assert "12 s of a budget of 20 s" in flat
     assert ("25 %" in text) == (width == 160)
+    assert ("30 s" in text) == (width == 160)  # the first call
     assert max(len(line) for line in text.splitlines()) <= width

@@ -84,6 +84,26 @@ def test_a_line_a_mechanism_with_where_it_stopped():
     assert "Pareto front: a (3×, error 0.1), dense." in findings(found)[0]
 
 
+def test_what_was_not_measured_is_counted_beside_what_was():
+    found = compared(
+        DENSE,
+        ok("slow", 0.5, 0.1, verdict="slower"),
+        failed("late", Status.TIMEOUT, 1024),
+        ok("early", 2, 0.1, 512),
+        failed("early", Status.TIMEOUT, 1024),
+        failed("other", Status.WRONG, 128, "elsewhere"),
+    )
+    found = replace(found, records=(*found.records[:-1], replace(found.records[-1], causal=True)))
+    said = "text: full attention, 1024 tokens. Nothing that was measured is faster than dense attention beyond doubt."
+    assert findings(found)[0] == f"{said} 2 of 3 were not measured there."
+
+
+def test_what_is_unproven_and_ends_early_says_both():
+    wild = replace(ok("wild", 2, 0.1), status=Status.UNPROVEN, message="off by 53%")
+    (line,) = lines(compared(DENSE, wild, failed("wild", Status.OOM, 2048, "full")))
+    assert line.message == "off by 53%; OOM at 2048: full"
+
+
 @pytest.mark.parametrize("records", [(), (DENSE,), (failed("a", Status.OOM, 1),)])
 def test_nothing_measured(records):
     assert groups(compared(*records)) == []

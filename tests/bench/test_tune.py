@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 
 import saccade
 import saccade.catalogue
-from saccade.bench import tune as module
 from saccade.bench.compare import compare
 from saccade.bench.contestant import Configured
 from saccade.bench.inputs import Synthetic
 from saccade.bench.records import Status
 from saccade.bench.tune import Tunable, Tuned, front, loss, measured, profile, samples, solve, tune
+from saccade.bench.tune import rules as module
 from saccade.cli import app
 from saccade.contract import Dims
 from saccade.hosts.lm import LM, LMConfig, dense

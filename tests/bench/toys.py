@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from saccade.contract import Attention, Dims, Mixer, Spec
+from saccade.contract import Attention, CachePolicy, Dims, Mixer, Spec
 from saccade.where import Causal, Neighborhood, Window
 
 
@@ -241,3 +241,86 @@ class Chaotic(Smooth):
             state = step(state)
             rows.append(state)
         return torch.stack(rows, 1)
+
+
+class Running(Attention):
+    """The mean of all values so far: its state is their sum and their number, whatever was read."""
+
+    spec = spec("running")
+    causal = True
+
+    def compute(self, q, k, v):
+        count = torch.arange(1, v.shape[2] + 1, device=v.device)[:, None]
+        return (v.cumsum(2) / count).repeat_interleave(self.dims.group, 1)
+
+    def step(self, q, k, v, *, state=None):
+        total, count = state or (torch.zeros_like(v), 0)
+        total, count = total + v, count + 1
+        return (total / count).repeat_interleave(self.dims.group, 1), (total, count)
+
+    def oracle(self, q, k, v):
+        n = v.shape[2]
+        weights = torch.ones(n, n).tril().to(v) / torch.arange(1, n + 1).to(v)[:, None]
+        return weights @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+
+
+class Hoards(Running):
+    """The same outputs from a state that keeps every value."""
+
+    spec = spec("hoards")
+
+    def step(self, q, k, v, *, state=None):
+        state = v if state is None else torch.cat([state, v], 2)
+        return state.mean(2, keepdim=True).repeat_interleave(self.dims.group, 1), state
+
+
+class Stumbles(Running):
+    """Right as a whole; a step crashes."""
+
+    spec = spec("stumbles")
+
+    def step(self, q, k, v, *, state=None):
+        raise KeyError("lost")
+
+
+class Dawdles(Running):
+    """Right as a whole; a step never ends."""
+
+    spec = spec("dawdles")
+
+    def step(self, q, k, v, *, state=None):
+        while True:
+            v = v + 0.0
+
+
+class Refuses(Running):
+    """Has a step that these parameters do not have."""
+
+    spec = spec("refuses")
+
+    def step(self, q, k, v, *, state=None):
+        raise ValueError("causal: got False; only a causal one decodes token by token")
+
+
+class Recent(CachePolicy):
+    """The last `size` keys, of which a decoder keeps no others; steps are left out, for nothing may run them."""
+
+    spec = spec("recent")
+    causal = True
+
+    def __init__(self, dims: Dims, *, size: int = 96):
+        super().__init__(dims)
+        self.size = size
+
+    def compute(self, q, k, v):
+        return masked(q, k, v, Window(self.size).dense(q.shape[2])[0])
+
+    def step(self, q, k, v, *, state=None):
+        raise AssertionError("asked to run")
+
+    def kept(self, num_tokens):
+        return (torch.arange(num_tokens) >= num_tokens - self.size).expand(self.dims.num_kv_heads, -1)
+
+    def oracle(self, q, k, v):
+        ago = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
+        return masked(q, k, v, (ago >= 0) & (ago < self.size))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,28 +16,31 @@ from torch import Tensor
 
 from saccade.bench import timing
 from saccade.bench.accuracy import Gate, gate
-from saccade.bench.contestant import Configured, Entry, backend_of, baseline_call, density, watch_backends
+from saccade.bench.contestant import Configured, Entry, backend_of, baseline_calls, density, watch_backends
 from saccade.bench.dense import relative_error
 from saccade.bench.draw import GRID_TOKENS, Drawing, calls_for, influence, inputs_for, reference
-from saccade.bench.guard import Failed, guard
+from saccade.bench.footprint import baseline_bytes, kept_bytes
+from saccade.bench.guard import Failed, guard, is_memory
 from saccade.bench.inputs import CapturedText, Photograph, Workload
 from saccade.bench.memory import available_bytes, peak_bytes
 from saccade.bench.records import Place, Record, Status, environment
 from saccade.bench.sample import Sample
-from saccade.contract import Mechanism, Mixer
+from saccade.contract import CachePolicy, Mechanism, Mixer
 from saccade.errors import positive
 
 LENGTHS = (512, 2048, 8192)
 GATE_TOKENS = (128, 512)
 GATE_MOST = 2048  # tokens at which a mechanism that declines all smaller pieces is judged
 GATE_SECONDS = 5.0  # that a mechanism may take for its gate at least, since without it nothing of it is measured
+STATE_SECONDS = 3.0  # that the steps to a mechanism's state may take at least
 LEAST_BUDGET, EACH = 100.0, 2.0  # seconds, of all and of a mechanism
+FIRST_SECONDS = 60.0  # that a first call may take on a device, where it compiles
 GATE_SHARE, DRAW_SHARE = 0.3, 0.1  # of the budget
 ROUNDS = math.ceil(timing.LEAST_PAIRS / 2)
 CALLS = 2 + 2 * ROUNDS  # that a whole measurement takes: a first one, one that counts memory, and the timed ones
 QUICK = 0.5  # seconds of a call of dense attention that may be spent on its picture
 SAMPLES = 4  # inputs kept at once
-LEAST_SECONDS = 0.4  # that a call may take whatever its share
+LEAST_SECONDS = 0.4  # that a call may take whatever its share, as long as the budget lasts
 TOGETHER = 8  # functions that share one baseline at most
 Progress = Callable[[int, int, str], None]
 Call = Callable[[], Tensor]
@@ -73,7 +78,7 @@ class Runner:
 @dataclass(frozen=True)
 class Comparison:
     """Records in the order in which they came, drawings by mechanism and of dense attention by place, and what was
-    measured where. seconds: what it took of its `budget`.
+    measured where. seconds: what it took of its `budget`. first_seconds: what first calls on a device took besides.
     """
 
     records: tuple[Record, ...]
@@ -83,6 +88,7 @@ class Comparison:
     workloads: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     budget: float = 0.0
+    first_seconds: float = 0.0
 
 
 def compare(
@@ -104,7 +110,8 @@ def compare(
     ascending or not. dtype: float32 on the CPU and bfloat16 elsewhere by default. backend: asked of every mechanism;
     one that cannot be asked and runs another is FELL_BACK. budget: seconds for all of it (default: 2 a mechanism, at
     least 100); lengths are gone through in ascending order, every mechanism at one before any at the next, and a
-    mechanism whose call outgrows its share stops there as TIMEOUT. progress: called with (units done, units in all,
+    mechanism whose call outgrows its share stops there as TIMEOUT. On a device first calls, which compile, have a limit
+    of their own and are not the budget's. progress: called with (units done, units in all,
     what is under way).
 
         found = compare([MyAttention], [Synthetic((1, 8, 2, 4096, 64))], lengths=[1024, 4096])
@@ -139,7 +146,7 @@ class _Run:
         budget: float,
         progress: Progress | None,
     ) -> None:
-        self.start, self.budget = time.perf_counter(), budget
+        self.start, self.budget, self.first_seconds = time.perf_counter(), budget, 0.0
         self.stamp = environment(device)
         self.workloads, self.lengths, self.device, self.dtype, self.backend = workloads, lengths, device, dtype, backend
         self.clock = timing.clock_for(device)
@@ -169,7 +176,7 @@ class _Run:
             self._draw_all()
         used = {r.workload for r in self.records}
         about = {w.name: w.about for w in self.workloads if w.name in used}
-        seconds = time.perf_counter() - self.start
+        seconds = self.budget - self._left()
         self._tell("done")
         return Comparison(
             tuple(self.records),
@@ -179,10 +186,28 @@ class _Run:
             about,
             seconds,
             self.budget,
+            self.first_seconds,
         )
 
     def _left(self) -> float:
-        return self.budget - (time.perf_counter() - self.start)
+        return self.budget - (time.perf_counter() - self.start - self.first_seconds)
+
+    @contextmanager
+    def _first(self, limit: float, runner: Runner | None = None) -> Iterator[None]:
+        """Guard a first call by `limit`; on a device it compiles, has a limit of its own and is not the budget's."""
+        compiles = _compiles(self.device)
+        began = time.perf_counter()
+        try:
+            with guard(max(limit, FIRST_SECONDS) if compiles else limit):
+                yield
+                if self.device.startswith("cuda"):
+                    torch.cuda.synchronize(self.device)
+        finally:
+            seconds = time.perf_counter() - began
+            self.first_seconds += seconds if compiles else 0.0
+            if runner:
+                longest = max(seconds, runner.record.first_seconds or 0.0)
+                runner.record = replace(runner.record, first_seconds=longest)
 
     @property
     def _units(self) -> int:
@@ -252,6 +277,7 @@ class _Run:
         whole = self.sample(runner.workload, self.lengths[0], runner.record.grid)
         pieces = [whole.crop(tokens) for tokens in GATE_TOKENS if tokens < whole.length]
         found: Gate | None = None
+        first: Sample | None = None
         spent = 0.0
         pieces.append(whole.crop(GATE_MOST))
         for sample in pieces:
@@ -269,24 +295,46 @@ class _Run:
                 self._reject(replace(runner.record, length=sample.length, shape=sample.shape), failure)
                 return
             spent = time.perf_counter() - began
+            first = first or sample
             if found and not judged.decides:
                 break
             found = judged
             runner.record = replace(
                 runner.record, numerical_error=found.error, eager_error=found.eager_error, gate_tokens=found.tokens
             )
+            if not found.decides:
+                runner.record = replace(runner.record, status=Status.UNPROVEN, message=found.message)
+                break
             if not found.ok:
                 record = replace(runner.record, length=sample.length, shape=sample.shape)
                 self._reject(record, Failed(Status.WRONG, found.message))
                 return
         runner.gate = found
+        if first and runner.record.status == Status.OK:
+            self._weigh_state(runner, first, max(STATE_SECONDS, share))
 
     def _judge(self, runner: Runner, sample: Sample, limit: float) -> Gate:
         entry = runner.entry
-        with guard(limit):
+        with self._first(limit, runner):
             module = entry.build(sample, self.device, self.dtype)
             runner.record = replace(runner.record, causal=bool(module.causal))
-            return gate(module, entry.inputs(sample), self.dtype, **entry.options())
+            entry.call(module, sample)()
+        with guard(limit):
+            return gate(module, entry.inputs(sample), self.dtype, seconds=limit / 2, **entry.options())
+
+    def _weigh_state(self, runner: Runner, sample: Sample, limit: float) -> None:
+        """Record what it keeps of the tokens of `sample`. The whole was judged, the step was not: where that fails, the
+        mechanism stays in the comparison, and the record says why its state is not known.
+        """
+        entry = runner.entry
+        try:
+            with self._first(limit):
+                found = _state(entry.build(sample, self.device, self.dtype), entry, sample)
+        except Failed as failure:
+            if failure.status != Status.UNSUPPORTED:  # a variant that does not decode declines to
+                runner.record = replace(runner.record, message=f"its state is not known: {failure.message}")
+            return
+        runner.record = replace(runner.record, **found)
 
     # Times.
 
@@ -309,7 +357,6 @@ class _Run:
             "Mixer" if place.layer else "Attention",
             2017,
             Status.OK,
-            backend="sdpa",
             workload=place.workload,
             length=sample.length,
             shape=sample.shape,
@@ -323,8 +370,11 @@ class _Run:
         self._tell(f"{place.baseline}, {sample.length} tokens")
         try:
             _foresee(costs, sample.length, max(0.0, self._left()) / (1 + 2 * ROUNDS), self.device)
-            with guard(max(1.0, self._left() / 2)):
-                call = baseline_call(place.layer, place.causal, sample)
+            limit = max(1.0, self._left() / 2)
+            with self._first(limit):
+                backend, call = self._fastest(baseline_calls(place.layer, place.causal, sample))
+            base = replace(base, backend=backend)
+            with guard(limit):
                 kept: list[Tensor] = []
                 costs.append(self._cost(lambda: kept.append(call()), sample.length))
                 costs[-1].seconds = self.clock([call])[0]
@@ -337,6 +387,9 @@ class _Run:
             return
         base = replace(base, peak_bytes=costs[-1].nbytes, baseline_bytes=costs[-1].nbytes)
         base = base if place.layer else replace(base, density=1.0, approximation_error=0.0)
+        if place.causal:
+            cache = baseline_bytes(place.layer, sample.crop(sample.length))
+            base = replace(base, state_bytes=cache, state_tokens=sample.length, baseline_state_bytes=cache)
         own = len(self.records)
         self.records.append(replace(base, seconds=costs[-1].seconds, baseline_seconds=costs[-1].seconds, speedup=1.0))
         ready: list[tuple[Runner, Record, Call]] = []
@@ -354,6 +407,25 @@ class _Run:
         if beside:  # the very calls that the others are a ratio to
             seconds, costs[-1].seconds = statistics.median(beside), min(costs[-1].seconds, *beside)
             self.records[own] = replace(self.records[own], seconds=seconds, baseline_seconds=seconds)
+
+    def _fastest(self, calls: Mapping[str, Call]) -> tuple[str, Call]:
+        """Of several ways to compute the same, the one that takes least; those that do not run are left out."""
+        if len(calls) == 1:
+            return next(iter(calls.items()))
+        found: dict[str, float] = {}
+        for name, call in calls.items():
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # why a kernel does not run
+                    call()
+                    found[name] = min(self.clock([call] * ROUNDS))
+            except RuntimeError as error:
+                if is_memory(error):
+                    raise
+        if not found:
+            raise Failed(Status.WRONG, f"none of {', '.join(calls)} runs")
+        best = min(found, key=found.__getitem__)
+        return best, calls[best]
 
     def _noise(self, place: Place, call: Call, cost: Cost, share: float) -> float:
         """What the baseline shows against itself; where measuring that does not fit `share`, what it showed before, at
@@ -402,31 +474,36 @@ class _Run:
     ) -> tuple[Record, Call] | None:
         """All but the time at one length: first call, backend, error, memory, density. None when it ends here."""
         entry = runner.entry
-        record = replace(runner.record, length=sample.length, shape=sample.shape, threads=torch.get_num_threads())
+        about: dict[str, Any] = {"length": sample.length, "shape": sample.shape, "threads": torch.get_num_threads()}
+        limit = max(2 * share, 1.0)
         try:
-            _foresee(runner.costs, sample.length, max(2 * share / CALLS, LEAST_SECONDS), self.device)
-            with guard(max(2 * share, 1.0)):
+            least = min(LEAST_SECONDS, max(0.0, self._left()) / CALLS)
+            _foresee(runner.costs, sample.length, max(2 * share / CALLS, least), self.device)
+            with self._first(limit, runner):
                 module = entry.build(sample, self.device, self.dtype)
                 call = entry.call(module, sample)
-                with watch_backends() as ran:
-                    output = call()
-                backend = backend_of(module, ran)
-                if entry.backend and backend != entry.backend:
-                    raise Failed(Status.FELL_BACK, f"{entry.backend} was asked for, {backend} ran")
+                output = call()
+            with guard(limit):
                 if not bool(output.isfinite().all()):
                     raise Failed(Status.WRONG, f"output is not finite at {sample.length} tokens")
                 error = None if entry.is_mixer else relative_error(output, dense)
                 del output
-                cost = self._cost(call, sample.length)
+                with watch_backends() as ran:
+                    cost = self._cost(call, sample.length)
+                backend = backend_of(module, ran)
+                if entry.backend and backend != entry.backend:
+                    raise Failed(Status.FELL_BACK, f"{entry.backend} was asked for, {backend} ran")
                 kept = density(module, sample)
+                if isinstance(module, CachePolicy):  # which is asked, not run
+                    about |= _state(module, entry, sample.crop(sample.length))
         except Failed as failure:
             if failure.status != Status.UNSUPPORTED:
                 self._stop(runner, sample, failure)
                 return None
-            self._reject(record, failure)
+            self._reject(replace(runner.record, **about), failure)
             return None
         runner.costs.append(cost)
-        record = replace(record, backend=backend, peak_bytes=cost.nbytes, baseline_bytes=base_bytes)
+        record = replace(runner.record, **about, backend=backend, peak_bytes=cost.nbytes, baseline_bytes=base_bytes)
         return replace(record, density=kept, approximation_error=error), call
 
     # Pictures.
@@ -450,6 +527,8 @@ class _Run:
         timed = [s for s in reversed(samples) if s.length in seconds and (not rank or s.length <= GRID_TOKENS)]
         slope = runner.costs[0].seconds / runner.costs[0].length if runner.costs else share / samples[0].length
         smaller = (256, 64) if rank else (512, 256, 64)  # a square stays one
+        if self._left() <= 0:
+            return
         for sample in [*timed, *(samples[0].crop(tokens) for tokens in smaller)]:
             once = seconds.get(sample.length, slope * sample.length)
             if sample.length <= 64 or calls_for(runner.entry.is_mixer, sample) * once <= share:
@@ -469,6 +548,20 @@ class _Run:
         samples = [self.sample(runners[0].workload, n, place.grid) for n in self.lengths]
         fitting = [s for s in samples if s.length in quick] or [samples[0].crop(min(most, samples[0].length))]
         self.references[place] = reference(fitting[-1], place.causal)
+
+
+def _state(module: Mechanism, entry: Entry, sample: Sample) -> dict[str, Any]:
+    """What a module keeps of the tokens of one sequence, for its record; empty where it does not decode."""
+    found = kept_bytes(module, entry.inputs(sample))
+    if found is None:
+        return {}
+    beside = baseline_bytes(entry.is_mixer, sample)
+    return {"state_bytes": found, "state_tokens": sample.length, "baseline_state_bytes": beside}
+
+
+def _compiles(device: str) -> bool:
+    """Does a first call there compile kernels?"""
+    return not device.startswith("cpu")
 
 
 def _foresee(costs: list[Cost], length: int, most: float, device: str) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
-from saccade.bench.dense import DenseMixer, dense_attention
+from saccade.bench.dense import DenseMixer, dense_attention, kernels
 from saccade.bench.sample import Sample
 from saccade.contract import Attention, Dims, Mechanism, Mixer
 from saccade.testing.ambient import seeded
-from saccade.testing.subject import cast
+from saccade.testing.rounding import cast
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,14 +85,18 @@ class Entry:
         return run
 
 
-def baseline_call(is_mixer: bool, causal: bool, sample: Sample) -> Callable[[], Tensor]:
-    """Dense attention on the same inputs; for a layer, a dense layer of the same dims."""
-    if not is_mixer:
-        q, k, v = sample.q, sample.k, sample.v
-        return torch.no_grad()(lambda: dense_attention(q, k, v, causal))
-    with seeded(0):
-        layer = DenseMixer(sample.mixer_dims, causal).to(sample.x).eval()
-    return torch.no_grad()(lambda: layer(sample.x))
+def baseline_calls(is_mixer: bool, causal: bool, sample: Sample) -> dict[str, Callable[[], Tensor]]:
+    """Dense attention on the same inputs, by kernel; for a layer, a dense layer of the same dims."""
+
+    def with_kernel(kernel: SDPBackend | None) -> Callable[[], Tensor]:
+        if not is_mixer:
+            q, k, v = sample.q, sample.k, sample.v
+            return torch.no_grad()(lambda: dense_attention(q, k, v, causal, kernel))
+        with seeded(0):
+            layer = DenseMixer(sample.mixer_dims, causal, kernel).to(sample.x).eval()
+        return torch.no_grad()(lambda: layer(sample.x))
+
+    return {name: with_kernel(kernel) for name, kernel in kernels(str(sample.x.device)).items()}
 
 
 def density(module: Mechanism, sample: Sample) -> float | None:

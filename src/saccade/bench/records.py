@@ -21,12 +21,14 @@ from typing import Any, NamedTuple
 class Status(StrEnum):
     """How a mechanism came through.
 
-    OK: its numbers hold and it was timed. WRONG: they do not hold, or it crashed. UNSUPPORTED: it declined this shape,
-    dtype or device. OOM: memory ran out, or would have. FELL_BACK: another backend ran than the one asked for.
-    TIMEOUT: a call takes longer than its share of the budget.
+    OK: its numbers hold and it was timed. UNPROVEN: it was timed, not judged, since its own equations lose all digits
+    in this dtype. WRONG: its numbers do not hold, or it crashed. UNSUPPORTED: it declined this shape, dtype or device.
+    OOM: memory ran out, or would have. FELL_BACK: another backend ran than the one asked for. TIMEOUT: a call takes
+    longer than its share of the budget.
     """
 
     OK = "OK"
+    UNPROVEN = "UNPROVEN"
     WRONG = "WRONG"
     UNSUPPORTED = "UNSUPPORTED"
     OOM = "OOM"
@@ -53,16 +55,19 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """One mechanism at one length of one workload. Only a record that is OK may carry a time; anything else raises.
+    """One mechanism at one length of one workload. Only one that is OK or UNPROVEN may carry a time; others raise.
 
     threads: of the CPU while it ran, where that was measured. workload, grid, layer, causal: its `place`, which names
-    the baseline. seconds, baseline_seconds: medians of a call.
-    speedup: median of the paired ratios baseline / mechanism (> 1: faster than dense); speedup_low, speedup_high: its
-    95 % interval, None below six pairs. verdict: faster, slower, same or undecided. peak_bytes: most bytes alive at
-    once above the inputs and parameters. density: attended / admissible pairs as achieved, None when the mechanism
-    weighs no single pairs. numerical_error: relative L2 distance of the fast path from the mechanism's own float64
-    equations, on `gate_tokens` tokens of the same input; eager_error: the same for those equations run in the fast
-    path's dtype.
+    the baseline. seconds, baseline_seconds: medians of a call. first_seconds: the longest of its first calls so far, at
+    the gate and at each length; what is compiled, planned and imported then is ready later. speedup: median of the
+    paired ratios baseline / mechanism (> 1: faster than dense); speedup_low, speedup_high: its 95 % interval, None
+    below six pairs. verdict: faster, slower, same or undecided. peak_bytes: most bytes alive at once above the inputs
+    and parameters. density: attended / admissible pairs as achieved, None when the mechanism weighs no single pairs.
+    state_bytes: what it keeps of `state_tokens` tokens of one sequence to decode the next, None where it does not
+    decode; a policy says it of all tokens, others were stepped through a few of the gate's. baseline_state_bytes: the
+    baseline's keys and values of as many tokens. numerical_error: relative L2 distance of the fast path from the
+    mechanism's own float64 equations, on `gate_tokens` tokens of the same input; eager_error: the same for those
+    equations run in the fast path's dtype.
     approximation_error: relative L2 distance from dense softmax attention on the same q, k, v; None for a layer.
     """
 
@@ -85,6 +90,7 @@ class Record:
     causal: bool = False
     seconds: float | None = None
     baseline_seconds: float | None = None
+    first_seconds: float | None = None
     speedup: float | None = None
     speedup_low: float | None = None
     speedup_high: float | None = None
@@ -93,6 +99,9 @@ class Record:
     peak_bytes: int | None = None
     baseline_bytes: int | None = None
     density: float | None = None
+    state_bytes: int | None = None
+    state_tokens: int | None = None
+    baseline_state_bytes: int | None = None
     numerical_error: float | None = None
     eager_error: float | None = None
     gate_tokens: int | None = None
@@ -100,9 +109,16 @@ class Record:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "status", Status(self.status))
-        if self.status != Status.OK and (self.seconds is not None or self.speedup is not None):
-            message = f"seconds: got a time for {self.mechanism}, which is {self.status}; only OK records are timed"
+        if not self.may_be_timed and (self.seconds is not None or self.speedup is not None):
+            message = (
+                f"seconds: got a time for {self.mechanism}, which is {self.status}; only OK and UNPROVEN ones are timed"
+            )
             raise ValueError(message)
+
+    @property
+    def may_be_timed(self) -> bool:
+        """Nothing speaks against its numbers."""
+        return self.status in (Status.OK, Status.UNPROVEN)
 
     @property
     def place(self) -> Place:

@@ -16,6 +16,7 @@ from saccade.bench.summary import Group, dropped, findings, groups, lines
 
 MEANINGS = {
     Status.OK: "its numbers hold, and it was timed.",
+    Status.UNPROVEN: "measured, not judged: its own equations lose all digits in this dtype.",
     Status.WRONG: "its numbers do not hold, or it crashed.",
     Status.UNSUPPORTED: "it declined this shape, dtype or device.",
     Status.OOM: "memory ran out, or would have.",

@@ -80,38 +80,39 @@ def groups(found: Comparison) -> list[Group]:
 
 @dataclass(frozen=True)
 class Line:
-    """One mechanism in the table: its longest OK record, else the one that says why not; and where it stopped."""
+    """One mechanism in the table: its longest timed record, else the one that says why not; and where it stopped."""
 
     record: Record
     stopped: Record | None = None
 
     @property
     def message(self) -> str:
-        """Why there is no time, or none beyond this length."""
-        if self.stopped is None:
-            return self.record.message
-        return f"{self.stopped.status} at {self.stopped.length}: {self.stopped.message}"
+        """Why there is no time, or none beyond this length, or a time that proves nothing."""
+        parts = [self.record.message] if self.record.message else []
+        if self.stopped is not None:
+            parts.append(f"{self.stopped.status} at {self.stopped.length}: {self.stopped.message}")
+        return "; ".join(parts)
 
 
 def lines(found: Comparison) -> list[Line]:
-    """One line a mechanism: those that are OK by place, fastest first, then the others."""
+    """One line a mechanism: those that are OK by place, fastest first, the unproven, then the others."""
     by_id: dict[str, list[Record]] = {}
     for record in found.records:
         if record.mechanism != "dense":
             by_id.setdefault(record.mechanism, []).append(record)
     table = []
     for own in by_id.values():
-        timed = [r for r in own if r.status == Status.OK]
-        failed = [r for r in own if r.status != Status.OK]
+        timed = [r for r in own if r.may_be_timed]
+        failed = [r for r in own if not r.may_be_timed]
         chosen = max(timed, key=lambda r: r.length) if timed else own[0]
         later = [r for r in failed if timed and r.length > chosen.length]
         table.append(Line(chosen, later[0] if later else None))
     order = [group.place for group in groups(found)]
 
-    def rank(line: Line) -> tuple[bool, int, float, str]:
+    def rank(line: Line) -> tuple[bool, bool, int, float, str]:
         r = line.record
         ok = r.status == Status.OK
-        return not ok, order.index(r.place) if ok else 0, -(r.speedup or 0.0), r.mechanism
+        return not ok, not r.may_be_timed, order.index(r.place) if ok else 0, -(r.speedup or 0.0), r.mechanism
 
     return sorted(table, key=rank)
 
@@ -122,7 +123,7 @@ def dropped(found: Comparison) -> list[Line]:
 
 
 def findings(found: Comparison) -> list[str]:
-    """A few sentences: the Pareto front of every place, the fastest layer, and what was dropped."""
+    """A few sentences: the Pareto front of every place, the fastest layer, what was not measured, what was dropped."""
     told = []
     for group in groups(found):
         where = f"{group.title}, {group.length} tokens"
@@ -130,9 +131,12 @@ def findings(found: Comparison) -> list[str]:
         if front:
             told.append(f"{where}. Pareto front: {', '.join(describe(r) for r in front)}.")
         elif not group.place.layer:
-            told.append(f"{where}. Nothing is faster than dense attention beyond doubt.")
+            told.append(f"{where}. Nothing that was measured is faster than dense attention beyond doubt.")
         else:
             told.append(f"{where}. Fastest: {describe(compared[0])}.")
+        entered = {r.mechanism for r in found.records if r.place == group.place and r.mechanism != "dense"}
+        if missing := len(entered) - len(compared):
+            told[-1] += f" {missing} of {len(entered)} were not measured there."
     by_status: dict[Status, list[str]] = {}
     for line in dropped(found):
         status = line.stopped.status if line.stopped else line.record.status

@@ -1,6 +1,6 @@
 """Linear time: recurrences over tokens, one equation a primitive, computed in chunks or as a scan."""
 
-from saccade.scan import decays, features, normalizers
+from saccade.scan import decays, features, normalizers, snapshot
 from saccade.scan.associative_scan import affine, associative_scan, check_monoid, matrix_affine, softmax_monoid
 from saccade.scan.delta_rule import delta_rule
 from saccade.scan.fast_weights import (
@@ -82,5 +82,6 @@ __all__ = [
     "raster_orders",
     "selective_scan",
     "snake_orders",
+    "snapshot",
     "softmax_monoid",
 ]

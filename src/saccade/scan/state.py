@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from saccade.scan import snapshot
 
 WIDE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
@@ -129,13 +132,34 @@ class State:
         """The state on another device or in another dtype; arguments as for `Tensor.to`."""
         return self._map(lambda tensor: tensor.to(*args, **kwargs))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors, each counted whole, as `save` writes them."""
+        return snapshot.nbytes(self)
+
+    def fork(self) -> State:
+        """A plain copy, which shares no memory with this one: what one of them goes on to, the other never sees."""
+        return self._map(torch.clone)
+
+    def save(self, path: str | Path, *, mechanism: Any) -> None:
+        """Write safetensors that `load` reads; mechanism: whose it is, a module or a name (`snapshot.save`)."""
+        snapshot.save(path, self, mechanism=mechanism)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, mechanism: Any, like: State | None = None, device: str | torch.device = "cpu"
+    ) -> State:
+        """What `save` wrote for this mechanism; `like` and the refusals are those of `snapshot.load`.
+
+        Errors: ValueError also for a file with another kind of state.
+        """
+        found = snapshot.load(path, mechanism=mechanism, like=like, device=device)
+        if not isinstance(found, cls):
+            raise ValueError(f"path: {str(path)!r} holds a {type(found).__name__}; read it with snapshot.load")
+        return found
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> State:
-        transition = self.transition
-        if isinstance(transition, Matrix):
-            transition = Matrix(function(transition.value))
-        elif transition is not None:
-            transition = function(transition)
-        return State(function(self.memory), transition, None if self.shift is None else function(self.shift))
+        return cast(State, snapshot.over(self, function))
 
 
 def _broadcasts(shape: torch.Size, onto: torch.Size) -> bool:

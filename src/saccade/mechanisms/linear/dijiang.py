@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import known, positive
 from saccade.scan import State, linear_attention
+from saccade.scan.features import Map
 
 FEATURES = ("softmax", "exp")
 
@@ -48,6 +49,64 @@ class Frequencies(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = dct(x) * self.scales.to(x.dtype)
         return y.softmax(-1) if self.weight is None else self.weight.to(x.dtype) * y.exp()
+
+
+def log_horizons(num_heads: int) -> Tensor:
+    """e (H,) in float64, the logarithms of 1 - gamma: from 1/32 to 1/512 in equal steps."""
+    return torch.linspace(math.log(1 / 32), math.log(1 / 512), num_heads, dtype=torch.float64)
+
+
+class Taught(nn.Module):
+    """What a conversion of softmax attention trains: T, a diagonal a head of queries and of keys, and the decays.
+
+        o_i = sum_{j <= i} w_ij v_j / sum_{j <= i} w_ij,   w_ij = gamma_h^(i - j) (phi(q_i) . phi'(k_j))
+        phi(x) = softmax(T C x),   log gamma_h = log(1 - sigmoid(r_h))
+
+    query (H, 1, D) and key (Hkv, 1, D), T as it is drawn once for all heads; rates r (H,), which start at the layer's
+    decays. Deviations: the paper trains the whole model by its own loss, with T as drawn and decays that stay; weights
+    are divided by their sum where the layer has a gate and a group norm, which a trained model has not; rotary
+    positions stay in q and k. rate: of Adam at first.
+
+    >>> Taught(Dims(2, 4)).log_decay.exp()
+    tensor([0.9688, 0.9980], grad_fn=<ExpBackward0>)
+    """
+
+    rate = 3e-2
+
+    def __init__(self, dims: Dims) -> None:
+        super().__init__()
+        drawn = Frequencies(dims.head_dim, "softmax", 0).scales
+        heads = dims.num_heads, dims.num_kv_heads
+        self.query, self.key = (nn.Parameter(drawn.expand(h, 1, -1).clone()) for h in heads)
+        self.rates = nn.Parameter(log_horizons(dims.num_heads).exp().logit().float())
+
+    def feature_map(self) -> tuple[Map, Map]:
+        def phi(scales: Tensor) -> Map:
+            return lambda x: (dct(x) * scales.to(x.dtype)).softmax(-1)
+
+        return phi(self.query), phi(self.key)
+
+    @property
+    def log_decay(self) -> Tensor:
+        rates = self.rates
+        return -F.softplus(rates if rates.dtype == torch.float64 else rates.float())
+
+    def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        w, (n, d) = self.state_dict(keep_vars=True), q.shape[2:]
+        basis = [[math.cos(math.pi * (i + 0.5) * f / d) * (2 / d) ** 0.5 for i in range(d)] for f in range(d)]
+        basis[0] = [d**-0.5] * d
+        cosines = torch.tensor(basis, dtype=q.dtype)
+        rows = []
+        for h in range(q.shape[1]):
+            g = h * k.shape[1] // q.shape[1]
+            y, z = (q[:, h] @ cosines.T * w["query"][h]).exp(), (k[:, g] @ cosines.T * w["key"][g]).exp()
+            y, z = y / y.sum(-1, keepdim=True), z / z.sum(-1, keepdim=True)
+            gamma = 1 / (1 + w["rates"][h].exp())
+            for i in range(n):
+                ago = torch.arange(i, -1, -1, dtype=q.dtype)[:, None]
+                a = (y[:, i, None] * z[:, : i + 1]).sum(-1, keepdim=True) * gamma**ago
+                rows.append((a * v[:, g, : i + 1]).sum(1) / a.sum(1))
+        return torch.stack(rows, 1).unflatten(1, q.shape[1:3])
 
 
 class DiJiang(Mixer):
@@ -95,9 +154,13 @@ class DiJiang(Mixer):
         nn.init.xavier_uniform_(self.gate.weight, gain=2**-2.5)
         self.norm = nn.GroupNorm(dims.num_heads, c)
         self.out = nn.Linear(c, c)
-        steps = torch.linspace(math.log(1 / 32), math.log(1 / 512), dims.num_heads, dtype=torch.float64)
         # No buffer, for a model in half precision keeps its decays.
-        self.log_decay = torch.log1p(-steps.exp()).float()
+        self.log_decay = torch.log1p(-log_horizons(dims.num_heads).exp()).float()
+
+    @classmethod
+    def to_fit(cls, dims: Dims) -> Taught:
+        """What a conversion of softmax attention trains in a layer: the features and decays of this one."""
+        return Taught(dims)
 
     def read(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
         """o (B, H, N, D) and the memory after the last token."""

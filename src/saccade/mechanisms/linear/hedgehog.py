@@ -79,6 +79,8 @@ class Hedgehog(Attention):
     )
     causal = True
     per_head = True
+    log_decay: Tensor | None = None  # of no token; it and the rate are what a conversion asks for
+    rate = 1e-2
 
     def __init__(self, dims: Dims, *, activation: str = "softmax", tied: bool = False, causal: bool = True) -> None:
         super().__init__(dims)
@@ -97,6 +99,11 @@ class Hedgehog(Attention):
         if act is None:
             return ExpMaps(self.query, self.key)
         return lambda q: act(self.query(q)).clamp_min(LEAST), lambda k: act(self.key(k)).clamp_min(LEAST)
+
+    @classmethod
+    def to_fit(cls, dims: Dims) -> Hedgehog:
+        """What a conversion of softmax attention trains in a layer: W for queries and keys, as the paper does (4.2)."""
+        return cls(dims)
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         """The weights of all pairs (B, H, N, M), which training compares with those of a softmax."""

@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,9 +29,10 @@ from saccade.bench import timing
 from saccade.bench.contestant import Configured
 from saccade.bench.dense import dense_attention
 from saccade.bench.records import write_atomic
-from saccade.contract import Attention, Dims
+from saccade.bench.tune.measure import Progress, Sample, Steps, dims_of, layered, loss, measured, samples
+from saccade.contract import Attention, Dims, Mechanism
 from saccade.errors import positive
-from saccade.hosts.lm import LM, AttentionCall, dense
+from saccade.hosts.lm import LM, dense
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,7 +42,6 @@ LAYER_RULES = 2
 POINTS = 4  # bounds that each length's loss is put under
 GAP, SECONDS = 1e-3, 10.0  # of one run of the solver: how far from the optimum it may stop, and when it must
 REPEATS = 3  # of a timed call
-Progress = Callable[[int, int, str], None]
 Rule = Mapping[str, Any]
 
 
@@ -96,33 +96,26 @@ class Tuned:
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise ValueError(f"config: {str(path)!r} is not what saccade tune writes ({error})") from error
 
-    def contestant(self, name: str) -> Configured:
-        """For a comparison."""
+    def contestants(self, name: str) -> list[type[Mechanism] | Configured]:
+        """For a comparison: the mechanism's defaults, and what was chosen under a name of its own."""
         from saccade.catalogue import mechanism
 
-        return Configured(mechanism(self.mechanism), self.layers, name)
+        cls = mechanism(self.mechanism)
+        return [cls, Configured(cls, self.layers, name)]
 
+    def table(self) -> Table:
+        """What was reached, a row a length."""
+        from rich import box
+        from rich.table import Table
 
-def table(found: Tuned) -> Table:
-    """What was reached, a row a length."""
-    from rich import box
-    from rich.table import Table
-
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{found.mechanism}, nats a byte on held-out text")
-    names = ("dense", "default", "tuned", "predicted")
-    for name in ("tokens", "density", *names):
-        drawn.add_column(name, justify="right")
-    for length, row in found.loss.items():
-        losses = (f"{row[name]:.3f}" if name in row else "" for name in names)
-        drawn.add_row(length, f"{found.density[length]:.1%}", *losses)
-    return drawn
-
-
-class Sample(NamedTuple):
-    """tokens (1, N), of which those from `first` on are to be predicted."""
-
-    tokens: Tensor
-    first: int
+        drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{self.mechanism}, nats a byte on held-out text")
+        names = ("dense", "default", "tuned", "predicted")
+        for name in ("tokens", "density", *names):
+            drawn.add_column(name, justify="right")
+        for length, row in self.loss.items():
+            losses = (f"{row[name]:.3f}" if name in row else "" for name in names)
+            drawn.add_row(length, f"{self.density[length]:.1%}", *losses)
+        return drawn
 
 
 def tunable() -> list[str]:
@@ -130,46 +123,6 @@ def tunable() -> list[str]:
     from saccade.catalogue import mechanism, mechanisms
 
     return [spec.id for spec in mechanisms() if isinstance(mechanism(spec.id), Tunable)]
-
-
-def samples(length: int, count: int, *, held_out: bool, seed: int = 0) -> list[Sample]:
-    """Plain text, every byte to be predicted, and codes to be found in it, the answer alone, in turns.
-
-    Answers from far back are what shows which heads look there. held_out: text that the model was not trained on.
-    """
-    from saccade.tasks.retrieval import samples as planted
-    from saccade.tasks.text import held_out_text, python_text
-
-    text = held_out_text() if held_out else python_text()
-    rng = np.random.default_rng([seed, length])
-    found = [Sample(_tokens(s.tokens), s.answer[0]) for s in planted("multi_key", length, count, seed=seed, text=text)]
-    starts = rng.integers(0, len(text) - length, count).tolist()
-    found = [
-        one
-        for pair in zip([Sample(_tokens(text[at : at + length]), 1) for at in starts], found, strict=True)
-        for one in pair
-    ]
-    return found[:count]
-
-
-def _tokens(text: bytes) -> Tensor:
-    return torch.from_numpy(np.frombuffer(text, np.uint8).astype(np.int64))[None]
-
-
-def loss(model: LM, sample: Sample) -> Tensor:
-    """Mean cross-entropy, in nats, of the bytes to be predicted."""
-    logits = model(sample.tokens)[:, sample.first - 1 : -1]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), sample.tokens[:, sample.first :].flatten())
-
-
-def measured(model: LM, attention: AttentionCall, group: Sequence[Sample]) -> float:
-    """The mean loss of `group` with another attention in the model."""
-    before, model.attention = model.attention, attention
-    try:
-        with torch.no_grad():
-            return statistics.fmean(float(loss(model, one)) for one in group)
-    finally:
-        model.attention = before
 
 
 def profile(model: LM, cls: Any, group: Sequence[Sample]) -> list[Tensor]:
@@ -194,12 +147,6 @@ def profile(model: LM, cls: Any, group: Sequence[Sample]) -> list[Tensor]:
             found = [cls.influence(*qkv, g) / len(group) for (*qkv, _), g in zip(seen, gradients, strict=True)]
         total = [a + b for a, b in zip(total, found, strict=True)] if total else found
     return total
-
-
-def layered(contestant: Configured, dims: Dims) -> AttentionCall:
-    """The mechanisms of a whole model as its attention."""
-    modules = [contestant.build(dims, layer) for layer in range(len(contestant.layers))]
-    return lambda q, k, v, layer: modules[layer](q, k, v)
 
 
 def mean_density(contestant: Configured, dims: Dims, length: int) -> float:
@@ -344,7 +291,7 @@ def tune(
     every = [*lengths, _unseen(beyond, lengths, model.config.max_length)]
     positive("count", count)
     solved = len(lengths) + (len(lengths) * (POINTS - 2) ** (len(lengths) - 1) if len(lengths) > 1 else 0)
-    steps = _Steps(2 * len(lengths) + 1 + solved + 1 + len(every), progress)
+    steps = Steps(2 * len(lengths) + 1 + solved + 1 + len(every), progress)
     with timing.threads(timing.quiet_threads()):
         chosen, predicted = _choose(cls, model, kind, most, every, count, steps)
         dims, default = dims_of(model), Configured(cls, ({},) * len(chosen.layers), "default")
@@ -357,11 +304,6 @@ def tune(
             losses[str(n)] = row | ({"predicted": row["dense"] + predicted[n]} if n in predicted else {})
         achieved = {str(n): mean_density(chosen, dims, n) for n in every}
     return Tuned(cls.spec.id, tuple(dict(one) for one in chosen.layers), {kind: most}, achieved, losses)
-
-
-def dims_of(model: LM) -> Dims:
-    """The dims of a model's attention."""
-    return Dims(model.config.num_heads, model.config.head_dim, model.config.num_kv_heads)
 
 
 def _budget(density: float | None, time: float | None) -> tuple[str, float]:
@@ -383,7 +325,7 @@ def _unseen(beyond: int, lengths: Sequence[int], longest: int) -> int:
 
 
 def _choose(
-    cls: Any, model: LM, kind: str, most: float, every: Sequence[int], count: int, steps: _Steps
+    cls: Any, model: LM, kind: str, most: float, every: Sequence[int], count: int, steps: Steps
 ) -> tuple[Configured, dict[int, float]]:
     """The best choice for the lengths but the last, which is unseen, and the loss that it is predicted to add."""
     c, dims, (*lengths, beyond) = model.config, dims_of(model), every
@@ -413,20 +355,9 @@ def _choose(
     return contestant(best), dict(zip(lengths, added, strict=True))
 
 
-def _lost(cls: Any, rules: Sequence[Rule], model: LM, length: int, count: int, steps: _Steps) -> np.ndarray:
+def _lost(cls: Any, rules: Sequence[Rule], model: LM, length: int, count: int, steps: Steps) -> np.ndarray:
     """The predicted loss of every head and rule at one length: (heads of all layers, rules)."""
     steps.next(f"profiling at {length} tokens")
     influence = profile(model, cls, samples(length, count, held_out=False))
     steps.next(f"weighing {len(rules)} rules at {length} tokens")
     return np.concatenate([torch.stack([cls.lost(one, r) for r in rules], 1).double().numpy() for one in influence])
-
-
-class _Steps:
-    """Counts what is done."""
-
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.total, self.done, self.progress = total, -1, progress or (lambda *_: None)
-
-    def next(self, text: str) -> None:
-        self.done += 1
-        self.progress(min(self.done, self.total), self.total, text)
