@@ -26,6 +26,7 @@ MAY_OPEN = {
     "mechanisms": FOUNDATION | PRIMITIVES | {"softmax", "contract", "hosts", "catalogue"},
     "catalogue": FOUNDATION | {"contract", "mechanisms"},
     "testing": FOUNDATION | PRIMITIVES | {"softmax", "contract", "catalogue"},
+    "hf": FOUNDATION | {"where", "softmax", "contract", "catalogue", "testing"},
     "bench": FOUNDATION | PRIMITIVES | {"softmax", "contract", "catalogue", "hosts", "tasks", "testing"},
     "cli": FOUNDATION | PRIMITIVES | {"softmax", "contract", "catalogue", "testing", "bench"},
 }

@@ -1,0 +1,136 @@
+"""apply: put mechanisms in place of a pretrained model's attention, and take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from saccade.contract import Attention
+from saccade.hf.interface import NAME, attention, mask
+from saccade.hf.layers import Layer, layers_of
+from saccade.hf.serving import Serving, serving
+
+What = str | Attention | type[Attention] | None
+
+
+def apply(model: Any, what: What | Sequence[What] = None) -> Handle:
+    """Let a causal language model of transformers attend through saccade, until the handle is restored.
+
+        o = what(q, k, v),   q: the last N of M positions, k and v: the cache's keys and values
+
+    q (B, H, N, D), k, v (B, Hkv, M, D), after the rotary embedding, in the model's layout, its scaling folded into q.
+    Padding is taken out before a mechanism sees it: each row is attended to as the sequence of its real tokens, so that
+    a padded batch gives what its rows give alone. One new token is one query against all keys of the cache; a mechanism
+    that decides from the whole prompt (`Attention.prefill`) attends to the prompt, and tokens after it attend densely.
+
+    model: a `PreTrainedModel` whose attention goes through `AttentionInterface`, decoder only; it is changed in place,
+    its weights are not. what: a mechanism's id or class, built with its defaults for every layer, on the layer's device
+    and in its dtype; an instance, which serves every layer; None, dense attention through `saccade.attend`, which
+    honours sliding windows, softcaps and attention sinks of the model; or a sequence of these, one a layer (default:
+    None).
+
+    Applications nest, and the last is restored first. `with apply(model, ...):` restores at the end of the block.
+    Costs what the mechanism costs; of a batch with padding, one call for each length in it, and one wait for the GPU a
+    forward pass that has an `attention_mask`.
+
+    Errors: ImportError without transformers. ValueError or TypeError, before anything is changed, for a model that
+    cannot be reached, and for a mechanism that is not causal, works on a grid, has projections or a decoding state of
+    its own, was built for other heads, or is put where the model has a sliding window or a softcap. ValueError in the
+    forward pass for a cache with a mechanism that takes as many queries as keys, for static caches, masks of four axes,
+    packed sequences, dropout, and attention weights; in continuous batching.
+
+    >>> from saccade.hosts.lm import LM, LMConfig
+    >>> model, tokens = LM(LMConfig(num_layers=2)).to_llama(), torch.arange(40)[None]
+    >>> dense = model(tokens).logits
+    >>> with apply(model, "moba") as handle:
+    ...     print(handle, model(tokens).logits.shape)
+    Handle(LlamaForCausalLM: 2 x moba) torch.Size([1, 40, 320])
+    >>> torch.equal(model(tokens).logits, dense)
+    True
+    """
+    layers = layers_of(model)
+    return Handle(model, layers, serving(what, layers))
+
+
+def _register() -> None:
+    """Make both functions known to transformers; without its mask function an attention would lose causality."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
+
+
+def _no_continuous_batching(*_: Any, **__: Any) -> None:
+    # On its own, transformers would switch to flash attention there where that is installed, and say so in a log only.
+    raise ValueError(
+        "model: continuous batching keeps its cache in pages that a mechanism does not read; use generate, or restore "
+        "the model first"
+    )
+
+
+class Handle:
+    """What `apply` changed in a model, and the way back.
+
+    Attributes: model; mechanisms, one a layer, None where attention is dense. As a context manager it restores at the
+    end of the block.
+    """
+
+    def __init__(self, model: Any, layers: list[Layer], served: list[Serving]) -> None:
+        self.model = model
+        self.mechanisms: list[Attention | None] = [each.mechanism for each in served]
+        self._implementation = model.config._attn_implementation
+        _register()
+        model.set_attn_implementation(NAME)
+        self._changed = [_Change(layer.module, NAME, each) for layer, each in zip(layers, served, strict=True)]
+        self._changed.append(_Change(model, "init_continuous_batching", _no_continuous_batching))
+
+    @property
+    def active(self) -> bool:
+        """False once restored."""
+        return bool(self._changed)
+
+    def restore(self) -> None:
+        """Give the model back as it was found; a second call does nothing.
+
+        Errors: RuntimeError when a later application to the same model is still active.
+        """
+        if not all(change.stands for change in self._changed):
+            raise RuntimeError("restore: a later apply on this model is still active; restore that one first")
+        if self._changed:
+            for change in self._changed:
+                change.undo()
+            self._changed = []
+            self.model.set_attn_implementation(self._implementation)
+
+    def __enter__(self) -> Handle:
+        if not self.active:
+            raise RuntimeError("with: this handle was restored; call apply again")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+    def __repr__(self) -> str:
+        names = ["dense" if each is None else each.spec.id for each in self.mechanisms]
+        kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+        return f"Handle({type(self.model).__name__}: {kinds}{'' if self.active else ', restored'})"
+
+
+class _Change:
+    """A module's own attribute, set, and what it was: state of one model lies on that model."""
+
+    def __init__(self, module: Any, name: str, value: Any) -> None:
+        self.module, self.name, self.value = module, name, value
+        self.before = {name: vars(module)[name]} if name in vars(module) else {}
+        vars(module)[name] = value
+
+    @property
+    def stands(self) -> bool:
+        return vars(self.module).get(self.name) is self.value
+
+    def undo(self) -> None:
+        del vars(self.module)[self.name]
+        vars(self.module).update(self.before)

@@ -1,0 +1,171 @@
+"""The two functions that transformers calls: one makes the mask of a forward pass, one attends in each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.hf.serving import Asked
+
+NAME = "saccade"  # under which transformers knows both, and where a layer's module holds what attends in it
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of a batch with equally many real tokens: indices rows (G,), queries (G, n), keys (G, m), all int64."""
+
+    rows: Tensor
+    queries: Tensor
+    keys: Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What there is to attend to in one forward pass, in place of a mask: made once, read by every layer.
+
+    num_queries, num_keys: N, the last of M. window: keys that a query sees, or None when it sees all before it. groups:
+    the real tokens, or None when nothing is padding.
+    """
+
+    num_queries: int
+    num_keys: int
+    window: int | None = None
+    groups: tuple[Group, ...] | None = None
+
+    def attend(self, call: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Call with real tokens only; rows of padding come back as zeros."""
+        if self.groups is None:
+            return call(q, k, v)
+        out = q.new_zeros(*q.shape[:3], v.shape[3])
+        for group in self.groups:
+            rows, queries, keys = (x.to(q.device) for x in (group.rows[:, None], group.queries, group.keys))
+            found = call(*(x[rows, :, at].transpose(1, 2) for x, at in ((q, queries), (k, keys), (v, keys))))
+            out[rows, :, queries] = found.transpose(1, 2)
+        return out
+
+
+def group(real: Tensor, num_queries: int) -> tuple[tuple[Group, ...] | None, bool]:
+    """Rows by their numbers of real queries and keys, None when all is real; and whether padding lies between tokens.
+
+    real: bool (B, M), the last `num_queries` of which are queries. Waits for the device once.
+    """
+    place = torch.arange(real.shape[1], device=real.device)
+    last = torch.where(real, place, -1).amax(1)
+    first = torch.where(real, place, real.shape[1]).amin(1)
+    sums = torch.stack([real[:, -num_queries:].sum(1), real.sum(1), last - first + 1], 1).tolist()
+    rows_of: dict[tuple[int, int], list[int]] = {}
+    for row, (n, m, _) in enumerate(sums):
+        rows_of.setdefault((n, m), []).append(row)
+    if list(rows_of) == [(num_queries, real.shape[1])]:
+        return None, False
+    start = real.shape[1] - num_queries
+    found = []
+    for (n, m), members in rows_of.items():
+        if n:
+            rows = torch.tensor(members, device=real.device)
+            # Stable, so that real tokens come first and in their order; unlike nonzero it does not wait for the device.
+            queries, keys = (
+                part.int().argsort(dim=1, descending=True, stable=True)[:, :count]
+                for part, count in ((real[rows, start:], n), (real[rows], m))
+            )
+            found.append(Group(rows, queries, keys))
+    return tuple(found), any(m and m != span for _, m, span in sums)
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool | None = None,
+    use_vmap: bool = False,
+    **_: Any,
+) -> Tokens:
+    """The mask function of transformers' AttentionMaskInterface: `Tokens` instead of a tensor.
+
+    attention_mask: bool (B, tokens so far), False for padding, or None. local_size: sliding window. The other names are
+    transformers' own. Errors: ValueError for what is no causal attention over a cache that grows.
+    """
+    if isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length:
+        raise ValueError(
+            f"cache: got {kv_length} keys for {q_length} new tokens after {q_offset}; static caches hold room for more "
+            "than was read, and are not served: leave out cache_implementation, or pass a DynamicCache"
+        )
+    if use_vmap or not allow_is_causal_skip:  # transformers takes this back for all that is not plainly causal
+        raise ValueError(
+            "attention_mask: the model asks for more than causal attention (packed sequences, a mask function of its "
+            "own, a cache that compiles); pass sequences one a row, an attention_mask of zeros for padding, and a "
+            "DynamicCache"
+        )
+    window = local_size if local_size is not None and local_size < kv_length else None
+    if attention_mask is None:
+        return Tokens(q_length, kv_length, window)
+    if attention_mask.shape[0] != batch_size or attention_mask.shape[1] < kv_offset + kv_length:
+        raise ValueError(
+            f"attention_mask: got shape {tuple(attention_mask.shape)} for a batch of {batch_size} that has read "
+            f"{kv_offset + kv_length} tokens; pass one number for each, those in the cache too"
+        )
+    groups, holes = group(attention_mask[:, kv_offset : kv_offset + kv_length].bool(), q_length)
+    if window is not None and holes:
+        raise ValueError(
+            f"attention_mask: padding lies between tokens, and a sliding window of {window} counts it; pad on the left"
+        )
+    return Tokens(q_length, kv_length, window, groups)
+
+
+CHANGES = ("position_bias", "cu_seq_lens_q", "cu_seq_lens_k", "output_attentions")
+
+
+def attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    use_cache: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of transformers' AttentionInterface: what `apply` put on the module attends.
+
+    query (B, H, N, D), key, value (B, Hkv, M, D) -> (o (B, N, H, D), None). attention_mask: `Tokens`. The other names
+    are transformers' own. Errors: ValueError for a mask that `mask` did not make, and for options that change attention
+    and are not served.
+    """
+    served = vars(module).get(NAME)
+    if served is None:
+        raise RuntimeError(
+            f"model: nothing was applied to this {type(module).__name__}; its model shares the configuration of "
+            "another that saccade.hf.apply changed, so copy the configuration, or call apply on this one too"
+        )
+    if not isinstance(attention_mask, Tokens):
+        got = f"a tensor of shape {tuple(attention_mask.shape)}" if isinstance(attention_mask, Tensor) else "none"
+        raise ValueError(
+            f"attention_mask: got {got}, which tells no mechanism where padding is; pass (batch, tokens), or "
+            "leave it out"
+        )
+    for name in CHANGES:
+        if options.get(name) is not None and options[name] is not False:
+            raise ValueError(f"{name}: saccade does not serve it; leave it out, or restore the model first")
+    if dropout:
+        raise ValueError(f"dropout: got {dropout}; set the model's attention_dropout to 0, or call model.eval()")
+    tokens = attention_mask
+    if (query.shape[2], key.shape[2]) != (tokens.num_queries, tokens.num_keys):
+        raise ValueError(
+            f"cache: got {key.shape[2]} keys for {query.shape[2]} queries, {tokens.num_keys} for {tokens.num_queries} "
+            "were announced; pass a DynamicCache"
+        )
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    asked = Asked(scale, softcap, s_aux, tokens.window, bool(use_cache))
+    out = tokens.attend(lambda q, k, v: served(q, k, v, asked), query, key, value)
+    return out.transpose(1, 2).contiguous(), None

@@ -1,0 +1,181 @@
+"""What attends in a layer: a mechanism or dense attention, admitted when the model is changed, asked in its forward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from saccade.catalogue import mechanism
+from saccade.contract import Attention, CachePolicy, Mechanism
+from saccade.hf.layers import Layer
+from saccade.softmax import attend
+from saccade.testing.budget import compare
+from saccade.where import Causal, Window
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a model asks of one attention besides q, k and v.
+
+    scale: factor of the scores. softcap: their cap. sink: (H,), a logit a head without a value. window: keys that a
+    query sees, itself included. use_cache: more tokens may follow.
+    """
+
+    scale: float
+    softcap: float | None = None
+    sink: Tensor | None = None
+    window: int | None = None
+    use_cache: bool = False
+
+
+class Serving(Protocol):
+    """q (B, H, N, D), k, v (B, Hkv, M, D) without padding -> o (B, H, N, D); queries are the last N of M."""
+
+    @property
+    def mechanism(self) -> Attention | None: ...
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Causal attention through `attend`, with all that a model asks for."""
+
+    mechanism: None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> Tensor:
+        where: Any = Causal()
+        if q.shape[2] == 1:  # one query sees all keys, so no plan is made for each token that is decoded
+            where = None
+            if asked.window is not None:
+                k, v = k[:, :, -asked.window :], v[:, :, -asked.window :]
+        elif asked.window is not None:
+            where &= Window(asked.window)
+        return attend(q, k, v, where, scale=asked.scale, softcap=asked.softcap, sink=asked.sink)
+
+
+@dataclass(frozen=True)
+class Through:
+    """Attention through a mechanism."""
+
+    mechanism: Attention
+    layer: int
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> Tensor:
+        for name, value in (("sliding window", asked.window), ("softcap", asked.softcap), ("sink", asked.sink)):
+            if value is not None:
+                raise _has(self.mechanism, self.layer, name)
+        kind: Any = type(self.mechanism)
+        before = k.shape[2] - q.shape[2]
+        if self.mechanism.prefill and before:
+            if q.shape[2] > 1:
+                raise ValueError(
+                    f"{kind.spec.id} decides from the whole prompt, and got {q.shape[2]} tokens after {before} others; "
+                    "pass the prompt in one piece, and then one token at a time"
+                )
+            return Dense()(q, k, v, asked)
+        if (before or asked.use_cache) and not self.mechanism.prefill and (reason := cannot_continue(kind)):
+            raise ValueError(
+                f"use_cache: {kind.spec.id} cannot attend from new tokens to those in a cache ({reason}); pass "
+                "use_cache=False, which reads everything again for each token"
+            )
+        plain = q.shape[3] ** -0.5
+        # A mechanism knows the usual scale alone; what the model's differs by goes into q.
+        return self.mechanism(q if asked.scale == plain else q * (asked.scale / plain), k, v)
+
+
+def _has(what: Attention, layer: int, name: str) -> ValueError:
+    return ValueError(
+        f"what: layer {layer} of the model has a {name}, which {what.spec.id} does not know; pass a list, one a layer, "
+        "with None (dense attention, which honours it) there"
+    )
+
+
+def _name(what: Any) -> str:
+    return what.spec.id if hasattr(what, "spec") else getattr(what, "__name__", repr(what))
+
+
+def serving(what: Any, layers: list[Layer]) -> list[Serving]:
+    """What attends in each layer.
+
+    what: as in `apply`. Errors: TypeError or ValueError for what cannot be served, with the reason.
+    """
+    if isinstance(what, Sequence) and not isinstance(what, str):
+        if len(what) != len(layers):
+            raise ValueError(f"what: got {len(what)} for {len(layers)} layers of attention; pass one a layer")
+        return [_one(each, layer) for each, layer in zip(what, layers, strict=True)]
+    return [_one(what, layer) for layer in layers]
+
+
+def _one(what: Any, layer: Layer) -> Serving:
+    if what is None:
+        return Dense()
+    if isinstance(what, str):
+        what = mechanism(what)
+    cls = what if isinstance(what, type) else type(what)
+    if not issubclass(cls, Mechanism):
+        raise TypeError(
+            f"what: got {_name(what)}; pass a mechanism's id, an Attention (class or instance), None, or a list of "
+            "these, one a layer"
+        )
+    _admit(cls)
+    if isinstance(what, type):
+        weights = next(layer.module.parameters())
+        what = what(layer.dims).to(device=weights.device, dtype=weights.dtype).train(layer.module.training)
+    name, dims = what.spec.id, what.dims
+    if dims.grid is not None or dims != layer.dims:
+        raise ValueError(f"what: {name} was built for {dims}; layer {layer.index} of the model has {layer.dims}")
+    if not what.causal:
+        raise ValueError(f"what: {name} is not causal, a language model must be; choose a mechanism that is")
+    for kind, value in (("sliding window", layer.window), ("softcap", layer.softcap)):
+        if value is not None:
+            raise _has(what, layer.index, kind)
+    return Through(what, layer.index)
+
+
+def _admit(cls: type[Mechanism]) -> None:
+    """Raise for a class that no layer of a causal language model can hold."""
+    name = cls.spec.id
+    if not issubclass(cls, Attention):
+        raise TypeError(
+            f"what: {name} is a {cls.contract()}, which has projections of its own, not those of a pretrained layer; "
+            "pass an Attention, or train a saccade.hosts model with it"
+        )
+    if 0 not in cls.spec.ranks:
+        raise ValueError(f"what: {name} works on {cls.spec.tokens}; choose a mechanism for sequences")
+    if cls.can_step() and not issubclass(cls, CachePolicy):
+        raise ValueError(
+            f"what: {name} decodes with a state of its own, which a cache of keys and values does not hold; choose a "
+            "mechanism that attends to past keys, or use saccade.hosts"
+        )
+
+
+@functools.cache
+def cannot_continue(cls: type[Attention]) -> str | None:
+    """Why a mechanism cannot attend from the last N of M positions; None when it can.
+
+    The class is tried on the cases that it brings: its last rows must be what they are within the whole. Tried, since
+    no declaration says it. Cost: a few small calls, once a class.
+    """
+    tried = 0
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        for case in cls.cases():
+            attention = None if case.dims.grid else cls(case.dims, **case.params).double()
+            if attention is None or not attention.causal:
+                continue
+            q, k, v = cls.inputs(case, torch.Generator().manual_seed(0))
+            whole = attention(q, k, v)
+            for count in (1, case.length // 2):
+                try:
+                    rows = attention(q[:, :, -count:], k, v)
+                except (ValueError, RuntimeError) as error:
+                    return str(error)
+                if not compare(rows, whole[:, :, -count:], whole[:, :, -count:], terms=case.length).ok:
+                    return f"its last {count} rows of {case.length} are others without the queries before them"
+            tried += 1
+    return None if tried else "none of its cases is causal"
