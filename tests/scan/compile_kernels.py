@@ -1,4 +1,4 @@
-"""Compile the kernels of linear attention for compute capability 9.0, without a GPU: python compile_kernels.py DTYPE.
+"""Compile the kernels of the scans for compute capability 9.0, without a GPU: python compile_kernels.py DTYPE.
 
 The interpreter runs kernels as Python and is blind to what the compiler refuses: names that change their type, branches
 that leave other types behind, what is None in one variant alone. Prints a line a kernel.
@@ -11,7 +11,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from saccade.scan.kernels import launch
+from saccade.scan.kernels import launch, selective_ops
+from saccade.scan.kernels.delta_launch import DeltaLaunch
 from saccade.scan.kernels.launch import Launch, Sizes, Tile
 
 TOKENS, D, DV = 96, 16, 32  # of several chunks and tiles, the smallest that make every product
@@ -46,6 +47,8 @@ def main(dtype: torch.dtype) -> None:
     Sizes.of = classmethod(lambda cls, *problem: cls(32, Tile(16, 4, 2)))
     Launch.stretches = 2
     launch.ANCHORED = 64
+    selective(dtype)
+    delta(dtype)
     for gate in range(3):
         for mass in (False, True):
             q, k = (torch.zeros(1, 2, TOKENS, D, dtype=dtype) for _ in range(2))
@@ -58,6 +61,25 @@ def main(dtype: torch.dtype) -> None:
             o, found, after, after_sums, starts, start_sums = problem.forward(memory, sums, dtype)
             given = (found, after, after_sums) if mass else (None, after, None)
             problem.backward(o, *given, memory, sums, starts, start_sums)
+
+
+def selective(dtype: torch.dtype) -> None:
+    x, delta = torch.zeros(1, TOKENS, D, dtype=dtype), torch.zeros(1, TOKENS, D)
+    a, b = torch.zeros(D, 4), torch.zeros(1, TOKENS, 2, 4)
+    selective_ops.Shape.stretches = lambda self, device: 2
+    y, after, starts = selective_ops.selective(x, delta, a, b, b, torch.zeros(1, D, 4))
+    selective_ops.selective_backward(y, after, x, delta, a, b, b, after, starts)
+
+
+def delta(dtype: torch.dtype) -> None:
+    for gate in (None, torch.zeros(1, 2, TOKENS)):
+        q = torch.zeros(1, 4, TOKENS, D, dtype=dtype)
+        k, v = torch.zeros(1, 2, TOKENS, D, dtype=dtype), torch.zeros(1, 2, TOKENS, DV, dtype=dtype)
+        cu = None if gate is None else torch.tensor([0, 40, TOKENS], dtype=torch.int32)
+        memory = torch.zeros(1 if cu is None else 2, 2, D, DV)
+        problem = DeltaLaunch(q, k, v, gate, cu, 0.5, torch.zeros(1, 2, TOKENS))
+        o, after = problem.forward(memory, dtype)
+        problem.backward(o, after, memory)
 
 
 if __name__ == "__main__":

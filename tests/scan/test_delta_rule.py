@@ -427,7 +427,7 @@ ERRORS = [
     ({"log_decay": torch.zeros(3)}, ValueError, r"log_decay: got shape \(3,\)"),
     ({"log_decay": torch.zeros(2, 2, 7, DV)}, ValueError, r"log_decay: got shape \(2, 2, 7, 3\)"),
     ({"chunk": 0}, ValueError, "chunk: got 0"),
-    ({"backend": "triton"}, ValueError, "backend: got 'triton'; choose one of auto, reference, chunked"),
+    ({"backend": "quick"}, ValueError, "backend: got 'quick'; choose one of auto, reference, chunked, triton"),
     ({"state": State(torch.zeros(2, 4, D, DV))}, ValueError, r"state: got a memory \(2, 4, 5, 3\)"),
     ({"cu_seqlens": torch.tensor([0, 7])}, ValueError, "cu_seqlens: got batch 2"),
 ]

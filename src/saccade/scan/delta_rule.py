@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from saccade.errors import check_qkv, known, positive
+from saccade.errors import check_cu_seqlens, check_qkv, known, positive
+from saccade.scan import kernels
 from saccade.scan.chunks import Stretch, each_chunk, grouped, weigh
 from saccade.scan.linear_attention import (
     check_log_decay,
@@ -53,14 +54,18 @@ def delta_rule(
         (B, heads, D, D) of all products of decay and erasure, which costs about D / Dv times the scan once more. Under
         cu_seqlens B is the number of sequences, here and in `state`.
     cu_seqlens: int32, sequences packed into batch 1, each with a memory of its own.
-    chunk: tokens handled at once; changes the speed, and no result beyond rounding.
-    backend: "reference" (token by token), "chunked", or "auto" (chunked).
+    chunk: tokens handled at once; changes the speed, and no result beyond rounding. "triton" has sizes of its own.
+    backend: "reference" (token by token), "chunked", "triton" (kernels; no vector gate, at most 256 channels,
+        differentiable once; they have run in Triton's interpreter alone, so that they must be named), or "auto":
+        chunked.
 
     Within a chunk the values actually written, u_t = beta_t (v_t - what k_t finds), solve one triangular system (the WY
     form): (I + diag(beta) L) U = diag(beta) (V - K' S), with L the decayed key-key products below the diagonal and K'
-    the keys decayed from the chunk's start. Computed in float32 (float64 for float64), whatever autocast says.
+    the keys decayed from the chunk's start. Computed in float32 (float64 for float64), whatever autocast says; "triton"
+    rounds the factors of matrix products, the inverse of the system among them, to the dtype of q where that is
+    bfloat16, and sums in float32.
     Costs N chunk (D + Dv) + N D Dv multiply-adds; memory N (D + Dv + chunk) + N / chunk D Dv with gradients.
-    Errors: ValueError and TypeError name the argument.
+    Errors: ValueError and TypeError name the argument; "triton", where it cannot run, says why.
 
     >>> key = torch.ones(1, 1, 2, 1)
     >>> delta_rule(key, key, torch.tensor([[[[3.0], [5.0]]]]), torch.tensor([[[1.0, 0.5]]])).flatten().tolist()
@@ -68,7 +73,7 @@ def delta_rule(
     """
     check_qkv(q, k, v)
     positive("chunk", chunk)
-    scan = SCANS[known("backend", backend, SCANS)]
+    known("backend", backend, BACKENDS)
     if q.shape[2] != k.shape[2]:
         raise ValueError(
             f"k: got {k.shape[2]} tokens beside q's {q.shape[2]}; every query has its own key, "
@@ -76,14 +81,30 @@ def delta_rule(
         )
     _check_beta(beta, q, k)
 
+    fast = backend == "triton"
+    if fast:
+        why = kernels.delta_reasons(v, q.shape[3], log_decay)
+        if why:
+            raise ValueError(f"backend: got 'triton', which cannot run this: {'; '.join(why)}. Pass 'auto'")
+    scan = kernels.delta_scan if fast else _in_products(SCANS[backend], chunk)
+
     def one(
-        q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: State | None
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        log_decay: Tensor | None,
+        state: State | None,
+        cu: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        return _dense(q, k, v, beta, log_decay, state, scale, return_state, scan, chunk)
+        return _dense(q, k, v, beta, log_decay, state, scale, return_state, scan, cu)
 
     with full_precision(q):
         if cu_seqlens is None:
             o, after = one(q, k, v, beta, log_decay, state)
+        elif fast:
+            cu_seqlens = check_cu_seqlens(cu_seqlens, q.shape[2], q.shape[0])
+            o, after = one(q, k, v, beta, log_decay, state, cu_seqlens)
         else:
             o, after = each_sequence(one, q, (k, v), (beta, log_decay), state, cu_seqlens)
     return (o, after) if return_state else o
@@ -110,25 +131,22 @@ def _dense(
     state: State | None,
     scale: float | None,
     with_transition: bool,
-    scan: Scan,
-    chunk: int,
+    scan: Pass,
+    cu: Tensor | None,
 ) -> tuple[Tensor, State]:
-    """`delta_rule` of sequences of one length; without `with_transition` the state has none."""
+    """`delta_rule` of sequences of one length or of packed ones; without `with_transition` the state has none."""
     dtype, (batch, heads, tokens, dim), groups = q.dtype, q.shape, k.shape[1]
-    q, k, v, beta = (x.to(working_dtype(q)) for x in (q, k, v, beta))
     g = None
     if log_decay is not None:
         check_log_decay(log_decay, (batch, heads, tokens), groups, dim)
-        g = log_decay.to(v.dtype)
-        g = g[None, :, None] if g.ndim == 1 else g
+        g = log_decay[None, :, None] if log_decay.ndim == 1 else log_decay
     kept = max(beta.shape[1], groups if g is None else g.shape[1])
-    memory = initial_memory(state, (batch, kept, dim, v.shape[-1]), v)
+    sequences = batch if cu is None else cu.shape[0] - 1
+    memory = initial_memory(state, (sequences, kept, dim, v.shape[-1]), v.new_zeros((), dtype=working_dtype(q)))
     if with_transition:
         # The transition is what becomes of the columns of a memory to which nothing is added.
         memory = torch.cat([memory, _as_matrix(state, memory)], -1)
-    if scale is not None:
-        q = q * scale
-    o, memory = scan(q, k, v, beta, g, memory, chunk)
+    o, memory = scan(q, k, v, beta, g, memory, cu, 1.0 if scale is None else scale)
     memory, product = memory.tensor_split([v.shape[-1]], -1)
     return o.to(dtype), State(memory, Matrix(product) if with_transition else None)
 
@@ -215,3 +233,22 @@ def scan_tokens(
 
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, "Tensor | None", Tensor, int], tuple[Tensor, Tensor]]
 SCANS: dict[str, Scan] = {"auto": scan_chunks, "reference": scan_tokens, "chunked": scan_chunks}
+BACKENDS = (*SCANS, "triton")
+# As `kernels.delta_scan`: of q, k, v, beta, g, memory, bounds of packed sequences, scale.
+Pass = Callable[
+    [Tensor, Tensor, Tensor, Tensor, "Tensor | None", Tensor, "Tensor | None", float], "tuple[Tensor, Tensor]"
+]
+
+
+def _in_products(scan: Scan, chunk: int) -> Pass:
+    """A scan of plain tensors in the working dtype, of sequences of one length."""
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, memory: Tensor, cu: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        real = working_dtype(q)
+        q, k, v, beta = (x.to(real) for x in (q, k, v, beta))
+        q = q if scale == 1 else q * scale
+        return scan(q, k, v, beta, None if g is None else g.to(real), memory, chunk)
+
+    return run

@@ -9,8 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from saccade.errors import positive
+from saccade.errors import known, positive
+from saccade.scan import kernels
 from saccade.scan.state import State
+
+BACKENDS = ("auto", "chunked", "triton")
 
 
 def selective_scan(
@@ -27,6 +30,7 @@ def selective_scan(
     state: State | None = None,
     return_state: bool = False,
     chunk: int = 64,
+    backend: str = "auto",
 ) -> Any:
     """Mamba's recurrence with input-dependent steps, readings and writings (arXiv 2312.00752, eq. 2a, 2b and 4).
 
@@ -42,12 +46,15 @@ def selective_scan(
     complex. D: (channels,), the direct term (default None). z: like x, a gate (default None). delta_bias: (channels,),
     added to delta (default None). delta_softplus: delta becomes softplus(delta) (default False). state: what earlier
     tokens left, memory (batch, channels, S, 1) (default None: zero). return_state: also return the `State` after the
-    last token (default False). chunk: tokens expanded at a time (default 64); changes cost, not values.
+    last token (default False). chunk: tokens expanded at a time (default 64); changes cost, not values. backend:
+    "chunked", "triton" (one kernel that expands nothing, real states, differentiable once; it has run in Triton's
+    interpreter alone, so that it must be named), or "auto": chunked.
 
     Returns y like x, or (y, state). Half precision is computed in float32, and the state is kept there. Costs
     N channels S steps; expands to (batch, chunk, channels, S) at most, in the backward pass too, which recomputes each
     chunk from the state at its start. No exponent is positive, so nothing overflows however strong the decay.
-    Errors: TypeError for other than floating-point tensors; ValueError for shapes that do not fit, or an A that grows.
+    Errors: TypeError for other than floating-point tensors; ValueError for shapes that do not fit, an A that grows, or
+    a named backend that cannot run this.
 
     >>> x, A = torch.ones(1, 3, 1), torch.full((1, 1), -0.5)
     >>> y, state = selective_scan(x, x, A, x, x, return_state=True)
@@ -56,7 +63,8 @@ def selective_scan(
     """
     groups = _check(x, delta, A, B, C, D, z, delta_bias, state)
     positive("chunk", chunk)
-    batch, length, channels = x.shape
+    known("backend", backend, BACKENDS)
+    batch, _, channels = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
     for tensor in (A, B, C) if state is None else (A, B, C, state.memory):
         wide = torch.promote_types(wide, tensor.dtype)
@@ -76,16 +84,13 @@ def selective_scan(
     h = torch.zeros(batch, groups, channels // groups, A.shape[1], dtype=wide, device=x.device)
     if state is not None:
         h = _memory(state).to(wide).squeeze(-1).unflatten(1, (groups, -1))
-    parts = []
-    # Split, not sliced: the gradient of a slice is a tensor of all tokens, zero but for its own.
-    for piece in zip(*(t.split(chunk, 1) for t in (tokens, steps, write, read)), strict=True):
-        # One chunk has nothing to gain from being recomputed.
-        if length > chunk and torch.is_grad_enabled():
-            y, h = checkpoint(_chunk, h, rates, *piece, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y, h = _chunk(h, rates, *piece)
-        parts.append(y)
-    y = torch.cat(parts, 1).flatten(2)
+    if backend == "triton":
+        if why := kernels.selective_reasons(x, wide.is_complex):
+            raise ValueError(f"backend: got 'triton', which cannot run this: {'; '.join(why)}. Pass 'auto'")
+        y, h = kernels.selective_scan(x, step, rate, write, read, h.flatten(1, 2))
+        h = h.unflatten(1, (groups, -1))
+    else:
+        y, h = _in_chunks(h, rates, (tokens, steps, write, read), chunk)
     if D is not None:
         y = y + D.to(real) * x
     if z is not None:
@@ -95,6 +100,20 @@ def selective_scan(
         return y
     after = State(h.flatten(1, 2).unsqueeze(-1), (step.sum(1).unsqueeze(-1) * rate).unsqueeze(-1))
     return y, after if state is None else State(after.memory, state.compose(after).transition)
+
+
+def _in_chunks(h: Tensor, rates: Tensor, given: tuple[Tensor, ...], chunk: int) -> tuple[Tensor, Tensor]:
+    """y (batch, N, channels) and the last state, one chunk expanded at a time; h, rates and `given` as for `_chunk`."""
+    length, parts = given[0].shape[1], []
+    # Split, not sliced: the gradient of a slice is a tensor of all tokens, zero but for its own.
+    for piece in zip(*(t.split(chunk, 1) for t in given), strict=True):
+        # One chunk has nothing to gain from being recomputed.
+        if length > chunk and torch.is_grad_enabled():
+            y, h = checkpoint(_chunk, h, rates, *piece, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y, h = _chunk(h, rates, *piece)
+        parts.append(y)
+    return torch.cat(parts, 1).flatten(2), h
 
 
 def _chunk(h: Tensor, rates: Tensor, x: Tensor, step: Tensor, write: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:

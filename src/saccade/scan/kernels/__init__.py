@@ -1,11 +1,15 @@
-"""Triton kernels for the recurrence of linear attention, forward and backward, for any gate.
+"""Triton kernels of the scans: linear attention with any gate, the delta rule, the selective scan; and their gradients.
 
-One walk over the tokens computes it, state in registers, and with other operands each of the three gradients (`walk`).
-Before, a decay a channel is put into queries and keys (`prepare`); afterwards what flowed past each token becomes the
-gradient of the gate (`flows`). Where sequences and heads are too few for the GPU, sequences are cut into stretches,
-whose states a walk without outputs finds first (`join`). No sum depends on the order of programs, so equal inputs give
-equal bits. With D = Dv channels of e bytes a token costs 4 e D forward and 12 e D backward, half as much more in
-stretches; a decay a channel 8 e D more and its own bytes, and the gradient of one a state every 256 tokens.
+Linear attention: one walk over the tokens, state in registers, computes it, and with other operands each of the three
+gradients (`walk`). Before, a decay a channel is put into queries and keys (`prepare`); afterwards what flowed past each
+token becomes the gradient of the gate (`flows`). Where sequences and heads are too few for the GPU, sequences are cut
+into stretches, whose states a walk without outputs finds first (`join`). With D = Dv channels of e bytes a token costs
+4 e D forward and 12 e D backward, half as much more in stretches; a decay a channel 8 e D more and its own bytes, and
+the gradient of one a state every 256 tokens.
+
+The delta rule (`delta`) solves the system of each chunk beforehand and walks likewise; the selective scan
+(`selective`) goes through tiles of a few tokens by associative scans. No sum depends on the order of programs, so equal
+inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -15,27 +19,47 @@ import os
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 MOST_CHANNELS = 256
 INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-def reasons(v: Tensor, features: int, causal: bool) -> list[str]:
-    """Why the kernels cannot run a problem with so many features a key; empty when they can."""
+def unable(x: Tensor) -> list[str]:
+    """Why no kernel runs on what x is."""
     found = []
     if not INSTALLED:
         found.append("triton is missing; pip install triton")
-    if v.device.type != "cuda" and not interpreted():
-        found.append(f"its kernels are compiled for CUDA, not for {v.device.type}")
+    if x.device.type != "cuda" and not interpreted():
+        found.append(f"its kernels are compiled for CUDA, not for {x.device.type}")
+    if x.dtype == torch.float64:
+        found.append("it computes in at most float32")
+    return found
+
+
+def reasons(v: Tensor, features: int, causal: bool) -> list[str]:
+    """Why the kernels cannot run a problem with so many features a key; empty when they can."""
+    found = unable(v)
     if v.device.type != "cuda" and v.dtype == torch.bfloat16:
         found.append("the interpreter of triton forms no products in bfloat16")
-    if v.dtype == torch.float64:
-        found.append("it computes in at most float32")
     if not causal:
         found.append("without a causal order there is nothing to scan, and two matrix products do")
     if max(features, v.shape[3]) > MOST_CHANNELS:
         found.append(f"more than {MOST_CHANNELS} channels do not fit its tiles, got {features} and {v.shape[3]}")
     return found
+
+
+def delta_reasons(v: Tensor, features: int, log_decay: Tensor | None) -> list[str]:
+    """Likewise for the delta rule."""
+    found = reasons(v, features, True)
+    if log_decay is not None and log_decay.ndim == 4:
+        found.append("a decay a channel of keys has no place in its triangular system; pass one decay a token")
+    return found
+
+
+def selective_reasons(x: Tensor, complex_states: bool) -> list[str]:
+    """Likewise for the selective scan."""
+    return unable(x) + (["its states are real"] if complex_states else [])
 
 
 def interpreted() -> bool:
@@ -76,3 +100,41 @@ def scan(
     if not mass:
         return o, None, memory
     return o, found.unsqueeze(-1), torch.cat([memory, sums.unsqueeze(-1)], -1)
+
+
+def delta_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    memory: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """What queries read of a memory under the delta rule, (B, H, N, Dv), and the last memory.
+
+    beta (B, heads, N), g None, (1, heads, 1) or (B, heads, N), memory (sequences, heads, D, >= Dv), float32: columns
+    beyond Dv are written with zeros.
+    """
+    from saccade.scan.kernels import delta_ops
+
+    width, carried = v.shape[3], memory.shape[3] - v.shape[3]
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q.to(v.dtype), k.to(v.dtype), v))
+    if carried:
+        v = F.pad(v, (0, carried))
+    beta = beta if beta.dtype != torch.float64 else beta.float()
+    if g is not None:
+        g = (g if g.dtype != torch.float64 else g.float()).expand(q.shape[0], -1, q.shape[2])
+    o, memory = delta_ops.delta_scan(q, k, v, beta, g, memory.contiguous(), cu_seqlens, scale)
+    return o[..., :width], memory
+
+
+def selective_scan(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """y, float32, and the last memory: x, delta (B, N, channels), a (channels, S), b, c (B, N, G, S), memory (B,
+    channels, S)."""
+    from saccade.scan.kernels import selective_ops
+
+    wide = (z.float().contiguous() for z in (delta, a, b, c, memory))
+    y, after, _ = selective_ops.selective(x.contiguous(), *wide)
+    return y, after

@@ -86,11 +86,8 @@ class Anchors(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Launch:
-    """One problem. g: (B, heads, N) or (B, heads, N, D), or None; cu: bounds of packed sequences, int32, or None.
-
-    mass: also what the queries read of the sum of keys.
-    """
+class Problem:
+    """One problem. g: (B, heads, N) or (B, heads, N, D), or None; cu: bounds of packed sequences, int32, or None."""
 
     q: Tensor
     k: Tensor
@@ -98,7 +95,6 @@ class Launch:
     g: Tensor | None
     cu: Tensor | None
     scale: float
-    mass: bool
 
     @property
     def gate(self) -> int:
@@ -109,9 +105,14 @@ class Launch:
         return Sizes.of(self.q.shape[3], self.v.shape[3], self.q.dtype, self.gate)
 
     @property
+    def memories(self) -> int:
+        """How many a sequence has."""
+        return state_heads(self.k, self.g)
+
+    @property
     def fan(self) -> int:
-        """Query heads that share a state; each walks by itself."""
-        return self.q.shape[1] // state_heads(self.k, self.g)
+        """Query heads that share a memory."""
+        return self.q.shape[1] // self.memories
 
     @property
     def sequences(self) -> int:
@@ -123,14 +124,6 @@ class Launch:
         batch, _, length, _ = self.q.shape
         chunk = self.sizes.chunk
         return batch * -(-length // chunk) if self.cu is None else length // chunk + self.cu.shape[0] - 1
-
-    @property
-    def stretches(self) -> int:
-        """Into how many a sequence is cut, to have a program for every multiprocessor, or two that take turns."""
-        tiles = triton.cdiv(self.v.shape[3], self.sizes.tile.values)
-        programs = multiprocessors(self.q.device) * (1 if self.g is None else 2)
-        wanted = programs // (self.sequences * self.q.shape[1] * tiles)
-        return max(1, min(wanted, self.chunks // (self.sequences * LEAST_CHUNKS)))
 
     @property
     def cuts(self) -> Cuts:
@@ -184,6 +177,24 @@ class Launch:
             bounds, cuts, self.fan, D=d, C=chunk, BD=NARROW, num_warps=1,
         )  # fmt: skip
         return Prepared(q, k, reads, keys, g, bounds)
+
+    def single(self, *shape: int) -> Tensor:
+        return self.q.new_empty(shape, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Launch(Problem):
+    """Linear attention, in which each query head walks by itself. mass: also what it reads of the sum of keys."""
+
+    mass: bool
+
+    @property
+    def stretches(self) -> int:
+        """Into how many a sequence is cut, to have a program for every multiprocessor, or two that take turns."""
+        tiles = triton.cdiv(self.v.shape[3], self.sizes.tile.values)
+        programs = multiprocessors(self.q.device) * (1 if self.g is None else 2)
+        wanted = programs // (self.sequences * self.q.shape[1] * tiles)
+        return max(1, min(wanted, self.chunks // (self.sequences * LEAST_CHUNKS)))
 
     def forward(
         self, memory: Tensor, memory_sums: Tensor | None, dtype: torch.dtype
@@ -251,10 +262,10 @@ class Launch:
         dg = None
         if g is not None and anchors is not None:
             dg = self.gate_gradient(made, cuts, anchors, (dreads, dkeys), (dq, dk))
-            dg = _shared(dg, g.shape[1]).to(g.dtype)
-        dk, dv = (_shared(x, k.shape[1]).to(q.dtype) for x in (dk, dv))
+            dg = shared(dg, g.shape[1]).to(g.dtype)
+        dk, dv = (shared(x, k.shape[1]).to(q.dtype) for x in (dk, dv))
         states = heads // self.fan
-        return dq, dk, dv, dg, _shared(before, states), None if before_sums is None else _shared(before_sums, states)
+        return dq, dk, dv, dg, shared(before, states), None if before_sums is None else shared(before_sums, states)
 
     def anchors(self, k: int, v: int) -> Anchors:
         """Room for them, for states of (k, v) channels."""
@@ -304,9 +315,6 @@ class Launch:
         wide = x.new_zeros(x.shape[0], self.q.shape[1], *x.shape[2:])
         wide[:, :: self.fan] = x
         return wide
-
-    def single(self, *shape: int) -> Tensor:
-        return self.q.new_empty(shape, dtype=torch.float32)
 
     def starts(
         self, made: Prepared, b: Tensor, y: Tensor, before: Tensor | None, before_sums: Tensor | None, m: Tensor | None,
@@ -375,6 +383,6 @@ class Launch:
             )  # fmt: skip
 
 
-def _shared(x: Tensor, heads: int) -> Tensor:
+def shared(x: Tensor, heads: int) -> Tensor:
     """(B, H, ...) added up to (B, heads, ...)."""
     return x if x.shape[1] == heads else x.unflatten(1, (heads, -1)).sum(2)

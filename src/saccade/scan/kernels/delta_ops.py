@@ -1,0 +1,96 @@
+"""The delta rule's kernels as an operator of PyTorch, as `ops` for linear attention.
+
+    saccade::delta_scan(q, k, v, beta, g, memory, cu, scale) -> (o, memory)
+
+memory: float32, before the first token and after the last. cu: bounds of packed sequences, int32, or None.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.scan.kernels.delta_launch import DeltaLaunch
+
+
+@torch.library.custom_op("saccade::delta_scan", mutates_args=())
+def delta_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    memory: Tensor,
+    cu: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return DeltaLaunch(q, k, v, g, cu, scale, beta).forward(memory, q.dtype)
+
+
+@delta_scan.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    memory: Tensor,
+    cu: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(*q.shape[:3], v.shape[3]), memory.new_empty(memory.shape)
+
+
+@torch.library.custom_op("saccade::delta_scan_backward", mutates_args=())
+def _backward(
+    do: Tensor,
+    dafter: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    memory: Tensor,
+    cu: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    found = DeltaLaunch(q, k, v, g, cu, scale, beta).backward(do, dafter, memory)
+    dq, dk, dv, dbeta, dg, dmemory = found
+    return dq, dk, dv, dbeta, q.new_empty(0, dtype=torch.float32) if dg is None else dg, dmemory
+
+
+@_backward.register_fake
+def _(
+    do: Tensor,
+    dafter: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    memory: Tensor,
+    cu: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dg = q.new_empty(0, dtype=torch.float32) if g is None else g.new_empty(g.shape)
+    dq, dk, dv, dbeta, dmemory = (x.new_empty(x.shape) for x in (q, k, v, beta, memory))
+    return dq, dk, dv, dbeta, dg, dmemory
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, do: Tensor | None, dafter: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, beta, g, memory, cu = ctx.saved_tensors
+    do = q.new_zeros(*q.shape[:3], v.shape[3]) if do is None else do if do.stride(3) == 1 else do.contiguous()
+    dafter = torch.zeros_like(memory) if dafter is None else dafter.contiguous()
+    dq, dk, dv, dbeta, dg, dmemory = _backward(do, dafter, q, k, v, beta, g, memory, cu, ctx.scale)
+    return dq, dk, dv, dbeta, None if g is None else dg, dmemory, None, None
+
+
+delta_scan.register_autograd(_gradients, setup_context=_save)
