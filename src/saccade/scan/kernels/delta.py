@@ -273,7 +273,7 @@ def delta_gradients(
         added = tl.zeros([C, BK], tl.float32)  # dS u
         for other in range(0, V, BV):
             column = other + tl.arange(0, BV)
-            exists = (column < V)[:, None] & (channel < K)[None, :] & (start < end)
+            exists = (column < V)[:, None] & (channel < tl.where(start < end, K, 0))[None, :]
             entry = channel[None, :] * V + column[:, None]
             state = tl.load(states + state_at + entry, mask=exists, other=0.0)
             grad = tl.load(dstates + grad_at + entry, mask=exists, other=0.0)
@@ -291,7 +291,7 @@ def delta_gradients(
             scores_turned = tl.zeros([C, C], tl.float32)
             for other in range(0, V, BV):
                 column = other + tl.arange(0, BV)
-                exists = (column < V)[:, None] & (channel < K)[None, :] & (start < end)
+                exists = (column < V)[:, None] & (channel < tl.where(start < end, K, 0))[None, :]
                 entry = channel[None, :] * V + column[:, None]
                 state = tl.load(states + state_at + entry, mask=exists, other=0.0)
                 us = read(u, batch, head, start, rows, inside, column, V).to(KIND)

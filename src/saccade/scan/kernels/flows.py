@@ -34,7 +34,7 @@ def token_flows(
     carry = 0.0
     for block in range(0, V, BV):
         column = block + tl.arange(0, BV)
-        carry += tl.sum(tl.load(past + slot * V + column, mask=(column < V) & (low < high), other=0.0), 0)
+        carry += tl.sum(tl.load(past + slot * V + column, mask=column < tl.where(low < high, V, 0), other=0.0), 0)
     rows = tl.arange(0, C)
     for step in range(high - low):
         start = begin + (high - 1 - step) * C
@@ -71,7 +71,7 @@ def channel_flows(
     low = entry % spans * EVERY
     high = tl.minimum(low + EVERY, chunks)
     slot = tl.where(high == chunks, ends + seq, (first_chunk + high) // EVERY + seq).to(tl.int64) * heads + head
-    carry = tl.load(past + slot * V + column, mask=(column < V) & (low < high), other=0.0)
+    carry = tl.load(past + slot * V + column, mask=column < tl.where(low < high, V, 0), other=0.0)
     rows = tl.arange(0, C)
     for step in range(high - low):
         chunk = high - 1 - step

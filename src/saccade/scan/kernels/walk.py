@@ -190,17 +190,18 @@ def scan_walk(
     i = rows[:, None]
     j = rows[None, :]
     pairs = i <= j if REVERSE else i >= j
-    exists = (row < K)[:, None] & (column < V)[None, :]
-    once = row < tl.where(tile == 0, K, 0)  # what is the same in every tile of columns is written by one
-    exists_column = column < V
     if not READ:  # what the last one adds is of no interest
         high = tl.where(stretch == stretches - 1, low, high)
+    limit = K
+    width = V
     if GATE >= 2 and SPLIT != "none":
         mine = any_harmful(bounds, first_chunk + low, first_chunk + high, head) == (SPLIT == "mixed")
         high = tl.where(mine, high, low)
-        exists = exists & mine
-        once = once & mine
-        exists_column = exists_column & mine
+        limit = tl.where(mine, K, 0)
+        width = tl.where(mine, V, 0)
+    exists = (row < limit)[:, None] & (column < width)[None, :]
+    exists_column = column < width
+    once = row < tl.where(tile == 0, limit, 0)  # what is the same in every tile of columns is written by one
 
     state = tl.zeros([BK, BV], tl.float32)
     total = tl.zeros([BK], tl.float32)  # the column
@@ -343,7 +344,8 @@ def scan_walk(
                 write(o, batch, head, start, rows, inside, column, acc, V)
                 if MASS:
                     read_mass = (found + tl.sum(scores, 1)) * scale
-                    tl.store(place(mass, batch, head, start) + rows, read_mass, mask=inside & (tile == 0))
+                    first_tile = tokens < tl.where(tile == 0, end, 0)
+                    tl.store(place(mass, batch, head, start) + rows, read_mass, mask=first_tile)
 
     if last is not None:
         if (not READ) or (stretch == stretches - 1):  # the first is known when this is compiled, the second not
