@@ -28,11 +28,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rows import Row, read
 from torch import Tensor, nn
 
-from saccade import mechanism, mechanisms
+from saccade import attend, mechanism, mechanisms
 from saccade.bench.dense import dense_attention
 from saccade.bench.records import environment
 from saccade.contract import Attention, Dims, Mechanism, Mixer
 from saccade.hosts.block import AttentionMixer
+from saccade.where import Causal, Window
 
 # What is trained.
 
@@ -89,20 +90,14 @@ class Dense(nn.Module):
 
 
 class Sliding(nn.Module):
-    """Softmax attention over the last `size` keys, the query's own among them, by a mask.
-
-    Rows are short here, so that the mask is small and PyTorch's kernel as fast as any; what is measured is recall.
-    """
+    """Softmax attention over the last `size` keys, the query's own among them: q (B, H, N, D), k, v -> (B, H, N, D)."""
 
     def __init__(self, dims: Dims, *, size: int) -> None:
         super().__init__()
-        self.size = size
+        self.where = Window(size) & Causal()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        at = torch.arange(q.shape[2], device=q.device)
-        back = at[:, None] - at
-        seen = (back >= 0) & (back < self.size)
-        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return attend(q, k, v, self.where)
 
 
 REFERENCES: dict[str, type[nn.Module]] = {"dense": Dense, "window": Sliding}

@@ -110,6 +110,33 @@ def test_one_product_for_all_pairs_of_a_chunk(gate, monkeypatch):
         verify(fast(), plain(), given, terms=products(gate, 70, 5) * 64, dtypes=WIDE)
 
 
+@pytest.mark.parametrize("cut", [1, 3])
+def test_harmful_chunks_beside_harmless_ones(cut, monkeypatch):
+    """Some stretches have one, some none, some no chunk at all; with a normalizer, and packed."""
+    monkeypatch.setattr(launch.Launch, "exact", False)
+    monkeypatch.setattr(launch.Launch, "stretches", cut)
+    monkeypatch.setattr(launch, "ANCHORED", 16)
+    ends = [0, 53, 60, 100]
+    q, k, v, g, _ = problem("vector", tokens=100, dim=5, dv=3)
+    g[:, :, 20:24] *= 100
+    memory = draw(3, 1, 5, 4, seed=9).exp()
+
+    def packed(q, k, v, g, memory):
+        cu = torch.tensor(ends, dtype=torch.int32, device=q.device)
+        o, after = linear_attention(
+            q.exp(), k.exp(), v, log_decay=g, cu_seqlens=cu, state=State(memory), return_state=True, normalizer="sum"
+        )
+        return o, after.memory
+
+    def ours(*given):
+        return packed_with("triton", packed, *given)
+
+    def theirs(*given):
+        return packed_with("reference", packed, *given)
+
+    verify(ours, theirs, [q, k, v, g, memory], terms=products("vector", 100, 5) * 64, dtypes=WIDE)
+
+
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("tokens", [1, 16, 33])
 def test_half_precision_and_lengths(gate, tokens):

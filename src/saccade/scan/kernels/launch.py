@@ -378,8 +378,8 @@ class Launch(Problem):
                 None if last is None else States.of(last), last_row, left, of(o), of(mass), states, rows, past, cuts,
                 self.scale, self.stretches, ends, K=k, V=v, C=chunk, BK=padded(k), BV=tile.values, GATE=gate,
                 REVERSE=reverse, READ=a is not None, MASS=column, ROW=row, UNIT=self.scale == 1, EVERY=self.every,
-                SPLIT=split,
-                LEVELS=chunk.bit_length() - 1, num_warps=tile.warps, num_stages=tile.stages, **self.products,
+                SPLIT=split, LEVELS=chunk.bit_length() - 1, num_warps=tile.warps, num_stages=tile.stages,
+                **self.products,
             )  # fmt: skip
 
 

@@ -39,11 +39,16 @@ from saccade.scan.kernels.tiles import (
 
 @triton.jit
 def at_once(
-    a, b, y, state, total, below, left, bounds, slot, head, column, a_more, b_more, scale, K: tl.constexpr,
-    V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr,
-    READ: tl.constexpr, MASS: tl.constexpr, ROW: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+    a, b, y, state, total, below, left, bounds, slot, head, column, a_more, b_more, scale, C: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr, READ: tl.constexpr,
+    MASS: tl.constexpr, ROW: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A chunk under a decay a channel that is in its tokens already."""
+    """A chunk under a decay a channel that is in its tokens already.
+
+    a (C, BK), b (BK, C), y (C, BV), state (BK, BV), its column `total` (BK,) and row `below` (BV,); left (BK,): what is
+    kept of the state before the first chunk. Returns what a reads (C, BV), the scores (C, C), what a reads of the
+    column (C,), and state, total, below and left after the chunk.
+    """
     rows = tl.arange(0, C)
     acc = tl.zeros([C, BV], tl.float32)
     scores = tl.zeros([C, C], tl.float32)
@@ -96,7 +101,7 @@ def by_levels(
     READ: tl.constexpr, MASS: tl.constexpr, ROW: tl.constexpr, LEVELS: tl.constexpr, KIND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A chunk under a decay a channel, however strong."""
+    """A chunk under a decay a channel, however strong: as `at_once`, from g in place of bounds."""
     rows = tl.arange(0, C)
     row = tl.arange(0, BK)
     i = rows[:, None]
@@ -313,7 +318,7 @@ def scan_walk(
                 if SPLIT == "made":
                     acc, scores, found, state, total, below, left = at_once(
                         a_s, bs, written, state, total, below, left, bounds, first_chunk + chunk, head, column, a_more,
-                        b_more, scale, K, V, C, BK, BV, GATE, REVERSE, READ, MASS, ROW, KIND, PRECISION,
+                        b_more, scale, C, BK, BV, GATE, REVERSE, READ, MASS, ROW, KIND, PRECISION,
                     )  # fmt: skip
                 elif SPLIT == "none":
                     acc, scores, found, state, total, below, left = by_levels(
@@ -323,7 +328,7 @@ def scan_walk(
                 elif any_harmful(bounds, first_chunk + chunk, first_chunk + chunk + 1, head) == 0:
                     acc, scores, found, state, total, below, left = at_once(
                         a_s, bs, written, state, total, below, left, bounds, first_chunk + chunk, head, column, a_more,
-                        b_more, scale, K, V, C, BK, BV, GATE, REVERSE, READ, MASS, ROW, KIND, PRECISION,
+                        b_more, scale, C, BK, BV, GATE, REVERSE, READ, MASS, ROW, KIND, PRECISION,
                     )  # fmt: skip
                 else:
                     if GATE == 2:
