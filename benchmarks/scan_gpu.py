@@ -1,4 +1,4 @@
-"""Linear attention on a GPU: these kernels beside flash-linear-attention's and dense causal attention.
+"""Linear attention and the delta rule on a GPU, beside flash-linear-attention's kernels and dense causal attention.
 
 python benchmarks/scan_gpu.py [--only TEXT] [--seconds S] [--forward]
 
@@ -17,16 +17,17 @@ import argparse
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from attend_gpu import graphed
 from common import save, show
 from torch import Tensor
-from torch.nn.functional import logsigmoid, scaled_dot_product_attention
+from torch.nn.functional import logsigmoid, normalize, scaled_dot_product_attention
 
 from saccade.bench.timing import Samples, clock_for, ratio, rounds
-from saccade.scan import linear_attention
+from saccade.scan import delta_rule, linear_attention
+from saccade.scan.kernels.delta_launch import DeltaLaunch
 from saccade.scan.kernels.launch import ANCHORED, Launch
 
 Call = Callable[[], Any]
@@ -44,7 +45,7 @@ SHAPES = [  # batch, heads, tokens, D
 
 @dataclass(frozen=True)
 class Case:
-    """One shape under one gate."""
+    """Linear attention of one shape under one gate."""
 
     batch: int
     heads: int
@@ -52,34 +53,36 @@ class Case:
     dim: int
     gate: str
 
+    title: ClassVar[str] = "gate"
+
     @property
     def name(self) -> str:
-        return f"{self.gate} gate, B {self.batch}, H {self.heads}, D {self.dim}"
+        return f"{self.gate} {self.title}, B {self.batch}, H {self.heads}, D {self.dim}"
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.heads * self.tokens
 
     def inputs(self) -> list[Tensor]:
         """q, k, v, and g where there is a gate: decays as a trained model has them, most of them slow."""
         shape = (self.batch, self.heads, self.tokens)
-        q, k, v = (torch.randn(*shape, self.dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-        if self.gate == "none":
-            return [q, k, v]
-        return [
-            q,
-            k,
-            v,
-            logsigmoid(torch.randn(*shape, *((self.dim,) if self.gate == "vector" else ()), device="cuda")) / 16,
-        ]
+        found = [torch.randn(*shape, self.dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+        if self.gate != "none":
+            wide = (self.dim,) if self.gate == "vector" else ()
+            found.append(logsigmoid(torch.randn(*shape, *wide, device="cuda")) / 16)
+        return found
 
     def floor(self, backward: bool) -> int:
         """Bytes that every algorithm moves."""
-        rows = self.batch * self.heads * self.tokens
         gate = 4 * {"none": 0, "scalar": 1, "vector": self.dim}[self.gate]
         forward = 2 * 4 * self.dim + gate
         # do is read beside the inputs; dq, dk, dv and dg are written.
-        return rows * (forward + (forward + gate + 2 * 3 * self.dim if backward else 0))
+        return self.rows * (forward + (forward + gate + 2 * 3 * self.dim if backward else 0))
 
-    def moved(self, backward: bool, stretches: int) -> int:
+    def moved(self, backward: bool, inputs: list[Tensor]) -> int:
         """Bytes that our passes move, each pass taken to read its inputs once."""
-        rows, stream, gate = self.batch * self.heads * self.tokens, 2 * self.dim, 4 * GATES[self.gate] // 2 * self.dim
+        stretches = Launch(*inputs[:3], inputs[3] if inputs[3:] else None, None, 1.0, False).stretches
+        stream, gate = 2 * self.dim, 4 * GATES[self.gate] // 2 * self.dim
         prepare = 4 * stream + gate if self.gate == "vector" else 0
         again = 2 * stream if stretches > 1 else 0
         found = prepare + again + 4 * stream
@@ -89,24 +92,69 @@ class Case:
                 found += 2 * 4 * self.dim**2 // ANCHORED + (
                     4 * stream if self.gate == "scalar" else 6 * stream + 2 * gate
                 )
-        return rows * found
+        return self.rows * found
+
+    def call(self, backend: str) -> Attend:
+        """Ours."""
+        return lambda q, k, v, g=None: linear_attention(q, k, v, log_decay=g, backend=backend)
+
+    def theirs(self) -> Attend:
+        """flash-linear-attention's, in its own layout."""
+        from fla.ops.gla import chunk_gla
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        function = chunk_gla if self.gate == "vector" else chunk_simple_gla
+        return lambda q, k, v, g=None: function(q, k, v, g, scale=1.0)[0]
+
+
+class Delta(Case):
+    """The delta rule: keys of unit length, beta in (0, 1)."""
+
+    title = "gate, delta rule"
+
+    def inputs(self) -> list[Tensor]:
+        q, k, *rest = super().inputs()
+        beta = torch.rand(self.batch, self.heads, self.tokens, device="cuda")
+        return [q, normalize(k.float(), dim=-1).bfloat16(), rest[0], beta, *rest[1:]]
+
+    def floor(self, backward: bool) -> int:
+        return super().floor(backward) + 4 * self.rows * (3 if backward else 1)
+
+    def moved(self, backward: bool, inputs: list[Tensor]) -> int:
+        chunk = DeltaLaunch(*inputs[:3], inputs[4] if inputs[4:] else None, None, 1.0, inputs[3]).sizes.chunk
+        stream, system, state = 2 * self.dim, 2 * chunk, 2 * self.dim**2 // chunk
+        found = (stream + system) + (4 * stream + system)  # the systems of all chunks, the walk
+        if backward:
+            found += (stream + system) + (3 * stream + system + state)  # once more, for what is written and the states
+            found += (4 * stream + system + state) + (9 * stream + 2 * state)  # the walk back, the gradients
+        return self.rows * found
+
+    def call(self, backend: str) -> Attend:
+        return lambda q, k, v, beta, g=None: delta_rule(q, k, v, beta, log_decay=g, backend=backend)
+
+    def theirs(self) -> Attend:
+        from fla.ops.delta_rule import chunk_delta_rule
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        def call(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None) -> Tensor:
+            if g is None:
+                return chunk_delta_rule(q, k, v, beta.bfloat16(), scale=1.0)[0]
+            return chunk_gated_delta_rule(q, k, v, g, beta, scale=1.0)[0]
+
+        return call
+
+
+CASES: list[Case] = [Case(*shape, gate) for shape in SHAPES for gate in GATES]
+CASES += [Delta(*shape, gate) for shape in SHAPES for gate in ("none", "scalar")]
 
 
 def peers(case: Case) -> dict[str, Attend]:
-    """Dense causal attention, and flash-linear-attention in its own layout."""
-    found: dict[str, Attend] = {"dense": lambda q, k, v, g=None: scaled_dot_product_attention(q, k, v, is_causal=True)}
+    """Dense causal attention, and flash-linear-attention."""
+    found: dict[str, Attend] = {"dense": lambda q, k, v, *_: scaled_dot_product_attention(q, k, v, is_causal=True)}
     if importlib.util.find_spec("fla") is None:
         print("flash-linear-attention is not installed")
         return found
-    from fla.ops.gla import chunk_gla
-    from fla.ops.simple_gla import chunk_simple_gla
-
-    function = chunk_gla if case.gate == "vector" else chunk_simple_gla
-
-    def theirs(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None) -> Tensor:
-        return function(q, k, v, g, scale=1.0)[0]
-
-    return found | {"fla": theirs}
+    return found | {"fla": case.theirs()}
 
 
 def step(function: Attend, inputs: list[Tensor], backward: bool) -> Call:
@@ -118,16 +166,10 @@ def step(function: Attend, inputs: list[Tensor], backward: bool) -> Call:
     return lambda: torch.autograd.grad(function(*leaves), leaves, grad, allow_unused=True)
 
 
-def ours(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None) -> Tensor:
-    return linear_attention(q, k, v, log_decay=g, backend="triton")  # type: ignore[return-value]
-
-
-def error(inputs: list[Tensor]) -> float:
+def error(case: Case, inputs: list[Tensor]) -> float:
     """Of our forward pass, see above."""
     few = [x[:1, :1, :256] for x in inputs]
-    found = ours(*few).double()
-    exact = linear_attention(*(x.double() for x in few[:3]), log_decay=few[3].double() if few[3:] else None,
-                             backend="reference")  # fmt: skip
+    found, exact = case.call("triton")(*few).double(), case.call("reference")(*(x.double() for x in few))
     return float((found - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
 
@@ -143,7 +185,7 @@ def measure(case: Case, backward: bool, seconds: float, rate: float) -> dict[str
     """Milliseconds of all, how much faster than each peer, and over the floor."""
     torch.manual_seed(0)
     inputs = case.inputs()
-    calls: dict[str, Call] = {"triton": graphed(step(ours, inputs, backward))}
+    calls: dict[str, Call] = {"triton": graphed(step(case.call("triton"), inputs, backward))}
     for name, function in peers(case).items():
         given = [x.transpose(1, 2).contiguous() for x in inputs] if name == "fla" else inputs
         try:
@@ -155,15 +197,13 @@ def measure(case: Case, backward: bool, seconds: float, rate: float) -> dict[str
     samples = dict(zip(names, found, strict=True))
     mine, floor = found[0].baseline_seconds, case.floor(backward) / rate
     row: dict[str, Any] = {"triton ms": round(mine * 1e3, 4), "floor ms": round(floor * 1e3, 4)}
-    stretches = Launch(*inputs[:3], inputs[3] if inputs[3:] else None, None, 1.0, False).stretches
-    row |= {"over floor": round(mine / floor, 2)}
-    row |= {"TB/s moved": round(case.moved(backward, stretches) / mine / 1e12, 2)}
+    row |= {"TB/s moved": round(case.moved(backward, inputs) / mine / 1e12, 2)}
     for name, one in samples.items():
         faster = ratio(Samples(one.baseline, one.function))  # theirs over ours
         row |= {f"{name} ms": round(one.seconds * 1e3, 4), f"over {name}": round(faster.median, 3)}
         row |= {f"over {name} low": faster.low and round(faster.low, 3)}
         row |= {f"over {name} high": faster.high and round(faster.high, 3)}
-    return row | {"error": float(f"{error(inputs):.2e}")}
+    return row | {"error": float(f"{error(case, inputs):.2e}")}
 
 
 def main() -> None:
@@ -174,7 +214,7 @@ def main() -> None:
     options = parser.parse_args()
     rate, rows = copy_rate(), []
     print(f"a copy moves {rate / 1e12:.2f} TB/s")
-    for case in (Case(*shape, gate) for shape in SHAPES for gate in GATES):
+    for case in CASES:
         if options.only not in case.name:
             continue
         for backward in (False,) if options.forward else (False, True):
@@ -194,7 +234,7 @@ def main() -> None:
         "over fla",
         "over dense",
     )
-    show("Linear attention: milliseconds, and how many times faster", [{n: row.get(n) for n in shown} for row in rows])
+    show("Scans: milliseconds, and how many times faster", [{n: row.get(n) for n in shown} for row in rows])
 
 
 if __name__ == "__main__":

@@ -59,12 +59,12 @@ def delta(q, k, v, beta, g=None, memory=None):
     heads, dim = q.shape[1], k.shape[-1]
     k, v, beta, g = per_head(k, heads), per_head(v, heads), per_head(beta, heads), gate_of(g, q, dim)
     s = q.new_zeros(q.shape[0], heads, dim, v.shape[-1]) if memory is None else per_head(memory, heads)
-    eye, rows = torch.eye(dim, dtype=q.dtype), []
+    rows = []
     for t in range(q.shape[2]):
-        b = beta[:, :, t, None, None]
-        erase = eye - b * torch.einsum("bhd,bhe->bhde", k[:, :, t], k[:, :, t])
-        s = erase @ torch.diag_embed(g[:, :, t].exp()) @ s + b * torch.einsum("bhd,bhe->bhde", k[:, :, t], v[:, :, t])
-        rows.append(torch.einsum("bhde,bhd->bhe", s, q[:, :, t]))
+        b, key = beta[:, :, t, None, None], k[:, :, t, :, None]
+        s = g[:, :, t].exp()[..., None] * s
+        s = s - b * key @ (key.mT @ s) + b * key @ v[:, :, t, None, :]
+        rows.append((q[:, :, t, None, :] @ s)[:, :, 0])
     return torch.stack(rows, 2), s
 
 

@@ -33,11 +33,16 @@ class DeltaLaunch(Problem):
 
     @property
     def sizes(self) -> Sizes:
-        """Fewer channels of values a program than in linear attention, as no sequence is cut into stretches."""
+        """Those of linear attention, with what the walk holds besides in mind.
+
+        In bfloat16 never fewer than 64 channels of values a program: with 16 or 32, products that take the state from
+        shared memory are compiled wrongly for capability 9.0 (Triton 3.6): they read beyond it.
+        """
         d = self.q.shape[3]
         chunk, tile = Sizes.of(d, self.v.shape[3], self.q.dtype, 1)
-        warps = tile.warps if self.kind == torch.bfloat16 else 8
-        return Sizes(chunk, Tile(min(tile.values, 32), warps, 1 if d > 128 else tile.stages))
+        if self.kind != torch.bfloat16:
+            return Sizes(chunk, Tile(min(tile.values, 32), 8, 1))
+        return Sizes(chunk, Tile(64, tile.warps, 1 if d > 128 else tile.stages))
 
     def forward(self, memory: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """o in `dtype`, and the memory after the last token; memory (sequences, heads, D, Dv), float32."""
