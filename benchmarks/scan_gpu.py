@@ -125,7 +125,7 @@ class Delta(Case):
         stream, system, state = 2 * self.dim, 2 * chunk, 2 * self.dim**2 // chunk
         found = (stream + system) + (4 * stream + system)  # the systems of all chunks, the walk
         if backward:
-            found += (stream + system) + (3 * stream + system + state)  # once more, for what is written and the states
+            found += 3 * stream + system + state  # the walk once more, for what is written and the states
             found += (4 * stream + system + state) + (9 * stream + 2 * state)  # the walk back, the gradients
         return self.rows * found
 

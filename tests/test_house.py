@@ -21,13 +21,14 @@ MAY_OPEN = {
     "mix": FOUNDATION,
     "softmax": FOUNDATION | {"where"},
     "contract": FOUNDATION,
+    "cache": FOUNDATION | {"where", "softmax", "contract"},
     "hosts": FOUNDATION | PRIMITIVES | {"softmax", "contract"},
     "tasks": FOUNDATION | {"hosts"},
-    "mechanisms": FOUNDATION | PRIMITIVES | {"softmax", "contract", "hosts", "catalogue"},
+    "mechanisms": FOUNDATION | PRIMITIVES | {"softmax", "cache", "contract", "hosts", "catalogue"},
     "catalogue": FOUNDATION | {"contract", "mechanisms"},
-    "testing": FOUNDATION | PRIMITIVES | {"softmax", "contract", "catalogue"},
-    "hf": FOUNDATION | {"where", "softmax", "contract", "catalogue", "testing"},
-    "bench": FOUNDATION | PRIMITIVES | {"softmax", "contract", "catalogue", "hosts", "tasks", "testing"},
+    "testing": FOUNDATION | PRIMITIVES | {"softmax", "cache", "contract", "catalogue"},
+    "hf": FOUNDATION | {"where", "softmax", "cache", "contract", "catalogue", "testing"},
+    "bench": FOUNDATION | PRIMITIVES | {"softmax", "cache", "contract", "catalogue", "hosts", "tasks", "testing", "hf"},
     "cli": FOUNDATION | PRIMITIVES | {"softmax", "contract", "catalogue", "testing", "bench"},
 }
 AT_THE_DOOR = {"attend": "softmax", "merge": "softmax", "explain": "softmax", "mechanism": "catalogue"}

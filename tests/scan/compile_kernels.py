@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from saccade.scan.kernels import launch, selective_ops
+from saccade.scan.kernels import launch, selective_ops, step_ops
 from saccade.scan.kernels.delta_launch import DeltaLaunch
 from saccade.scan.kernels.launch import Launch, Sizes, Tile
 
@@ -47,6 +47,7 @@ def main(dtype: torch.dtype) -> None:
     Sizes.of = classmethod(lambda cls, *problem: cls(32, Tile(16, 4, 2)))
     Launch.stretches = 2
     launch.ANCHORED = 64
+    steps(dtype)
     selective(dtype)
     delta(dtype)
     for gate in range(3):
@@ -61,6 +62,31 @@ def main(dtype: torch.dtype) -> None:
             o, found, after, after_sums, starts, start_sums = problem.forward(memory, sums, dtype)
             given = (found, after, after_sums) if mass else (None, after, None)
             problem.backward(o, *given, memory, sums, starts, start_sums)
+
+
+def steps(dtype: torch.dtype) -> None:
+    """One token: without a state before and with one; gates of either kind; shared memories; wide ones in parts."""
+    for gate in range(3):
+        for known in (False, True):
+            for d, mass in ((D, known), (300, not known)):
+                q = torch.zeros(2, 6, 1, d, dtype=dtype)
+                k, v = torch.zeros(2, 2, 1, d, dtype=dtype), torch.zeros(2, 2, 1, DV, dtype=dtype)
+                g = [None, torch.zeros(2, 2, 1), torch.zeros(2, 2, 1, d)][gate]
+                memory = torch.zeros(2, 2, d, DV + mass) if known else None
+                old = torch.zeros(2, 2, d if gate == 2 else 1, 1) if known and gate else None
+                step_ops.linear_step(q, k, v, g, memory, old, 0.5, mass, mass, gate > 0)
+            if d > 256:
+                q, k, g = (x if x is None or x.ndim == 3 else x[..., :256] for x in (q, k, g))
+            beta = torch.zeros(2, 6, 1)
+            before, product = (torch.zeros(2, 6, 256, n) if known else None for n in (DV, 256))
+            for track in (False, True):
+                step_ops.delta_step(q, k, v, beta, g, before, product if track else None, 0.5, track)
+    for known in (False, True):
+        x, single = torch.zeros(2, 1, 24, dtype=dtype), torch.zeros(24) if known else None
+        rates, shared = torch.zeros(24, 5), torch.zeros(2, 1, 3, 5, dtype=dtype)
+        before = torch.zeros(2, 24, 5) if known else None
+        z = x if known else None
+        step_ops.selective_step(x, x, rates, shared, shared, single, known, single, z, before, before, known)
 
 
 def selective(dtype: torch.dtype) -> None:
@@ -78,8 +104,8 @@ def delta(dtype: torch.dtype) -> None:
         cu = None if gate is None else torch.tensor([0, 40, TOKENS], dtype=torch.int32)
         memory = torch.zeros(1 if cu is None else 2, 2, D, DV)
         problem = DeltaLaunch(q, k, v, gate, cu, 0.5, torch.zeros(1, 2, TOKENS))
-        o, after = problem.forward(memory, dtype)
-        problem.backward(o, after, memory)
+        o, after, t = problem.forward(memory, dtype)
+        problem.backward(o, after, memory, t)
 
 
 if __name__ == "__main__":

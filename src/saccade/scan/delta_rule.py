@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from saccade.errors import check_cu_seqlens, check_qkv, known, positive
 from saccade.scan import kernels
 from saccade.scan.chunks import Stretch, each_chunk, grouped, weigh
+from saccade.scan.kernels import step
 from saccade.scan.linear_attention import (
     check_log_decay,
     each_sequence,
@@ -56,8 +58,10 @@ def delta_rule(
     cu_seqlens: int32, sequences packed into batch 1, each with a memory of its own.
     chunk: tokens handled at once; changes the speed, and no result beyond rounding. "triton" has sizes of its own.
     backend: "reference" (token by token), "chunked", "triton" (kernels; no vector gate, at most 256 channels,
-        differentiable once; they have run in Triton's interpreter alone, so that they must be named), or "auto":
-        chunked.
+        differentiable once), or "auto": triton on a GPU in 16 bits where it can, otherwise chunked. One token of which
+        no gradient is asked has a kernel of its own in "triton", with a vector gate too and for any number of channels,
+        which "auto" takes on a GPU: it reads memory and transition once and writes them once. On a CPU "auto" takes
+        one token by itself.
 
     Within a chunk the values actually written, u_t = beta_t (v_t - what k_t finds), solve one triangular system (the WY
     form): (I + diag(beta) L) U = diag(beta) (V - K' S), with L the decayed key-key products below the diagonal and K'
@@ -81,12 +85,9 @@ def delta_rule(
         )
     _check_beta(beta, q, k)
 
-    fast = backend == "triton"
-    if fast:
-        why = kernels.delta_reasons(v, q.shape[3], log_decay)
-        if why:
-            raise ValueError(f"backend: got 'triton', which cannot run this: {'; '.join(why)}. Pass 'auto'")
-    scan = kernels.delta_scan if fast else _in_products(SCANS[backend], chunk)
+    once = cu_seqlens is None and step.takes(backend, q.shape[2], state, q, k, v, beta, log_decay)
+    fast = not once and kernels.takes(backend, v, kernels.delta_reasons(v, q.shape[3], log_decay))
+    scan = None if once else kernels.delta_scan if fast else _in_products(backend, chunk)
 
     def one(
         q: Tensor,
@@ -131,10 +132,13 @@ def _dense(
     state: State | None,
     scale: float | None,
     with_transition: bool,
-    scan: Pass,
+    scan: Pass | None,
     cu: Tensor | None,
 ) -> tuple[Tensor, State]:
-    """`delta_rule` of sequences of one length or of packed ones; without `with_transition` the state has none."""
+    """`delta_rule` of sequences of one length or of packed ones; without `with_transition` the state has none.
+
+    scan: None for the kernel of one token.
+    """
     dtype, (batch, heads, tokens, dim), groups = q.dtype, q.shape, k.shape[1]
     g = None
     if log_decay is not None:
@@ -142,11 +146,19 @@ def _dense(
         g = log_decay[None, :, None] if log_decay.ndim == 1 else log_decay
     kept = max(beta.shape[1], groups if g is None else g.shape[1])
     sequences = batch if cu is None else cu.shape[0] - 1
-    memory = initial_memory(state, (sequences, kept, dim, v.shape[-1]), v.new_zeros((), dtype=working_dtype(q)))
+    shape, like = (sequences, kept, dim, v.shape[-1]), v.new_empty(0, dtype=working_dtype(q))
+    scale = 1.0 if scale is None else scale
+    if scan is None:
+        before = None if state is None else initial_memory(state, shape, like)
+        known = with_transition and state is not None and state.transition is not None
+        old = _as_matrix(state, cast(Tensor, before)) if known else None
+        o, memory, moved = step.delta(q, k, v, beta, g, before, old, scale, with_transition)
+        return o, State(memory, None if moved is None else Matrix(moved))
+    memory = initial_memory(state, shape, like)
     if with_transition:
         # The transition is what becomes of the columns of a memory to which nothing is added.
         memory = torch.cat([memory, _as_matrix(state, memory)], -1)
-    o, memory = scan(q, k, v, beta, g, memory, cu, 1.0 if scale is None else scale)
+    o, memory = scan(q, k, v, beta, g, memory, cu, scale)
     memory, product = memory.tensor_split([v.shape[-1]], -1)
     return o.to(dtype), State(memory, Matrix(product) if with_transition else None)
 
@@ -240,7 +252,7 @@ Pass = Callable[
 ]
 
 
-def _in_products(scan: Scan, chunk: int) -> Pass:
+def _in_products(backend: str, chunk: int) -> Pass:
     """A scan of plain tensors in the working dtype, of sequences of one length."""
 
     def run(
@@ -249,6 +261,8 @@ def _in_products(scan: Scan, chunk: int) -> Pass:
         real = working_dtype(q)
         q, k, v, beta = (x.to(real) for x in (q, k, v, beta))
         q = q if scale == 1 else q * scale
+        # One token by itself is the least work.
+        scan = scan_tokens if backend == "auto" and q.shape[2] == 1 else SCANS[backend]
         return scan(q, k, v, beta, None if g is None else g.to(real), memory, chunk)
 
     return run

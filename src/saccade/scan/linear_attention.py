@@ -9,13 +9,15 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from saccade.errors import check_cu_seqlens, check_qkv, known, positive
 from saccade.scan import kernels
 from saccade.scan.chunks import Stretch, each_chunk, grouped, weigh
 from saccade.scan.features import LogFeatures, Map, feature_map_of
+from saccade.scan.kernels import step
 from saccade.scan.normalizers import Normalizer, Read, normalizer_of
-from saccade.scan.state import State, chain
+from saccade.scan.state import Matrix, State, chain
 
 
 def linear_attention(
@@ -56,7 +58,9 @@ def linear_attention(
     chunk: tokens handled at once by matrix products; changes the speed, and no result beyond rounding. "triton" has
         sizes of its own.
     backend: "reference" (token by token), "chunked", "triton" (kernels, causal, at most 256 channels, differentiable
-        once), or "auto": triton on a GPU in 16 bits where it can, otherwise chunked.
+        once), or "auto": triton on a GPU in 16 bits where it can, otherwise chunked. One token of which no gradient is
+        asked has a kernel of its own in "triton", for any number of channels, and "auto" takes it on a GPU in float32
+        too: it reads the state once and writes it once. On a CPU "auto" takes one token by itself.
 
     Computed in float32 (float64 for float64), whatever autocast says; "triton" rounds the factors of matrix products,
     features among them, to the dtype of q, as dense attention does, and sums in float32. A vector gate is split at the
@@ -90,8 +94,9 @@ def linear_attention(
     with full_precision(q):
         dtype, logs = q.dtype, isinstance(phi, LogFeatures)
         q, k = _featured(q, k, phi, cu_seqlens)
-        fast = _takes_kernels(backend, v, k.shape[-1], causal)
-        scan = kernels.scan if fast else _in_products(SCANS[backend], chunk)
+        once = causal and cu_seqlens is None and step.takes(backend, v.shape[2], state, v, q, k, log_decay)
+        fast = once or kernels.takes(backend, v, kernels.reasons(v, k.shape[-1], causal))
+        scan = None if once else kernels.scan if fast else _in_products(backend, chunk)
         # The kernels round values themselves.
         v = v if fast else v.to(working_dtype(v))
 
@@ -107,15 +112,6 @@ def linear_attention(
         else:
             o, after = each_sequence(one, q, (k, v), (log_decay,), state, cu_seqlens)
     return (o, after) if return_state else o
-
-
-def _takes_kernels(backend: str, v: Tensor, features: int, causal: bool) -> bool:
-    if backend not in ("triton", "auto") or (backend == "auto" and not (v.is_cuda and v.dtype.itemsize == 2)):
-        return False
-    why = kernels.reasons(v, features, causal)
-    if why and backend == "triton":
-        raise ValueError(f"backend: got 'triton', which cannot run this: {'; '.join(why)}. Pass 'auto'")
-    return not why
 
 
 def _featured(
@@ -256,6 +252,20 @@ def scan_tokens(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, memory: Tenso
     return torch.stack(outputs, 2), memory
 
 
+def scan_token(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, memory: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """One token, the least work there is; shapes as for `scan_tokens`.
+
+    It reads itself by q . k, as in a chunk: a normalizer then finds that number in its mass too, and it cancels.
+    """
+    heads = memory.shape[1]
+    k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+    if g is not None:
+        memory = memory * (g.mT if g.ndim == 4 else g[..., None]).exp()
+    queries = q.squeeze(2).unflatten(1, (heads, -1))
+    o = torch.addcmul(queries @ memory, queries @ k.mT, v)
+    return o.flatten(1, 2).unsqueeze(2), torch.addcmul(memory, k.mT, v)
+
+
 Scan = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Tensor, int], tuple[Tensor, Tensor]]
 SCANS: dict[str, Scan] = {"auto": scan_chunks, "reference": scan_tokens, "chunked": scan_chunks}
 BACKENDS = (*SCANS, "triton")
@@ -266,7 +276,7 @@ Pass = Callable[
 ]
 
 
-def _in_products(scan: Scan, chunk: int) -> Pass:
+def _in_products(backend: str, chunk: int) -> Pass:
     """A scan of plain tensors, in which the sum of keys is what values of 1 add up to."""
 
     def run(
@@ -274,6 +284,7 @@ def _in_products(scan: Scan, chunk: int) -> Pass:
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         q, k, g = q.to(v.dtype), k.to(v.dtype), None if g is None else g.to(v.dtype)
         q = q if scale == 1 else q * scale
+        scan = scan_token if backend == "auto" and q.shape[2] == 1 else SCANS[backend]
         if not mass:
             o, memory = scan(q, k, v, g, memory, chunk)
             return o, None, memory
@@ -293,13 +304,13 @@ def _dense(
     policy: Normalizer | None,
     causal: bool,
     scale: float | None,
-    scan: Pass,
+    scan: Pass | None,
     keep: bool,
     cu: Tensor | None,
 ) -> tuple[Tensor, State]:
     """`linear_attention` of features, or their logarithms, of sequences of one length or of packed ones.
 
-    keep: the state after the last token is wanted, so its transition is too.
+    scan: None for the kernel of one token. keep: the state after the last token is wanted, so its transition is too.
     """
     (batch, heads), groups, features = q.shape[:2], k.shape[1], k.shape[-1]
     real, sequences = working_dtype(v), batch if cu is None else cu.shape[0] - 1
@@ -315,34 +326,51 @@ def _dense(
     kept = groups if g is None else g.shape[1]
     mass, counts = policy is not None, policy is not None and policy.counts
     shape = (sequences, kept, features + counts, v.shape[-1] + mass)
-    memory = initial_memory(state, shape, v.new_zeros((), dtype=real))
-    before = State(memory) if state is None else State(memory, state.transition, state.shift)
-    transition = _total(g.to(real), batch, q.shape[2], cu) if keep and g is not None else None
+    nothing = scan is None and state is None  # which that kernel need not read
+    given = None if nothing else initial_memory(state, shape, v.new_empty(0, dtype=real))
+    past = None if state is None else state.transition
+    kind = (batch, kept, features if log_decay is not None and log_decay.ndim == 4 else 1, 1)
+    # The kernel of one token adds up decays of one shape itself, but for those of a log scale.
+    adds = scan is None and keep and g is not None and not logs and (past is None or _is_decay(past, kind))
+    if keep and g is not None and not adds:
+        past = chain(past, _total(g.to(real), batch, q.shape[2], cu))
 
     undo, shift = None, None
     if logs:
         ceiling = q.detach().amax(-1, keepdim=True)
         q = (q - ceiling).exp()
-        running, step = _running_scale(k, None if state is None else before, causal)
+        running, rise = _running_scale(k, state, causal)
         k = (k - running).exp()
         if causal:
             # The scale rises with the keys, which is one more decay of the memory.
-            step = step.repeat_interleave(kept // groups, 1)
-            g = step if g is None else g + (step[..., None] if g.ndim == 4 else step)
+            rise = rise.repeat_interleave(kept // groups, 1)
+            g = rise if g is None else g + (rise[..., None] if g.ndim == 4 else rise)
         undo = ceiling + running.repeat_interleave(heads // groups, 1)
         shift = running[:, :, -1:].repeat_interleave(kept // groups, 1)
 
     total: Tensor | None = None
     found: Tensor | None = None
     if causal:
-        o, found, memory = scan(q, k, v, g, before.memory[:, :, :features], cu, scale, mass)
-        if counts:
-            ones = torch.ones_like(v[..., :1])
-            every = ones.repeat_interleave(kept // groups, 1)
-            added, counted, last = scan(every, ones, v, g, before.memory[:, :, features:], cu, 1.0, True)
-            total = torch.cat([added, cast(Tensor, counted)], -1)
-            memory = torch.cat([memory, last], 2)
-        after = State(memory, chain(before.transition, transition), shift)
+        together = counts and q.shape[2] == 1
+        if together:
+            # One more channel, which every key writes and no query reads, sums up the values.
+            q, k = F.pad(q, (0, 1)), F.pad(k, (0, 1), value=1.0)
+        if scan is None:
+            old = cast("Tensor | None", past) if adds else None
+            o, found, memory, added = step.linear(q, k, v, g, given, old, scale, mass, adds)
+            past = added if adds else past
+        else:
+            begin = cast(Tensor, given)
+            o, found, memory = scan(q, k, v, g, begin[:, :, : k.shape[3]], cu, scale, mass)
+            if counts and not together:
+                ones = torch.ones_like(v[..., :1])
+                every = ones.repeat_interleave(kept // groups, 1)
+                read, counted, last = scan(every, ones, v, g, begin[:, :, features:], cu, 1.0, True)
+                total = torch.cat([read, cast(Tensor, counted)], -1)
+                memory = torch.cat([memory, last], 2)
+        if together:
+            total = memory[:, :, features:]
+        after = State(memory, past, shift)
     else:
         q, k = q.to(real), k.to(real)
         if mass:
@@ -350,7 +378,9 @@ def _dense(
         memory = k.mT @ v
         if counts:
             memory = torch.cat([memory, v.sum(2, keepdim=True)], 2)
-        after = before.compose(State(memory, None, shift)) if state is not None else State(memory, None, shift)
+        after = State(memory, None, shift)
+        if state is not None:
+            after = State(cast(Tensor, given), state.transition, state.shift).compose(after)
         q = q if scale == 1 else q * scale
         o = grouped(q.unflatten(1, (groups, -1)), after.memory[:, :, None, :features]).flatten(1, 2)
         o, found = o.split([v.shape[-1] - 1, 1], -1) if mass else (o, None)
@@ -363,6 +393,11 @@ def _dense(
         sums = () if total is None else total.split([total.shape[-1] - 1, 1], -1)
         o = policy(Read(o, cast(Tensor, found), *sums))
     return o, after
+
+
+def _is_decay(transition: Tensor | Matrix, shape: tuple[int, ...]) -> bool:
+    """Whether it is one log decay a state, or one a row of it, as `shape` says."""
+    return isinstance(transition, Tensor) and transition.dtype == torch.float32 and tuple(transition.shape) == shape
 
 
 def _total(g: Tensor, batch: int, tokens: int, cu: Tensor | None) -> Tensor:

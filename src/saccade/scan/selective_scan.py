@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from saccade.errors import known, positive
 from saccade.scan import kernels
-from saccade.scan.state import State
+from saccade.scan.kernels import step as one_step
+from saccade.scan.state import Matrix, State, chain
 
 BACKENDS = ("auto", "chunked", "triton")
 
@@ -47,8 +48,10 @@ def selective_scan(
     added to delta (default None). delta_softplus: delta becomes softplus(delta) (default False). state: what earlier
     tokens left, memory (batch, channels, S, 1) (default None: zero). return_state: also return the `State` after the
     last token (default False). chunk: tokens expanded at a time (default 64); changes cost, not values. backend:
-    "chunked", "triton" (one kernel that expands nothing, real states, differentiable once; it has run in Triton's
-    interpreter alone, so that it must be named), or "auto": chunked.
+    "chunked", "triton" (one kernel that expands nothing, real states, differentiable once), or "auto": triton on a GPU
+    where it can, otherwise chunked. One token of which no gradient is asked has a kernel of its own in "triton", real
+    states too, which "auto" takes on a GPU: it reads memory and transition once and writes them once, and where a state
+    is given it takes A as it is.
 
     Returns y like x, or (y, state). Half precision is computed in float32, and the state is kept there. Costs
     N channels S steps; expands to (batch, chunk, channels, S) at most, in the backward pass too, which recomputes each
@@ -64,11 +67,14 @@ def selective_scan(
     groups = _check(x, delta, A, B, C, D, z, delta_bias, state)
     positive("chunk", chunk)
     known("backend", backend, BACKENDS)
-    batch, _, channels = x.shape
+    batch, length, channels = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
     for tensor in (A, B, C) if state is None else (A, B, C, state.memory):
         wide = torch.promote_types(wide, tensor.dtype)
-    real = wide.to_real()
+    real = torch.float64 if wide in (torch.float64, torch.complex128) else torch.float32
+    before = None if state is None else _memory(state)
+    if wide == torch.float32 and one_step.takes(backend, length, state, x, delta, A, B, C, D, z, delta_bias):
+        return _once(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, before, return_state)
     step = delta.to(real)
     if delta_bias is not None:
         step = step + delta_bias.to(real)
@@ -81,12 +87,11 @@ def selective_scan(
 
     tokens, steps, rates = grouped(x), grouped(step), rate.unflatten(0, (groups, -1))
     write, read = (t.to(wide) if t.ndim == 4 else t.to(wide).unsqueeze(2) for t in (B, C))
-    h = torch.zeros(batch, groups, channels // groups, A.shape[1], dtype=wide, device=x.device)
-    if state is not None:
-        h = _memory(state).to(wide).squeeze(-1).unflatten(1, (groups, -1))
-    if backend == "triton":
-        if why := kernels.selective_reasons(x, wide.is_complex):
-            raise ValueError(f"backend: got 'triton', which cannot run this: {'; '.join(why)}. Pass 'auto'")
+    if before is None:
+        h = torch.zeros(batch, groups, channels // groups, A.shape[1], dtype=wide, device=x.device)
+    else:
+        h = before.to(wide).squeeze(-1).unflatten(1, (groups, -1))
+    if kernels.takes(backend, x, kernels.selective_reasons(x, wide.is_complex), widest=4):
         y, h = kernels.selective_scan(x, step, rate, write, read, h.flatten(1, 2))
         h = h.unflatten(1, (groups, -1))
     else:
@@ -98,8 +103,37 @@ def selective_scan(
     y = y.to(x.dtype)
     if not return_state:
         return y
-    after = State(h.flatten(1, 2).unsqueeze(-1), (step.sum(1).unsqueeze(-1) * rate).unsqueeze(-1))
-    return y, after if state is None else State(after.memory, state.compose(after).transition)
+    decay = (step.sum(1).unsqueeze(-1) * rate).unsqueeze(-1)
+    return y, State(h.flatten(1, 2).unsqueeze(-1), chain(None if state is None else state.transition, decay))
+
+
+def _once(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    softplus: bool,
+    state: State | None,
+    before: Tensor | None,
+    return_state: bool,
+) -> Any:
+    """`selective_scan` of one token by its kernel, which adds up decays itself where they are what it keeps."""
+    memory = None if before is None else before.squeeze(-1)
+    past = None if state is None else state.transition
+    adds = past is None or not (isinstance(past, Matrix) or before is None or past.shape != before.shape)
+    old = past.squeeze(-1) if isinstance(past, Tensor) and adds else None
+    write, read = (t if t.ndim == 4 else t.unsqueeze(2) for t in (B, C))
+    y, h, decay = one_step.selective(
+        x, delta, A, write, read, bias, softplus, D, z, memory, old, return_state
+    )  # fmt: skip
+    if decay is None:
+        return y
+    moved = decay.unsqueeze(-1)
+    return y, State(h.unsqueeze(-1), moved if adds else chain(past, moved))
 
 
 def _in_chunks(h: Tensor, rates: Tensor, given: tuple[Tensor, ...], chunk: int) -> tuple[Tensor, Tensor]:
@@ -213,6 +247,8 @@ def _check(
     if state is not None and tuple(state.memory.shape) != (batch, channels, A.shape[1], 1):
         want = (batch, channels, A.shape[1], 1)
         raise ValueError(f"state: got a memory {tuple(state.memory.shape)}; pass {want}")
-    if not torch.compiler.is_compiling() and bool((A.real > 0).any()):
+    # This would make a decoder wait for its GPU; who goes on from a state has had A looked at when that was made.
+    decoding = state is not None and length == 1 and A.is_cuda
+    if not decoding and not torch.compiler.is_compiling() and bool((A.real > 0).any()):
         raise ValueError(f"A: got a real part of {float(A.real.max()):.3g}; states must decay, so pass -exp(A_log)")
     return groups

@@ -8,7 +8,8 @@ into stretches, whose states a walk without outputs finds first (`join`). With D
 the gradient of one a state every 256 tokens.
 
 The delta rule (`delta`) solves the system of each chunk beforehand and walks likewise; the selective scan
-(`selective`) goes through tiles of a few tokens by associative scans. No sum depends on the order of programs, so equal
+(`selective`) goes through tiles of a few tokens by associative scans. One token, as a decoder has it, is a kernel of
+its own for each state (`step`). No sum depends on the order of programs, so equal
 inputs give equal bits.
 """
 
@@ -60,6 +61,16 @@ def delta_reasons(v: Tensor, features: int, log_decay: Tensor | None) -> list[st
 def selective_reasons(x: Tensor, complex_states: bool) -> list[str]:
     """Likewise for the selective scan."""
     return unable(x) + (["its states are real"] if complex_states else [])
+
+
+def takes(backend: str, x: Tensor, why: list[str], widest: int = 2) -> bool:
+    """Whether the kernels run a problem: they are named, which raises for `why` they cannot, or "auto" takes them.
+
+    "auto" takes them on a GPU, for x of at most `widest` bytes a number.
+    """
+    if backend == "triton" and why:
+        raise ValueError(f"backend: got 'triton', which cannot run this: {'; '.join(why)}. Pass 'auto'")
+    return not why and (backend == "triton" or (backend == "auto" and x.is_cuda and x.dtype.itemsize <= widest))
 
 
 def interpreted() -> bool:
@@ -126,7 +137,7 @@ def delta_scan(
     beta = beta if beta.dtype != torch.float64 else beta.float()
     if g is not None:
         g = (g if g.dtype != torch.float64 else g.float()).expand(q.shape[0], -1, q.shape[2])
-    o, memory = delta_ops.delta_scan(q, k, v, beta, g, memory.contiguous(), cu_seqlens, scale)
+    o, memory, _ = delta_ops.delta_scan(q, k, v, beta, g, memory.contiguous(), cu_seqlens, scale)
     return o[..., :width], memory
 
 

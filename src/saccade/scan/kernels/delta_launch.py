@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from saccade.scan.kernels.delta import delta_gradients, delta_prepare, delta_walk, delta_walk_back
-from saccade.scan.kernels.launch import Problem, Sizes, Tile, padded, shared
+from saccade.scan.kernels.launch import Problem, Sizes, Tile, multiprocessors, padded, shared
 from saccade.scan.kernels.tiles import Cuts, Heads
 
 WIDEST = 64  # channels that a program without a walk takes at a time
@@ -36,26 +36,33 @@ class DeltaLaunch(Problem):
         """Those of linear attention, with what the walk holds besides in mind.
 
         In bfloat16 never fewer than 64 channels of values a program: with 16 or 32, products that take the state from
-        shared memory are compiled wrongly for capability 9.0 (Triton 3.6): they read beyond it.
+        shared memory are compiled wrongly for capability 9.0 (Triton 3.6): they read beyond it. Loads run ahead where a
+        multiprocessor has one program; two hide each other's, and leave no room for it.
         """
-        d = self.q.shape[3]
-        chunk, tile = Sizes.of(d, self.v.shape[3], self.q.dtype, 1)
+        d, dv = self.q.shape[3], self.v.shape[3]
+        chunk, tile = Sizes.of(d, dv, self.q.dtype, 1)
         if self.kind != torch.bfloat16:
             return Sizes(chunk, Tile(min(tile.values, 32), 8, 1))
-        return Sizes(chunk, Tile(64, tile.warps, 1 if d > 128 else tile.stages))
+        programs = triton.cdiv(dv, 64) * self.sequences * self.memories
+        alone = d <= 128 and programs < 2 * multiprocessors(self.q.device)
+        return Sizes(chunk, Tile(64, tile.warps, tile.stages if alone else 1))
 
-    def forward(self, memory: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """o in `dtype`, and the memory after the last token; memory (sequences, heads, D, Dv), float32."""
+    def forward(self, memory: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """o in `dtype`, the memory after the last token, and what `solved` found.
+
+        memory: (sequences, heads, D, Dv), float32.
+        """
         cuts = self.cuts
-        gates, t = self.solved(cuts)
+        gates = self.prepared(cuts).gates
+        t = self.solved(gates, cuts)
         q, v = self.q, self.v
         o = q.new_empty(*q.shape[:3], v.shape[3], dtype=dtype)
         last = torch.empty_like(memory)
         self.walk_forward(gates, t, memory, cuts, o=o, last=last)
-        return o, last
+        return o, last, t
 
     def backward(
-        self, do: Tensor, dafter: Tensor, memory: Tensor
+        self, do: Tensor, dafter: Tensor, memory: Tensor, t: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
         """Gradients of q, k, v, beta, g, and of the memory before the first token."""
         q, k, v, g, heads = self.q, self.k, self.v, self.g, self.memories
@@ -63,7 +70,7 @@ class DeltaLaunch(Problem):
         dv_width = v.shape[3]
         do = do.to(q.dtype)
         cuts, chunks = self.cuts, self.chunks
-        gates, t = self.solved(cuts)
+        gates = self.prepared(cuts).gates
         u, x = (q.new_empty(batch, heads, length, dv_width, dtype=self.kind) for _ in range(2))
         states = q.new_empty(chunks + self.sequences, heads, d, dv_width, dtype=self.kind)
         self.walk_forward(gates, t, memory, cuts, u=u, states=states)
@@ -95,16 +102,23 @@ class DeltaLaunch(Problem):
             dg = shared(dg, g.shape[1]).to(g.dtype)
         return dq, dk, dv, dbeta, dg, before
 
-    def solved(self, cuts: Cuts) -> tuple[Tensor | None, Tensor]:
-        """Gates as the walks take them, and the inverse of the system of every chunk, a row a token."""
-        gates, (batch, _, length, d) = self.prepared(cuts).gates, self.q.shape
-        chunk = self.sizes.chunk
-        t = self.q.new_empty(batch, self.memories, length, chunk, dtype=self.kind)
+    def solved(self, gates: Tensor | None, cuts: Cuts) -> Tensor:
+        """The inverse of the system of every chunk, a row a token: (B, heads, N, C); gates as the walks take them.
+
+        It is rounded to the dtype of its products in the end, so that in bfloat16 11 bits are enough on the way.
+        """
+        t = self.q.new_empty(self.system, dtype=self.kind)
         delta_prepare[(self.chunks, self.memories)](
-            *self.of(self.k, self.beta, gates, t), cuts, BK=min(padded(d), WIDEST), LEVELS=chunk.bit_length() - 1,
-            EXACTLY="ieee" if self.exact else "tf32x3", num_warps=4, num_stages=1, **self.constants,
+            *self.of(self.k, self.beta, gates, t), cuts, BK=min(padded(self.q.shape[3]), WIDEST),
+            LEVELS=self.sizes.chunk.bit_length() - 1, EXACTLY="ieee" if self.exact else "tf32", num_warps=4,
+            num_stages=1, **self.constants,
         )  # fmt: skip
-        return gates, t
+        return t
+
+    @property
+    def system(self) -> tuple[int, int, int, int]:
+        """The shape of what `solved` finds."""
+        return self.q.shape[0], self.memories, self.q.shape[2], self.sizes.chunk
 
     def walk_forward(
         self,

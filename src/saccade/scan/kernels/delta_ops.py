@@ -1,8 +1,9 @@
 """The delta rule's kernels as an operator of PyTorch, as `ops` for linear attention.
 
-    saccade::delta_scan(q, k, v, beta, g, memory, cu, scale) -> (o, memory)
+    saccade::delta_scan(q, k, v, beta, g, memory, cu, scale) -> (o, memory, t)
 
-memory: float32, before the first token and after the last. cu: bounds of packed sequences, int32, or None.
+memory: float32, before the first token and after the last. cu: bounds of packed sequences, int32, or None. t, kept for
+the gradients: the inverse of the system of every chunk.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def delta_scan(
     memory: Tensor,
     cu: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     return DeltaLaunch(q, k, v, g, cu, scale, beta).forward(memory, q.dtype)
 
 
@@ -39,8 +40,10 @@ def _(
     memory: Tensor,
     cu: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:3], v.shape[3]), memory.new_empty(memory.shape)
+) -> tuple[Tensor, Tensor, Tensor]:
+    launch = DeltaLaunch(q, k, v, g, cu, scale, beta)
+    t = q.new_empty(launch.system, dtype=launch.kind)
+    return q.new_empty(*q.shape[:3], v.shape[3]), memory.new_empty(memory.shape), t
 
 
 @torch.library.custom_op("saccade::delta_scan_backward", mutates_args=())
@@ -54,9 +57,10 @@ def _backward(
     g: Tensor | None,
     memory: Tensor,
     cu: Tensor | None,
+    t: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    found = DeltaLaunch(q, k, v, g, cu, scale, beta).backward(do, dafter, memory)
+    found = DeltaLaunch(q, k, v, g, cu, scale, beta).backward(do, dafter, memory, t)
     dq, dk, dv, dbeta, dg, dmemory = found
     return dq, dk, dv, dbeta, q.new_empty(0, dtype=torch.float32) if dg is None else dg, dmemory
 
@@ -72,6 +76,7 @@ def _(
     g: Tensor | None,
     memory: Tensor,
     cu: Tensor | None,
+    t: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dg = q.new_empty(0, dtype=torch.float32) if g is None else g.new_empty(g.shape)
@@ -81,15 +86,15 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, output[2])
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, do: Tensor | None, dafter: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, beta, g, memory, cu = ctx.saved_tensors
+def _gradients(ctx: Any, do: Tensor | None, dafter: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, beta, g, memory, cu, t = ctx.saved_tensors
     do = q.new_zeros(*q.shape[:3], v.shape[3]) if do is None else do if do.stride(3) == 1 else do.contiguous()
     dafter = torch.zeros_like(memory) if dafter is None else dafter.contiguous()
-    dq, dk, dv, dbeta, dg, dmemory = _backward(do, dafter, q, k, v, beta, g, memory, cu, ctx.scale)
+    dq, dk, dv, dbeta, dg, dmemory = _backward(do, dafter, q, k, v, beta, g, memory, cu, t, ctx.scale)
     return dq, dk, dv, dbeta, None if g is None else dg, dmemory, None, None
 
 
