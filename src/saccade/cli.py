@@ -1,8 +1,9 @@
-"""The command line: list and show mechanisms, check them, compare, draw and tune them."""
+"""The command line: list and show mechanisms, check them, compare, evaluate, draw and tune them; serve a model."""
 
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,14 +43,14 @@ def main() -> None:
 
 
 @contextmanager
-def _refusing(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn errors of these kinds into one line on stderr and exit code 2."""
+def _refusing(*kinds: type[Exception], extra: str = "bench") -> Iterator[None]:
+    """Turn errors of these kinds into one line on stderr and exit code 2; `extra` brings what may be missing."""
     try:
         yield
     except kinds as error:
         text = " ".join(str(error).split())
         if isinstance(error, ModuleNotFoundError):
-            text = f"{error.name} is missing; pip install 'saccade[bench]'"
+            text = f"{error.name} is missing; pip install 'saccade[{extra}]'"
         typer.echo(f"saccade: {text}", err=True)
         raise typer.Exit(2) from error
 
@@ -139,7 +140,8 @@ def compare(
 ) -> None:
     """Measure mechanisms beside dense attention on the same inputs: speed, memory, error; then write a report.
 
-    The inputs are those of a small language model reading text, and patches of a photograph for grids.
+    The inputs are those of a small language model reading text, and patches of a photograph for grids. Ctrl-C, or a
+    request to end, stops the measuring; the report is written of what there is.
     """
     with _refusing(ModuleNotFoundError):
         from saccade.bench import report
@@ -158,7 +160,7 @@ def compare(
         _check_folder(out)
         if budget is not None and not budget > 0:
             raise ValueError(f"budget: got {budget:g}; pass seconds > 0")
-    with _refusing(Unreadable), _bar() as progress:
+    with _refusing(Unreadable), _bar() as progress, _ended_gently():
         found = compare(
             classes,
             workloads,
@@ -282,6 +284,134 @@ def tune(
     typer.echo(found.save(out))
 
 
+@app.command("eval")
+def eval_(
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[WHAT]...",
+            help="Mechanisms, with parameters or without: moba, 'moba(block=64, top_k=4)'. Dense attention takes part.",
+        ),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(metavar="MODEL", help="bundled, or a transformers model: an id or a path.")
+    ] = "bundled",
+    tasks: Annotated[str | None, typer.Option(metavar="NAME,NAME,...", help="Default: all there are.")] = None,
+    lengths: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Tokens of a prompt and its answer (default 1k,2k).")
+    ] = None,
+    count: Annotated[int, typer.Option(help="Examples a task and length.")] = 20,
+    questions: Annotated[int, typer.Option(help="About each context, at most.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the examples.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 (default on the CPU), bfloat16 (elsewhere), float16, float64.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="For this run; the next one goes on (default: no end).")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where the results go; what is finished there is not measured again.")
+    ] = Path("saccade-eval"),
+) -> None:
+    """Score mechanisms inside a language model on generated long-context tasks with exact answers.
+
+    Both with the question in what is read (query-aware), and asked after the context was read (query-agnostic).
+    """
+    with _refusing(ImportError):
+        from saccade.bench.eval import LENGTHS, Contestant, chosen, evaluate
+        from saccade.bench.eval_reader import load
+        from saccade.bench.eval_summary import tell, write
+        from saccade.bench.inputs import Unreadable
+        from saccade.errors import positive
+
+    with _refusing(ValueError, TypeError, SyntaxError):
+        contestants = [Contestant.parse(one) for one in what or ()]
+        names = [name.strip() for name in tasks.split(",")] if tasks else None
+        chosen(names)
+        tokens = _tokens("lengths", lengths) if lengths else list(LENGTHS)
+        positive("count", count), positive("questions", questions), positive("seed", seed, least=0)
+        number = _dtype(dtype)
+        _check_device(device)
+        _check_folder(out)
+        if budget is not None and not budget > 0:
+            raise ValueError(f"budget: got {budget:g}; pass seconds > 0")
+    with _refusing(Unreadable):
+        reader = load(model, device, number)
+    with _refusing(ValueError), _bar() as progress:
+        found = evaluate(
+            contestants,
+            reader,
+            tasks=names,
+            lengths=tokens,
+            count=count,
+            questions=questions,
+            seed=seed,
+            budget=budget,
+            path=out / "results.jsonl",
+            progress=progress,
+        )
+    paths = write(found, out)
+    tell(found, _console())
+    for path in paths:
+        typer.echo(path)
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str, typer.Option(metavar="MODEL", help="bundled, or a transformers model: an id or a path.")
+    ] = "bundled",
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="dense, or a policy of saccade.cache and its budget: snapkv=0.25, quest=512. Several may be "
+            "given; requests choose by MODEL:POLICY, and the first is MODEL itself (default dense)."
+        ),
+    ] = None,
+    pages: Annotated[int, typer.Option(help="Of the pool: 16 tokens of one key head of one layer each.")] = 65536,
+    chunk: Annotated[int, typer.Option(help="Tokens of a prompt that are read at once.")] = 256,
+    most: Annotated[int, typer.Option(help="Requests that are read and decoded at a time; others wait.")] = 64,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 (default on the CPU), bfloat16 (elsewhere), float16, float64.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+) -> None:
+    """Serve a language model over HTTP, many requests at once: completions, models, health and metrics."""
+    with _refusing(ImportError, extra="serve"):
+        import uvicorn
+
+        from saccade.bench.eval_reader import load
+        from saccade.bench.inputs import Unreadable
+        from saccade.serve.engine import Engine
+        from saccade.serve.policies import named
+        from saccade.serve.server import Service, application
+
+    with _refusing(ValueError, TypeError):
+        chosen = dict(named(text) for text in policy or ["dense"])
+        number = _dtype(dtype)
+        _check_device(device)
+    with _refusing(Unreadable):
+        reader = load(model, device, number)
+    with _refusing(ValueError, TypeError):
+        engine = Engine(reader.model, chosen, pages=pages, chunk=chunk, most=most)
+    typer.echo(f"{model} with {', '.join(chosen)}, {pages} pages; the address follows", err=True)
+    service = Service(engine, reader.tokenizer, model, reader.end)
+    uvicorn.run(application(service), host=host, port=port, log_level="info")
+
+
+@contextmanager
+def _ended_gently() -> Iterator[None]:
+    """A request to end is an interrupt inside, so that what was measured is not lost."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int, str], None]]:
     """A progress bar on stderr, on a terminal: a function of units done, units in all, what is under way."""
@@ -366,6 +496,14 @@ def _numbers(name: str, text: str) -> list[int]:
     if not all(part.lstrip("-").isdigit() for part in parts):
         raise ValueError(f"{name}: got {text!r}; pass integers between commas, like 1024,4096")
     return [positive(name, int(part)) for part in parts]
+
+
+def _tokens(name: str, text: str) -> list[int]:
+    """Like `_numbers`, and k stands for 1024."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.removesuffix("k").lstrip("-").isdigit() for part in parts):
+        raise ValueError(f"{name}: got {text!r}; pass tokens between commas, like 2k,4k,8k")
+    return _numbers(name, ",".join(str(1024 * int(p[:-1])) if p.endswith("k") else p for p in parts))
 
 
 def _shape(text: str) -> tuple[int, int, int, int, int]:

@@ -9,6 +9,7 @@ import torch
 import toys
 
 from saccade.bench import compare as module
+from saccade.bench import report
 from saccade.bench.compare import Cost, compare
 from saccade.bench.guard import Failed
 from saccade.bench.inputs import Synthetic
@@ -339,6 +340,27 @@ def test_foreseen(costs, most, status):
     with pytest.raises(Failed) as failure:
         module._foresee(costs, 200, most, "cpu")
     assert failure.value.status == status
+
+
+def test_an_interrupt_keeps_what_was_measured():
+    def progress(done, total, text):
+        if "1024" in text:
+            raise KeyboardInterrupt
+
+    found = run(toys.Local, progress=progress)
+    assert [r.status for r in records(found, toys.Local).values()] == [Status.OK]
+    assert found.unmeasured == ()
+    assert report.stopped(found) == "It was stopped before it was done. Without any figure: none."
+    assert not report.stopped(run(toys.Local))
+
+
+def test_an_interrupt_names_what_has_no_figure():
+    def progress(done, total, text):
+        if text.startswith("checking"):
+            raise KeyboardInterrupt
+
+    found = run(toys.Local, toys.Wrong, progress=progress)
+    assert (found.records, found.unmeasured) == ((), ("local", "wrong"))
 
 
 def test_progress_ends_full():

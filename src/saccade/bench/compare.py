@@ -79,6 +79,7 @@ class Runner:
 class Comparison:
     """Records in the order in which they came, drawings by mechanism and of dense attention by place, and what was
     measured where. seconds: what it took of its `budget`. first_seconds: what first calls on a device took besides.
+    unmeasured: mechanisms that an interrupt came before, None when there was no interrupt.
     """
 
     records: tuple[Record, ...]
@@ -89,6 +90,7 @@ class Comparison:
     seconds: float = 0.0
     budget: float = 0.0
     first_seconds: float = 0.0
+    unmeasured: tuple[str, ...] | None = None
 
 
 def compare(
@@ -112,7 +114,7 @@ def compare(
     least 100); lengths are gone through in ascending order, every mechanism at one before any at the next, and a
     mechanism whose call outgrows its share stops there as TIMEOUT. On a device first calls, which compile, have a limit
     of their own and are not the budget's. progress: called with (units done, units in all,
-    what is under way).
+    what is under way). An interrupt (KeyboardInterrupt) ends it early; what was measured until then is returned.
 
         found = compare([MyAttention], [Synthetic((1, 8, 2, 4096, 64))], lengths=[1024, 4096])
         for record in found.records:
@@ -160,7 +162,30 @@ class _Run:
         self.progress = progress or (lambda *_: None)
 
     def all(self, classes: list[type[Mechanism] | Configured]) -> Comparison:
+        unmeasured = None
         self.runners = [runner for cls in classes if (runner := self._enter(cls))]
+        try:
+            self._go_through()
+        except KeyboardInterrupt:
+            met = {record.mechanism for record in self.records}
+            unmeasured = tuple(r.record.mechanism for r in self.runners if r.record.mechanism not in met)
+        used = {r.workload for r in self.records}
+        about = {w.name: w.about for w in self.workloads if w.name in used}
+        seconds = self.budget - self._left()
+        self._tell("done" if unmeasured is None else "stopped")
+        return Comparison(
+            tuple(self.records),
+            self.stamp,
+            self.drawings,
+            self.references,
+            about,
+            seconds,
+            self.budget,
+            self.first_seconds,
+            unmeasured,
+        )
+
+    def _go_through(self) -> None:
         for workload in {r.workload.name: r.workload for r in self.runners}.values():
             self._tell(f"reading {workload.name}")
             self.sample(workload, self.lengths[-1], workload.ranks[0])
@@ -174,20 +199,6 @@ class _Run:
                 runner.done = max(runner.done, at + 2)
         with timing.threads(1):
             self._draw_all()
-        used = {r.workload for r in self.records}
-        about = {w.name: w.about for w in self.workloads if w.name in used}
-        seconds = self.budget - self._left()
-        self._tell("done")
-        return Comparison(
-            tuple(self.records),
-            self.stamp,
-            self.drawings,
-            self.references,
-            about,
-            seconds,
-            self.budget,
-            self.first_seconds,
-        )
 
     def _left(self) -> float:
         return self.budget - (time.perf_counter() - self.start - self.first_seconds)

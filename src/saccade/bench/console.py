@@ -10,7 +10,7 @@ from rich.table import Table
 from saccade.bench import units
 from saccade.bench.compare import Comparison
 from saccade.bench.records import Record, Status
-from saccade.bench.report import busy
+from saccade.bench.report import busy, stopped
 from saccade.bench.summary import dropped, findings, lines
 
 STYLES = {Status.OK: "green", Status.WRONG: "bold red", Status.FELL_BACK: "magenta"}
@@ -87,7 +87,7 @@ def tell(found: Comparison, console: Console) -> None:
     console.print()
     for sentence in findings(found):
         console.print(escape(sentence), highlight=False)
-    if warning := busy(found):
+    for warning in filter(None, (busy(found), stopped(found))):
         console.print(escape(warning), style="yellow", highlight=False)
     spent = f"{found.seconds:.0f} s of a budget of {found.budget:.0f} s"
     if found.first_seconds:

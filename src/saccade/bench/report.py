@@ -79,8 +79,16 @@ def page(found: Comparison) -> str:
         dropped=dropped(found),
         statuses={status: sum(line.record.status == status for line in table) for status in Status},
         busy=busy(found),
+        stopped=stopped(found),
         meanings=MEANINGS,
     )
+
+
+def stopped(found: Comparison) -> str:
+    """What an interrupt came before; empty when there was none."""
+    if found.unmeasured is None:
+        return ""
+    return f"It was stopped before it was done. Without any figure: {', '.join(found.unmeasured) or 'none'}."
 
 
 def busy(found: Comparison) -> str:

@@ -1,8 +1,8 @@
 """Retrieval from a long context, with exact scores: one needle, one of several keys, a pass key, in real text.
 
 A needle is a line `The code for WORD is DIGITS.`; the question repeats it up to the digits, which are the answer. The
-haystack is text of Python's library, in one piece up to the needles. A sample has exactly the asked-for number of
-bytes, answer included.
+haystack is text of Python's library, in one piece up to the needles, that starts again where it ends. `samples` gives
+them as bytes, one question each, of exactly the asked-for number of bytes, answer included.
 """
 
 from __future__ import annotations
@@ -16,10 +16,74 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from saccade.errors import known, positive
-from saccade.tasks.text import held_out_text, python_text
+from saccade.tasks.prompts import Draft, Question, Ruler, Task, exact_text, scattered, task
+from saccade.tasks.text import python_text
 
 if TYPE_CHECKING:
     from saccade.hosts.lm import LM
+
+
+@functools.cache
+def words() -> tuple[bytes, ...]:
+    """Words of 4 to 9 letters that occur in the library's text, in alphabetical order."""
+    found = re.findall(rb"\b[a-z]{4,9}\b", python_text())
+    return tuple(sorted(set(found)))
+
+
+def some_words(rng: np.random.Generator, count: int) -> list[str]:
+    """`count` different ones of `words`, as text."""
+    return [words()[at].decode() for at in rng.choice(len(words()), count, replace=False)]
+
+
+def digits(rng: np.random.Generator, count: int) -> bytes:
+    """A number of `count` digits, the first of them not zero."""
+    return str(rng.integers(10 ** (count - 1), 10**count)).encode()
+
+
+def needle(word: bytes) -> bytes:
+    """The line that holds a code, up to the code."""
+    return b"\nThe code for " + word + b" is "
+
+
+PASS_KEY = b"\nThe pass key is "
+
+
+def said(ask: bytes, code: bytes) -> tuple[str, Question]:
+    """The line that says a code, and the question for it."""
+    question = Question(ask.decode().rstrip(" "), f" {code.decode()}.")
+    return f"{question.text}{question.answer}\n", question
+
+
+def planted(rng: np.random.Generator, ruler: Ruler, questions: int, told: list[tuple[str, Question]]) -> Draft:
+    """Lines at random depths of a haystack, and questions for some of them."""
+    asked = rng.permutation(len(told))[:questions].tolist()
+    return Draft(tuple(told[at][1] for at in asked), scattered(rng, ruler.hay(rng), [line for line, _ in told]))
+
+
+def coded(rng: np.random.Generator, keys: int) -> list[tuple[str, Question]]:
+    """`keys` words with a code of seven digits each."""
+    return [said(needle(word.encode()), digits(rng, 7)) for word in some_words(rng, keys)]
+
+
+@task(exact_text)
+def single_needle(rng: np.random.Generator, questions: int, ruler: Ruler) -> Draft:
+    """A word with a code of seven digits, said once in text."""
+    return planted(rng, ruler, questions, coded(rng, 1))
+
+
+@task(exact_text)
+def multi_key(rng: np.random.Generator, questions: int, ruler: Ruler) -> Draft:
+    """Four words with a code each in text, one of them asked for."""
+    return planted(rng, ruler, questions, coded(rng, 4))
+
+
+@task(exact_text)
+def passkey(rng: np.random.Generator, questions: int, ruler: Ruler) -> Draft:
+    """A pass key of five digits, said once in text."""
+    return planted(rng, ruler, questions, [said(PASS_KEY, digits(rng, 5))])
+
+
+TASKS: dict[str, Task] = {one.name: one for one in list(vars().values()) if isinstance(one, Task)}
 
 
 @dataclass(frozen=True)
@@ -38,76 +102,15 @@ class Sample:
         return self.tokens[slice(*self.answer)]
 
 
-@functools.cache
-def words() -> tuple[bytes, ...]:
-    """Words of 4 to 9 letters that occur in the library's text, in alphabetical order."""
-    found = re.findall(rb"\b[a-z]{4,9}\b", python_text())
-    return tuple(sorted(set(found)))
-
-
-def digits(rng: np.random.Generator, count: int) -> bytes:
-    """A number of `count` digits, the first of them not zero."""
-    return str(rng.integers(10 ** (count - 1), 10**count)).encode()
-
-
-def needle(word: bytes) -> bytes:
-    """The line that holds a code, up to the code."""
-    return b"\nThe code for " + word + b" is "
-
-
-PASS_KEY = b"\nThe pass key is "
-
-
-def planted(
-    rng: np.random.Generator, length: int, text: bytes, needles: list[bytes], question: bytes, answer: bytes
-) -> Sample:
-    """`needles` at random depths of a haystack, then question and answer."""
-    room = length - sum(map(len, needles)) - len(question) - len(answer)
-    if room < 0:
-        raise ValueError(f"length: got {length} bytes; this task needs at least {length - room}")
-    if room >= len(text):
-        raise ValueError(f"text: got {len(text)} bytes for a haystack of {room}; pass a longer text")
-    start = int(rng.integers(0, len(text) - room))
-    hay = text[start : start + room]
-    depths = np.sort(rng.integers(0, room + 1, len(needles))).tolist()
-    parts = [
-        part for at, stop, line in zip([0, *depths], depths, needles, strict=False) for part in (hay[at:stop], line)
-    ]
-    prompt = b"".join(parts) + hay[depths[-1] :] + question
-    return Sample(prompt + answer, (len(prompt), length))
-
-
-def multi_key(rng: np.random.Generator, length: int, text: bytes, keys: int = 4) -> Sample:
-    """`keys` words with a code each; one of them is asked for."""
-    chosen = [words()[i] for i in rng.choice(len(words()), keys, replace=False)]
-    codes = [digits(rng, 7) for _ in chosen]
-    asked = int(rng.integers(keys))
-    lines = [needle(word) + code + b".\n" for word, code in zip(chosen, codes, strict=True)]
-    return planted(rng, length, text, lines, needle(chosen[asked]), codes[asked] + b".")
-
-
-def single_needle(rng: np.random.Generator, length: int, text: bytes) -> Sample:
-    """One word with a code."""
-    return multi_key(rng, length, text, keys=1)
-
-
-def passkey(rng: np.random.Generator, length: int, text: bytes) -> Sample:
-    """A pass key of five digits, said once."""
-    key = digits(rng, 5)
-    return planted(rng, length, text, [PASS_KEY + key + b".\n"], PASS_KEY, key + b".")
-
-
-Task = Callable[[np.random.Generator, int, bytes], Sample]
-TASKS: dict[str, Task] = {"single_needle": single_needle, "multi_key": multi_key, "passkey": passkey}
-
-
 def samples(task: str, length: int, count: int, *, seed: int = 0, text: bytes | None = None) -> list[Sample]:
-    """`count` samples of a task, set in held-out text by default."""
-    rng = np.random.default_rng(
-        [positive("seed", seed, least=0), positive("length", length), list(TASKS).index(known("task", task, TASKS))]
-    )
-    hay = held_out_text() if text is None else text
-    return [TASKS[task](rng, length, hay) for _ in range(positive("count", count))]
+    """`count` samples of a task of this module, set in held-out text by default."""
+    hay = None if text is None else text.decode("ascii", "ignore")
+    found = []
+    for one in TASKS[known("task", task, TASKS)].examples(length, count, seed=seed, text=hay):
+        asked = one.questions[0]
+        tokens = bytes(one.context) + (asked.text + asked.answer).encode()
+        found.append(Sample(tokens, (length - len(asked.answer.lstrip()), length)))
+    return found
 
 
 def exact(model: LM | Callable[..., Any], group: list[Sample]) -> list[bool]:

@@ -225,7 +225,7 @@ class Titans(Mixer):
     memory after the segment, which know later tokens; alpha, eta and theta are numbers a head; silu on the gate, GELU
     inside M and max_theta are choices of ours.
     variant: `MAC`, `MAG` or `MAL` (default MAG()). memory: head_dim -> `Memory` (`perceptron`). chunk: 64. persistent:
-    tokens of P (32). conv: taps (4). max_theta: largest step (0.1).
+    tokens of P (32). conv: taps (4). max_theta: largest step (0.01; at 0.03 text diverges).
     Costs about 20 D^2 multiply-adds a token and key head for the steps, 8 D^2 + 10 chunk D a head for the reads, and
     those of the attention; a state of 24 D^2 numbers a key head for `perceptron`, and the keys and values in sight.
     Errors: TypeError for another variant, ValueError for max_theta <= 0.
@@ -254,7 +254,7 @@ class Titans(Mixer):
         chunk: int = 64,
         persistent: int = 32,
         conv: int = 4,
-        max_theta: float = 0.1,
+        max_theta: float = 0.01,
     ) -> None:
         super().__init__(dims)
         self.variant = MAG() if variant is None else variant

@@ -1,0 +1,345 @@
+"""Evaluation: replies in one pass are greedy decoding's, two protocols, intervals, files that are gone on from."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from saccade.bench import eval_reader
+from saccade.bench.eval import Contestant, Evaluation, evaluate
+from saccade.bench.eval_reader import Reader, agnostic, aware, decides_early, dense, either, kept_bytes, load, reads_on
+from saccade.bench.eval_records import Cell, Protocol, append_cell, read_cells, wilson
+from saccade.bench.eval_summary import by_contestant, by_task, dropped, lines, markdown, notes, uninformative, verdict
+from saccade.bench.inputs import Unreadable
+from saccade.bench.records import Status
+from saccade.hf import apply
+from saccade.hosts.lm import LM, LMConfig
+from saccade.tasks.prompts import Bytes, task_named
+
+SMALL = LMConfig(num_layers=2, dim=32, num_heads=2, num_kv_heads=1, head_dim=16, ffn_dim=32, max_length=512)
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return load("bundled")
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    return Reader(LM(SMALL).to_llama(), Bytes(), "small")
+
+
+# One pass is greedy decoding.
+
+ASKED = [("multi_key", 400, 3), ("key_value", 400, 2), ("long_copy", 300, 1), ("variable_tracking", 500, 1)]
+
+
+@pytest.mark.parametrize(("name", "length", "questions"), ASKED)
+def test_answers_in_one_pass_are_those_of_greedy_decoding(bundled, name, length, questions):
+    task = task_named(name)
+    for example in task.examples(length, 2, questions=questions, seed=3):
+        with dense() as handle:
+            found = [examine(bundled, handle, task, example).scores for examine in (either, aware, agnostic)]
+        assert found[0] == found[1] == found[2]
+
+
+def test_one_pass_that_looks_at_the_first_token_alone_is_noticed(bundled, monkeypatch):
+    # The twin takes an answer whose first tokens are right for right.
+    class FirstOnly(Reader):
+        def read(self, tokens, cache=None, *, use_cache=True, keep=1):
+            logits, cache = super().read(tokens, cache, use_cache=use_cache, keep=keep)
+            if keep > 1:
+                logits[4:] = torch.nn.functional.one_hot(torch.tensor([*tokens[-keep + 5 :], 10]), 320)
+            return logits, cache
+
+    task = task_named("key_value")
+    twin = FirstOnly(bundled.model, bundled.tokenizer, "twin")
+    found = [
+        (either(twin, None, task, one).scores, aware(bundled, None, task, one).scores)
+        for one in task.examples(400, 3, questions=2, seed=3)
+    ]
+    assert any(one != two for one, two in found)
+
+
+@pytest.mark.parametrize("name", ["multi_key", "variable_tracking"])
+def test_without_a_cache_the_scores_are_the_same(bundled, name, monkeypatch):
+    task = task_named(name)
+    (example,) = task.examples(450, 1, questions=2, seed=5)
+    cached = either(bundled, None, task, example)
+    monkeypatch.setattr(eval_reader, "reads_on", lambda handle: False)
+    again = either(bundled, None, task, example)
+    assert again.scores == cached.scores
+    assert again.cache_bytes is None
+    assert cached.cache_bytes == len(example.context) * 8 * 2 * 2 * 64 * 4
+
+
+def test_a_mechanism_that_decides_early_scores_the_same_under_both_protocols(bundled):
+    task = task_named("multi_key")
+    (example,) = task.examples(260, 1, questions=2)
+    with Contestant.parse("moba(block=32, top_k=4)").enter(bundled.model) as handle:
+        assert decides_early(handle)
+        found = [examine(bundled, handle, task, example).scores for examine in (either, aware, agnostic)]
+    assert found[0] == found[1] == found[2]
+
+
+# What decides, and what is kept.
+
+
+@pytest.mark.parametrize(
+    ("what", "early", "on"),
+    [(None, True, True), ("moba", True, True), ("minference", False, True), ("combiner", True, False)],
+)
+def test_who_decides_early_and_who_reads_on(small, what, early, on):
+    with apply(small.model, what) as handle:
+        assert (decides_early(handle), reads_on(handle)) == (early, on)
+    with dense() as handle:
+        assert (decides_early(handle), reads_on(handle)) == (True, True)
+
+
+def test_a_mechanism_of_the_whole_prompt_is_asked_a_token_at_a_time(small):
+    task = task_named("passkey")
+    (example,) = task.examples(200, 1)
+    with apply(small.model, "minference") as handle:
+        found = agnostic(small, handle, task, example)
+    assert found.cache_bytes == len(example.context) * 2 * 2 * 16 * 4
+
+
+@pytest.mark.parametrize("examine", [aware, agnostic])
+def test_a_policy_that_keeps_everything_is_dense(bundled, examine):
+    task = task_named("multi_key")
+    (example,) = task.examples(400, 1, questions=3)
+    with Contestant.parse("snapkv(budget=1.0)").enter(bundled.model) as handle:
+        assert not decides_early(handle)
+        assert examine(bundled, handle, task, example).scores == [1.0, 1.0, 1.0]
+
+
+def test_a_policy_that_keeps_little_holds_little(small):
+    task = task_named("multi_key")
+    (example,) = task.examples(400, 1, questions=3)
+    with Contestant.parse("knorm(budget=0.25)").enter(small.model) as handle:
+        found = agnostic(small, handle, task, example)
+    assert 0.2 < found.cache_bytes / (len(example.context) * 2 * 2 * 16 * 4) < 0.35
+
+
+def test_a_question_leaves_the_context_for_the_next_as_it_was(bundled, monkeypatch):
+    task = task_named("multi_key")
+    (example,) = task.examples(400, 1, questions=4)
+    sizes = []
+
+    def spy(cache):
+        sizes.append(kept_bytes(None, cache))
+        return copied(cache)
+
+    copied = eval_reader.copied
+    monkeypatch.setattr(eval_reader, "copied", spy)
+    agnostic(bundled, None, task, example)
+    assert len(sizes) == 4
+    assert len(set(sizes)) == 1
+    sizes.clear()
+    monkeypatch.setattr(eval_reader, "copied", lambda cache: sizes.append(kept_bytes(None, cache)) or cache)  # the twin
+    agnostic(bundled, None, task, example)
+    assert len(set(sizes)) == 4
+
+
+def test_the_copy_of_a_compressed_cache_is_read_by_the_same_policy(small):
+    with Contestant.parse("snapkv(budget=0.5)").enter(small.model):
+        _, cache = small.read(list(range(100)))
+        copy = eval_reader.copied(cache)
+        one, two = (small.read([65], each)[0] for each in (copy, cache))
+    assert torch.equal(one, two)
+
+
+# Contestants.
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("moba(", r"what: got 'moba\('; pass dense, an id, or one with parameters: moba\("),
+        ("moba(4)", r"what: got 'moba\(4\)'; name the parameters"),
+        ("moba(size=4)", "what: moba has no parameter 'size'; it has block, top_k"),
+        ("mobi", "what: got 'mobi'; choose one of dense, "),
+        ("a.b", "what: got 'a.b'; pass dense"),
+        ("snapkv(budget=2.0)", "budget: got 2.0; pass a float in"),
+    ],
+)
+def test_contestants_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        Contestant.parse(text)
+
+
+def test_parameters_reach_every_layer(small):
+    with Contestant.parse("moba(block=16, top_k=2)").enter(small.model) as handle:
+        assert [(m.block, m.top_k) for m in handle.mechanisms] == [(16, 2)] * 2
+    with Contestant.of("mine", ["moba", None]).enter(small.model) as handle:
+        assert handle.mechanisms[1] is None
+
+
+# Records.
+
+
+def cell(**changes):
+    about = {
+        "model": "m", "what": "dense", "task": "t", "length": 64, "protocol": Protocol.EITHER, "count": 2,
+        "questions": 1, "seed": 0, "dtype": "float32", "scores": (1.0, 0.0), "asked": 2, "seconds": 1.5,
+    }  # fmt: skip
+    return Cell(**(about | changes))
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 5), (3, 7), (7, 7), (50, 100)])
+def test_the_interval_is_where_the_test_of_the_share_does_not_reject(right, count):
+    low, high = wilson(right / count, count)
+    share = torch.linspace(0, 1, 200_001, dtype=torch.float64)[1:-1]
+    accepted = share[(right / count - share).abs() <= 1.959963984540054 * (share * (1 - share) / count).sqrt()]
+    assert low == pytest.approx(float(accepted[0]), abs=1e-5)
+    assert high == pytest.approx(float(accepted[-1]), abs=1e-5)
+
+
+def test_cells_come_back_from_a_file(tmp_path):
+    path = tmp_path / "results.jsonl"
+    cells = [cell(), cell(what="moba", protocol=Protocol.AWARE, cache_bytes=7)]
+    assert read_cells(path) == []
+    for one in cells:
+        append_cell(path, one, {"cores": 2})
+    assert read_cells(path) == cells
+    row = json.loads(path.read_text().splitlines()[0])
+    assert (row["score"], row["environment"]) == (0.5, {"cores": 2})
+    assert row["low"] < 0.5 < row["high"]
+    path.write_text(path.read_text() + '{"model": "cut sh')
+    assert read_cells(path) == cells
+    append_cell(path, cell(task="u"), {})
+    assert read_cells(path) == [*cells, cell(task="u")]
+
+
+@pytest.mark.parametrize("line", ["nonsense", "{}", '{"model": 1}', "[1]"])
+def test_a_file_of_something_else_is_refused(line, tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"out: line 1 of .* is no cell of an evaluation"):
+        read_cells(path)
+
+
+def test_only_what_is_ok_has_scores():
+    for changes in ({"status": Status.WRONG}, {"scores": ()}):
+        with pytest.raises(ValueError, match="scores: got"):
+            cell(**changes)
+
+
+# The whole of it.
+
+OPTIONS = {"tasks": ["passkey", "multi_key"], "lengths": [200], "count": 2, "questions": 2}
+
+
+def test_an_evaluation_goes_on_where_it_was(small, tmp_path):
+    path = tmp_path / "results.jsonl"
+    seen = []
+    first = evaluate(["minference"], small, path=path, progress=lambda *told: seen.append(told), **OPTIONS)
+    assert [(c.what, c.task, c.protocol, c.status) for c in first.cells] == [
+        ("dense", "passkey", "either", "OK"),
+        ("dense", "multi_key", "either", "OK"),
+        ("minference", "passkey", "query-aware", "OK"),
+        ("minference", "passkey", "query-agnostic", "OK"),
+        ("minference", "multi_key", "query-aware", "OK"),
+        ("minference", "multi_key", "query-agnostic", "OK"),
+    ]
+    assert {c.asked for c in first.cells} == {2, 4}
+    assert seen[-1] == (4, 4, "done")
+    assert read_cells(path) == list(first.cells)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))  # stopped before the last
+
+    calls = []
+    small.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    again = evaluate(["minference"], small, path=path, **OPTIONS)
+    assert again.reused == 5
+    assert [replace(c, seconds=0) for c in again.cells] == [replace(c, seconds=0) for c in first.cells]
+    calls.clear()
+    assert evaluate(["minference"], small, path=path, **OPTIONS).reused == 6
+    assert not calls
+    assert evaluate([], small, path=path, **(OPTIONS | {"seed": 1})).reused == 0
+
+
+def test_what_fails_is_told_and_not_written(small, tmp_path):
+    def broken(model):
+        raise RuntimeError("no such luck")
+
+    found = evaluate(
+        [Contestant("broken", broken)],
+        small,
+        path=tmp_path / "results.jsonl",
+        **OPTIONS,
+    )
+    assert [(c.what, c.status) for c in found.cells][2:] == [("broken", "WRONG")] * 2
+    assert {c.what for c in read_cells(tmp_path / "results.jsonl")} == {"dense"}
+    assert dropped(found) == ["broken: WRONG: crashed: RuntimeError: no such luck (2 tasks and lengths)"]
+
+
+def test_a_budget_ends_it(small):
+    found = evaluate(["moba"], small, budget=1e-9, **OPTIONS)
+    assert (found.cells, found.left) == ((), 4)
+    assert "4 left by the budget" in verdict(found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ["sorting"]}, "task: got 'sorting'; choose one of "),
+        ({"lengths": [50, 200]}, r"length: got 50 tokens; (passkey|multi_key) needs at least \d+"),
+        ({"lengths": [1024]}, "lengths: got 1024; small reads at most 512 tokens"),
+        ({"lengths": []}, "lengths: got none"),
+        ({"count": 0}, "count: got 0"),
+        ({"questions": 0}, "questions: got 0"),
+    ],
+)
+def test_bad_input(small, changes, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(["moba"], small, **(OPTIONS | changes))
+
+
+# The summary.
+
+
+def evaluation():
+    rows = []
+    for task, scores in {"easy": (1.0, 1.0), "hard": (0.5, 1.0), "floor": (0.0, 0.25)}.items():
+        rows.append(cell(task=task, scores=scores, cache_bytes=2048))
+        for protocol, lost in ((Protocol.AWARE, 0.25), (Protocol.AGNOSTIC, 0.5)):
+            less = tuple(max(0.0, score - lost) for score in scores)
+            rows.append(cell(what="cut", task=task, protocol=protocol, scores=less, cache_bytes=512))
+    return Evaluation(tuple(rows))
+
+
+def test_tasks_that_dense_attention_cannot_do_are_marked_and_in_no_mean():
+    found = evaluation()
+    assert uninformative(found) == {("floor", 64)}
+    head, rows = by_task(found)
+    assert head == ["task", "tokens", "dense", "cut"]
+    assert [row[0] for row in rows] == ["easy", "floor †", "hard"]
+    assert rows[1][3].startswith("0.00 (")
+    assert any("† Dense attention scores below 0.5" in note and "(floor)" in note for note in notes(found))
+    assert [(line.what, line.protocol, len(line.cells), line.mean) for line in lines(found)] == [
+        ("dense", "either", 2, 0.875),
+        ("cut", "query-aware", 2, 0.625),
+        ("cut", "query-agnostic", 2, 0.375),
+    ]
+    _, rows = by_contestant(found)
+    assert rows[2] == ["cut", "64", "query-agnostic", "2 of 3", "0.38", "0.25 hard", "512 B", "4"]
+
+
+def test_one_line_says_what_was_found():
+    assert verdict(evaluation()).startswith(
+        "2 of 3 tasks and lengths tell something; least lost at 64: cut, mean 0.38, worst 0.25 (hard); "
+    )
+
+
+def test_markdown_has_every_score():
+    text = markdown(evaluation())
+    assert "| easy | 64 | 1.00 (0.34-1.00) | 0.75 (" in text
+    assert "| floor † |" in text
+    assert text.count("| --- |") >= 1
+
+
+def test_a_model_that_is_not_there():
+    with pytest.raises(Unreadable, match=r"model: transformers cannot load '/nowhere/at/all': .*; pass bundled, an id"):
+        load("/nowhere/at/all")
