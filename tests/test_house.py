@@ -28,8 +28,10 @@ MAY_OPEN = {
     "catalogue": FOUNDATION | {"contract", "mechanisms"},
     "testing": FOUNDATION | PRIMITIVES | {"softmax", "cache", "contract", "catalogue"},
     "hf": FOUNDATION | {"where", "softmax", "cache", "contract", "catalogue", "testing"},
+    "serve": FOUNDATION | {"cache", "hf", "hosts", "tasks"},
+    "vllm": FOUNDATION | {"where", "softmax"},
     "bench": FOUNDATION | PRIMITIVES | {"softmax", "cache", "contract", "catalogue", "hosts", "tasks", "testing", "hf"},
-    "cli": FOUNDATION | PRIMITIVES | {"softmax", "contract", "catalogue", "testing", "bench"},
+    "cli": FOUNDATION | PRIMITIVES | {"softmax", "contract", "catalogue", "testing", "bench", "serve"},
 }
 AT_THE_DOOR = {"attend": "softmax", "merge": "softmax", "explain": "softmax", "mechanism": "catalogue"}
 
