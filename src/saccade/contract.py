@@ -259,15 +259,68 @@ class Attention(Mechanism):
 
 
 class CachePolicy(Attention):
-    """An `Attention` that also says what a decoder keeps: `step` holds a trimmed cache, `kept` tells which keys.
+    """An `Attention` that also says what a decoder keeps. There are two ways to say it.
 
-    A key that is not kept is gone: no later step depends on it, it is never kept again, and the state grows no larger
-    than the kept rows. Which keys these are follows from their number alone, not from the data.
+    From the number of tokens alone: `step` holds a trimmed cache, and `kept` tells which keys. A key that is not kept
+    is gone: no later step depends on it, it is never kept again, and the state grows no larger than the kept rows.
+
+    From the data: `saccade.cache.Cached`, whose policy scores the tokens of a prompt, or picks what a step reads.
     """
 
     def kept(self, num_tokens: int) -> Tensor:
         """bool (Hkv, num_tokens): the keys still held per key head after `num_tokens` steps."""
         raise NotImplementedError(f"{type(self).__name__}.kept")
+
+    @classmethod
+    def can_tell(cls) -> bool:
+        """Whether what is kept follows from the number of tokens alone."""
+        return cls.kept is not CachePolicy.kept
+
+
+Held = list[list[int]]
+
+
+def replay(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt: int,
+    keep: Callable[[int, int, Held], Held],
+    read: Callable[[int, int, Held], Held] | None = None,
+) -> Tensor:
+    """Decoding by the book, for oracles: `prompt` tokens in one piece, then one at a time, with sets of positions.
+
+        o_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j   over j <= i for the tokens of the prompt, then over a set
+
+    q (B, H, N, D), k, v (B, Hkv, N, D) -> o (B, H, N, Dv). keep(b, t, held): positions that each key head of sequence b
+    still holds once token t was read, given those that it held, t among them; first called for t = prompt - 1. read(b,
+    t, held): positions that each *query* head of token t reads (default: all that its key head holds).
+
+    >>> x = torch.randn(1, 2, 9, 4)
+    >>> newest = replay(x, x, x, 6, lambda b, t, held: [row[-3:] for row in held])
+    >>> newest.shape
+    torch.Size([1, 2, 9, 4])
+    """
+    (batch, heads, n, d), kv_heads = q.shape, k.shape[1]
+    group, sequences = heads // kv_heads, []
+    for b in range(batch):
+        held: Held = [list(range(prompt)) for _ in range(kv_heads)]
+        rows = [[[list(range(i + 1))] * heads for i in range(prompt)]]
+        held = keep(b, prompt - 1, held)
+        rows.append([])
+        for t in range(prompt, n):
+            held = [[*row, t] for row in held]
+            rows[1].append([held[h // group] for h in range(heads)] if read is None else read(b, t, held))
+            held = keep(b, t, held)
+        tokens = []
+        for i, sets in enumerate([*rows[0], *rows[1]]):
+            each = []
+            for h, seen in enumerate(sets):
+                scores = (k[b, h // group, seen] * q[b, h, i]).sum(-1) / d**0.5
+                each.append((scores.softmax(-1)[:, None] * v[b, h // group, seen]).sum(0))
+            tokens.append(torch.stack(each))
+        sequences.append(torch.stack(tokens, 1))
+    return torch.stack(sequences)
 
 
 class Mixer(Mechanism):

@@ -212,7 +212,7 @@ def test_the_command_writes_what_compare_reads(monkeypatch, tmp_path, model):
         ("{", "is not what saccade tune writes (Expecting property name"),
         ('{"layers": [], "mechanism": "spans"}', "is not what saccade tune writes ("),
         (
-            '{"mechanism": "spam", "layers": [{}], "budget": {}, "density": {}, "loss": {}}',
+            '{"mechanism": "spam", "layers": [{}], "budget": {}, "density": {}, "loss": {}, "dims": {}}',
             "saccade: id: got 'spam'; choose one of ",
         ),
     ],

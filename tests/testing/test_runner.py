@@ -13,7 +13,7 @@ from rich.console import Console
 from saccade import catalogue
 from saccade.contract import Attention, Case, Dims, Mechanism
 from saccade.testing import Ledger, Waiver, check, check_names, checks, cli_table, parametrize_with_checks
-from saccade.testing.healthy import Decayed, Sliding
+from saccade.testing.healthy import Decayed, Sliding, Thrifty
 from saccade.testing.twins import OffByOne
 
 BROKEN = replace(Sliding.spec, id="off_by_one")
@@ -60,7 +60,9 @@ def test_capabilities_choose_the_checks():
     of_attention = {"full_budget", "head_equivariance", "nan_spread", "saves_work", "value_width"}
     assert names(Sliding) - names(Decayed) == of_attention | {"kept_keys"}
     here = torch.cuda.is_available()
-    assert names(Sliding) == {name for name in check_names() if here or not name.startswith("gpu_")}
+    of_cached = {"held_bytes", "held_tokens", "places_change", "prompt_in_pieces"}
+    assert names(Thrifty) - names(Sliding) == of_cached
+    assert names(Sliding) | of_cached == {name for name in check_names() if here or not name.startswith("gpu_")}
 
 
 def test_a_prefill_is_not_asked_to_decide_in_time():

@@ -3,7 +3,7 @@
 import pytest
 
 from saccade.testing import Ledger, check, check_names, parametrize_with_checks
-from saccade.testing.healthy import Decayed, Sliding
+from saccade.testing.healthy import Decayed, Sliding, Thrifty
 from saccade.testing.twins import TWINS
 
 
@@ -26,11 +26,11 @@ def test_a_broken_twin_is_flagged_for_the_right_reason(twin):
     assert any(twin.because in row.message for row in report.failures), str(report)
 
 
-@parametrize_with_checks(Sliding, Decayed)
+@parametrize_with_checks(Sliding, Decayed, Thrifty)
 def test_the_healthy_ones_pass(check):
     check.run()
 
 
 def test_the_healthy_ones_meet_every_check():
-    met = {row.check for cls in (Sliding, Decayed) for row in check(cls).outcomes}
+    met = {row.check for cls in (Sliding, Decayed, Thrifty) for row in check(cls).outcomes}
     assert met >= {name for name in check_names() if not name.startswith("gpu_")}

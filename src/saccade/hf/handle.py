@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from saccade.cache import Policy
 from saccade.contract import Attention
 from saccade.hf.interface import NAME, attention, mask
 from saccade.hf.layers import Layer, layers_of
-from saccade.hf.serving import Serving, serving
+from saccade.hf.serving import Caching, Serving, serving
 
-What = str | Attention | type[Attention] | None
+if TYPE_CHECKING:
+    from saccade.hf.caching import Memory, Swap
+
+What = str | Path | Attention | type[Attention] | Policy | None
 
 
 def apply(model: Any, what: What | Sequence[What] = None) -> Handle:
@@ -27,8 +32,11 @@ def apply(model: Any, what: What | Sequence[What] = None) -> Handle:
     model: a `PreTrainedModel` whose attention goes through `AttentionInterface`, decoder only; it is changed in place,
     its weights are not. what: a mechanism's id or class, built with its defaults for every layer, on the layer's device
     and in its dtype; an instance, which serves every layer; None, dense attention through `saccade.attend`, which
-    honours sliding windows, softcaps and attention sinks of the model; or a sequence of these, one a layer (default:
-    None).
+    honours sliding windows, softcaps and attention sinks of the model; a policy of `saccade.cache`, or a mechanism that
+    has one, which takes the place of the layers' cache: prompts are read as the policy says (densely), and tokens after
+    them are decoded from what it keeps; a JSON file that `saccade tune` wrote for a model of these sizes; or a sequence
+    of these but files, one a layer (default: None). Layers that are given the same policy share it, as do all that are
+    given a class that decides over layers (`num_layers`).
 
     Applications nest, and the last is restored first. `with apply(model, ...):` restores at the end of the block.
     Costs what the mechanism costs; of a batch with padding, one call for each length in it, and one wait for the GPU a
@@ -36,9 +44,9 @@ def apply(model: Any, what: What | Sequence[What] = None) -> Handle:
 
     Errors: ImportError without transformers. ValueError or TypeError, before anything is changed, for a model that
     cannot be reached, and for a mechanism that is not causal, works on a grid, has projections or a decoding state of
-    its own, was built for other heads, or is put where the model has a sliding window or a softcap. ValueError in the
-    forward pass for a cache with a mechanism that takes as many queries as keys, for static caches, masks of four axes,
-    packed sequences, dropout, and attention weights; in continuous batching.
+    its own, was built or tuned for other sizes, or is put where the model has a sliding window or a softcap. ValueError
+    in the forward pass for a cache with a mechanism that takes as many queries as keys, for static caches, masks of
+    four axes, packed sequences, dropout, and attention weights; in continuous batching.
 
     >>> from saccade.hosts.lm import LM, LMConfig
     >>> model, tokens = LM(LMConfig(num_layers=2)).to_llama(), torch.arange(40)[None]
@@ -72,18 +80,39 @@ def _no_continuous_batching(*_: Any, **__: Any) -> None:
 class Handle:
     """What `apply` changed in a model, and the way back.
 
-    Attributes: model; mechanisms, one a layer, None where attention is dense. As a context manager it restores at the
-    end of the block.
+    Attributes: model; mechanisms, one a layer, None where there is none (dense attention, a bare policy). As a context
+    manager it restores at the end of the block.
     """
 
     def __init__(self, model: Any, layers: list[Layer], served: list[Serving]) -> None:
         self.model = model
         self.mechanisms: list[Attention | None] = [each.mechanism for each in served]
+        self._served = served
         self._implementation = model.config._attn_implementation
         _register()
         model.set_attn_implementation(NAME)
         self._changed = [_Change(layer.module, NAME, each) for layer, each in zip(layers, served, strict=True)]
         self._changed.append(_Change(model, "init_continuous_batching", _no_continuous_batching))
+        self._hooks: list[Any] = []
+        self._swap: Swap | None = None
+        if any(isinstance(each, Caching) for each in served):
+            from saccade.hf.caching import Swap  # which imports transformers
+
+            self._swap = Swap()
+            self._hooks = [
+                layer.module.register_forward_pre_hook(self._swap.hook, with_kwargs=True) for layer in layers
+            ]
+            embedding = model.get_input_embeddings()
+            self._hooks.append(embedding.register_forward_pre_hook(self._swap.note_ids, with_kwargs=True))
+
+    def memory(self) -> Memory:
+        """Bytes that the caches of this model hold now, and those that transformers' own would hold beside them.
+
+        Errors: RuntimeError where no layer has a policy, for transformers' caches are then what they always are.
+        """
+        if self._swap is None:
+            raise RuntimeError("memory: no layer has a policy; the caches are transformers' own")
+        return self._swap.memory()
 
     @property
     def active(self) -> bool:
@@ -100,7 +129,9 @@ class Handle:
         if self._changed:
             for change in self._changed:
                 change.undo()
-            self._changed = []
+            for hook in self._hooks:
+                hook.remove()
+            self._changed, self._hooks = [], []
             self.model.set_attn_implementation(self._implementation)
 
     def __enter__(self) -> Handle:
@@ -114,9 +145,15 @@ class Handle:
         self.restore()
 
     def __repr__(self) -> str:
-        names = ["dense" if each is None else each.spec.id for each in self.mechanisms]
+        names = [_name(each) for each in self._served]
         kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
         return f"Handle({type(self.model).__name__}: {kinds}{'' if self.active else ', restored'})"
+
+
+def _name(served: Serving) -> str:
+    if served.mechanism is not None:
+        return served.mechanism.spec.id
+    return repr(served.policy) if isinstance(served, Caching) else "dense"
 
 
 class _Change:

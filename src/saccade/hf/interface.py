@@ -16,8 +16,12 @@ NAME = "saccade"  # under which transformers knows both, and where a layer's mod
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of a batch with equally many real tokens: indices rows (G,), queries (G, n), keys (G, m), all int64."""
+    """Rows of a batch with equally many real tokens: indices rows (G,), queries (G, n), keys (G, m), all int64.
 
+    members: the rows once more, on the host.
+    """
+
+    members: tuple[int, ...]
     rows: Tensor
     queries: Tensor
     keys: Tensor
@@ -47,6 +51,31 @@ class Tokens:
             out[rows, :, queries] = found.transpose(1, 2)
         return out
 
+    def read(self, call: Callable[..., Tensor], *new: Tensor) -> Tensor:
+        """Call with the real ones of new tokens only, each tensor (B, ..., N, C), and with the rows that have some.
+
+        call(*new, rows) -> (G, H, n, Dv); rows None when they are all of the batch. A step of one token is one call.
+        """
+        if self.groups is None:
+            return call(*new, None)
+        groups, batch = self.groups, len(new[0])
+        if self.num_queries == 1:
+            members = tuple(sorted(row for each in groups for row in each.members))
+            if len(members) == batch:
+                return call(*new, None)
+            rows = torch.tensor(members, device=new[0].device)
+            groups = (Group(members, rows, rows.new_zeros(len(members), 1), rows),)
+        out: Tensor | None = None
+        for each in groups:
+            rows, at = each.rows.to(new[0].device)[:, None], each.queries.to(new[0].device)
+            found = call(*(x[rows, :, at].transpose(1, 2) for x in new), each.members)
+            if out is None:
+                out = found.new_zeros(batch, found.shape[1], self.num_queries, found.shape[3])
+            out[rows, :, at] = found.transpose(1, 2)
+        if out is None:
+            raise ValueError("attention_mask: got padding alone; pass at least one token that is real")
+        return out
+
 
 def group(real: Tensor, num_queries: int) -> tuple[tuple[Group, ...] | None, bool]:
     """Rows by their numbers of real queries and keys, None when all is real; and whether padding lies between tokens.
@@ -72,7 +101,7 @@ def group(real: Tensor, num_queries: int) -> tuple[tuple[Group, ...] | None, boo
                 part.int().argsort(dim=1, descending=True, stable=True)[:, :count]
                 for part, count in ((real[rows, start:], n), (real[rows], m))
             )
-            found.append(Group(rows, queries, keys))
+            found.append(Group(tuple(members), rows, queries, keys))
     return tuple(found), any(m and m != span for _, m, span in sums)
 
 
@@ -160,12 +189,15 @@ def attention(
     if dropout:
         raise ValueError(f"dropout: got {dropout}; set the model's attention_dropout to 0, or call model.eval()")
     tokens = attention_mask
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    asked = Asked(scale, softcap, s_aux, tokens.window, bool(use_cache))
+    held = vars(key).get(NAME)
+    if held is not None:  # keys and values lie in pages; these are the new ones
+        return served.read(held, tokens, query, key, value, asked).transpose(1, 2).contiguous(), None
     if (query.shape[2], key.shape[2]) != (tokens.num_queries, tokens.num_keys):
         raise ValueError(
             f"cache: got {key.shape[2]} keys for {query.shape[2]} queries, {tokens.num_keys} for {tokens.num_queries} "
             "were announced; pass a DynamicCache"
         )
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    asked = Asked(scale, softcap, s_aux, tokens.window, bool(use_cache))
     out = tokens.attend(lambda q, k, v: served(q, k, v, asked), query, key, value)
     return out.transpose(1, 2).contiguous(), None

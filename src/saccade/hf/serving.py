@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from saccade.cache import Cached, Policy
 from saccade.catalogue import mechanism
-from saccade.contract import Attention, CachePolicy, Mechanism
+from saccade.contract import Attention, CachePolicy, Dims, Mechanism
 from saccade.hf.layers import Layer
+from saccade.hf.tuned import is_file, tuned
 from saccade.softmax import attend
 from saccade.testing.budget import compare
 from saccade.where import Causal, Window
@@ -89,9 +91,49 @@ class Through:
         return self.mechanism(q if asked.scale == plain else q * (asked.scale / plain), k, v)
 
 
-def _has(what: Attention, layer: int, name: str) -> ValueError:
+@dataclass(frozen=True)
+class Caching:
+    """Attention over what a policy keeps and reads: layer `index` of the `num_layers` that share it.
+
+    Without a cache there is one piece and no step after it.
+    """
+
+    policy: Policy
+    mechanism: Attention | None
+    layer: int
+    index: int = 0
+    num_layers: int = 1
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> Tensor:
+        self._check(asked)
+        return self.policy.attend(self.index, q, k, v, asked.scale)
+
+    def read(self, held: Any, tokens: Any, q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> Tensor:
+        """o of new tokens. held: the layer of the cache, with its session. tokens: which of them are real."""
+        self._check(asked)
+        session, batch, ids = held.session, len(q), held.ids
+        session.open(self.index)
+
+        def read(q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
+            *told, rows = more
+            if told:
+                session.tell(told[0][:, 0, :, 0], rows, batch)
+            return session.read(self.index, q, k, v, scale=asked.scale, rows=rows, batch=batch)
+
+        known = self.index == 0 and ids is not None and ids.shape == (batch, q.shape[2])
+        out = tokens.read(read, q, k, v, *([ids[:, None, :, None]] if known else []))
+        session.close(self.index)
+        return out
+
+    def _check(self, asked: Asked) -> None:
+        for name, value in (("sliding window", asked.window), ("softcap", asked.softcap), ("sink", asked.sink)):
+            if value is not None:
+                raise _has(self.mechanism or self.policy, self.layer, name)
+
+
+def _has(what: Any, layer: int, name: str) -> ValueError:
     return ValueError(
-        f"what: layer {layer} of the model has a {name}, which {what.spec.id} does not know; pass a list, one a layer, "
+        f"what: layer {layer} of the model has a {name}, which {_name(what)} does not know; pass a list, one a layer, "
         "with None (dense attention, which honours it) there"
     )
 
@@ -100,42 +142,78 @@ def _name(what: Any) -> str:
     return what.spec.id if hasattr(what, "spec") else getattr(what, "__name__", repr(what))
 
 
+def _together(what: list[Any], layers: list[Layer]) -> list[Any]:
+    """The same, but a mechanism that decides over layers is built, once, for all layers that it is asked for on."""
+    what = [mechanism(each) if isinstance(each, str) else each for each in what]
+    for cls in {each for each in what if isinstance(each, type) and issubclass(each, Cached)}:
+        if "num_layers" in cls.params():
+            mine = [layer for each, layer in zip(what, layers, strict=True) if each is cls]
+            one = mine[0].dims
+            dims = Dims(len(mine) * one.num_heads, one.head_dim, len(mine) * one.num_kv_heads)
+            weights = next(mine[0].module.parameters())
+            built = cls(dims, num_layers=len(mine)).to(device=weights.device, dtype=weights.dtype)
+            what = [built if each is cls else each for each in what]
+    return what
+
+
+def _numbered(served: list[Serving]) -> list[Serving]:
+    """Layers that share a policy know their place among each other."""
+    policies = [id(each.policy) if isinstance(each, Caching) else None for each in served]
+    return [
+        replace(each, index=policies[:at].count(policies[at]), num_layers=policies.count(policies[at]))
+        if isinstance(each, Caching)
+        else each
+        for at, each in enumerate(served)
+    ]
+
+
 def serving(what: Any, layers: list[Layer]) -> list[Serving]:
     """What attends in each layer.
 
     what: as in `apply`. Errors: TypeError or ValueError for what cannot be served, with the reason.
     """
-    if isinstance(what, Sequence) and not isinstance(what, str):
-        if len(what) != len(layers):
-            raise ValueError(f"what: got {len(what)} for {len(layers)} layers of attention; pass one a layer")
-        return [_one(each, layer) for each, layer in zip(what, layers, strict=True)]
-    return [_one(what, layer) for layer in layers]
+    if is_file(what):
+        what = tuned(what, layers)
+    if not isinstance(what, Sequence) or isinstance(what, str):
+        what = [what] * len(layers)
+    if len(what) != len(layers):
+        raise ValueError(f"what: got {len(what)} for {len(layers)} layers of attention; pass one a layer")
+    each_layer = zip(_together(list(what), layers), layers, strict=True)
+    return _numbered([_one(each, layer) for each, layer in each_layer])
 
 
 def _one(what: Any, layer: Layer) -> Serving:
     if what is None:
         return Dense()
-    if isinstance(what, str):
-        what = mechanism(what)
+    if isinstance(what, Policy):
+        _plain(what, layer)
+        return Caching(what, None, layer.index)
     cls = what if isinstance(what, type) else type(what)
     if not issubclass(cls, Mechanism):
         raise TypeError(
-            f"what: got {_name(what)}; pass a mechanism's id, an Attention (class or instance), None, or a list of "
-            "these, one a layer"
+            f"what: got {_name(what)}; pass a mechanism's id, an Attention (class or instance), a policy, None, or a "
+            "list of these, one a layer"
         )
     _admit(cls)
     if isinstance(what, type):
         weights = next(layer.module.parameters())
         what = what(layer.dims).to(device=weights.device, dtype=weights.dtype).train(layer.module.training)
     name, dims = what.spec.id, what.dims
+    if isinstance(what, Cached) and what.num_layers > 1:
+        dims = Dims(dims.num_heads // what.num_layers, dims.head_dim, dims.num_kv_heads // what.num_layers)
     if dims.grid is not None or dims != layer.dims:
         raise ValueError(f"what: {name} was built for {dims}; layer {layer.index} of the model has {layer.dims}")
     if not what.causal:
         raise ValueError(f"what: {name} is not causal, a language model must be; choose a mechanism that is")
+    _plain(what, layer)
+    policy = getattr(what, "policy", None)
+    return Through(what, layer.index) if policy is None else Caching(policy, what, layer.index)
+
+
+def _plain(what: Any, layer: Layer) -> None:
     for kind, value in (("sliding window", layer.window), ("softcap", layer.softcap)):
         if value is not None:
             raise _has(what, layer.index, kind)
-    return Through(what, layer.index)
 
 
 def _admit(cls: type[Mechanism]) -> None:

@@ -94,21 +94,21 @@ class _Tensors(pickle.Pickler):
         return "tensor"
 
 
-def _size(state: Any) -> int:
+def size_of(state: Any) -> int:
     """Bytes of the tensors in a state."""
     search = _Tensors()
     search.dump(state)
     return sum(tensor.nbytes for tensor in search.found.values())
 
 
-@named(applies=lambda subject: issubclass(subject.cls, CachePolicy))
+@named(applies=lambda subject: issubclass(subject.cls, CachePolicy) and subject.cls.can_tell())
 def kept_keys(subject: Subject) -> None:
     """A key that `kept` says is dropped no longer matters to `step`, and the state holds no more than the kept rows."""
     module, (q, k, v), heads = subject.module, subject.inputs(), subject.case.dims.num_kv_heads
     assert isinstance(module, CachePolicy)
     whole, _ = decode(module, (q, k, v))
     _, state = decode(module, (q, k, v), last=1)
-    row = _size(state) / heads  # what a single key costs, with all that is held beside it
+    row = size_of(state) / heads  # what a single key costs, with all that is held beside it
     before = torch.ones(heads, 0, dtype=torch.bool)
     for count in _stops(subject):
         kept = module.kept(count)
@@ -126,7 +126,7 @@ def kept_keys(subject: Subject) -> None:
         assert same, f"kept({count}): {_keys(~kept)} count as dropped, but a later step depends on them"
 
         _, state = decode(module, (q, k, v), last=count)
-        size, rows = _size(state), int(kept.sum())
+        size, rows = size_of(state), int(kept.sum())
         most = f"{rows} rows of {row:.0f} bytes"
         assert size <= row * rows, f"kept({count}): the state holds {size} bytes, more than {most}"
 

@@ -1,4 +1,4 @@
-"""Two small mechanisms in perfect health: the checks must pass them, and the broken twins are made of them."""
+"""Three small mechanisms in perfect health: the checks must pass them, and the broken twins are made of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.contract import CachePolicy, Case, Dims, Finding, Mixer, Spec, claim
+from saccade.cache import Cached, Evict, KeyNorm
+from saccade.contract import CachePolicy, Case, Dims, Finding, Mixer, Spec, claim, replay
 from saccade.errors import check_cu_seqlens, positive
 from saccade.where import Causal, Documents, Pattern, Plan, Window
 
@@ -162,3 +163,67 @@ class Decayed(Mixer):
     def fades(cls) -> Finding:
         weights = torch.sigmoid(torch.tensor(1.0)) ** torch.arange(50)
         return Finding(bool(weights[-1] < weights[0]), f"{float(weights[-1]):.1e} of a token is left after 49 steps")
+
+
+class Thrifty(Cached):
+    """Holds the keys of the smallest norms, and recent ones.
+
+        a step attends to held keys and itself, o_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j; then the key of the
+        largest norm goes, as long as more than budget are held
+
+    q (B, H, N, D), k, v (B, Hkv, N, D) -> o (B, H, N, D). Paper: arXiv 2406.11430, section 4. Deviations: it evicts
+    while decoding, too. budget: a part of the tokens, or tokens (0.5). recent: tokens that stay (2). decoded: tokens
+    that are decoded (16). Costs N^2 / 2 pairs of the prompt, then budget N a token.
+
+    >>> x = torch.randn(1, 2, 20, 4)
+    >>> Thrifty(Dims(2, 4), budget=6)(x, x, x).shape
+    torch.Size([1, 2, 20, 4])
+    """
+
+    spec = Spec(
+        id="thrifty",
+        name="Small norms",
+        title="A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression",
+        paper="2406.11430",
+        year=2024,
+        family="testing",
+        uses=("Cached", "Evict", "KeyNorm"),
+        discrete=True,
+    )
+
+    def __init__(self, dims: Dims, *, budget: float | int = 0.5, recent: int = 2, decoded: int = 16) -> None:
+        super().__init__(dims, decoded=decoded)
+        self.budget = budget
+        self.policy = Evict(KeyNorm(), budget, recent=recent, every=1)
+        self.recent = recent
+
+    def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        norms, n = k.detach().square().sum(-1), q.shape[2]
+
+        def keep(b: int, t: int, held: list[list[int]]) -> list[list[int]]:
+            count = int(self.budget * (t + 1) + 0.5) if isinstance(self.budget, float) else self.budget
+            return [
+                sorted(sorted(row, key=lambda j: (j <= t - self.recent, float(norms[b, g, j])))[:count])
+                for g, row in enumerate(held)
+            ]
+
+        return replay(q, k, v, max(1, n - self.decoded), keep)
+
+    @classmethod
+    def cases(cls) -> list[Case]:
+        return [
+            Case(Dims(4, 8, 2), 37, {"budget": 0.3, "decoded": 11}),
+            Case(Dims(2, 4), 23, {"budget": 7, "recent": 3, "decoded": 5}),
+        ]
+
+    @classmethod
+    def full_budget(cls, dims: Dims, length: int) -> Mapping[str, Any] | None:
+        return {"budget": 1.0}
+
+    @claim("As many keys are held as the budget says.")
+    def meets_budget(cls) -> Finding:
+        thrifty, x = cls(Dims(2, 4), budget=0.25), torch.randn(1, 2, 64, 4)
+        session = thrifty.session()
+        thrifty.read(session, x, x, x)
+        held = int(thrifty.held(session).sum())
+        return Finding(held == 2 * 16, f"{held} of 128 keys")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from saccade.contract import Case, Mechanism
 from saccade.errors import known
 from saccade.testing import (
+    caching,
     claims,
     declaration,
     decode,
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
     import pytest
 
 # The order of the themes is the order of the report.
-THEMES = (values, gradients, structure, decode, robustness, portability, device, work, declaration, independence)
+THEMES = (
+    values, gradients, structure, decode, caching, robustness, portability, device, work, declaration, independence
+)  # fmt: skip
 NAMED = collect(*THEMES, claims)
 
 

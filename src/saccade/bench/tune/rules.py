@@ -72,7 +72,8 @@ class Tuned:
 
     layers: parameters by layer. budget: {"density": share} or {"time": share of dense attention's}. density: attended /
     admissible pairs, mean over layers, by length. loss: by length, cross-entropies per byte on held-out text of "dense"
-    attention, the mechanism's "default" and the "tuned" one, and where it was profiled the "predicted" one.
+    attention, the mechanism's "default" and the "tuned" one, and where it was profiled the "predicted" one. dims:
+    num_heads, num_kv_heads and head_dim of the model that it is for.
     """
 
     mechanism: str
@@ -80,9 +81,10 @@ class Tuned:
     budget: dict[str, float]
     density: dict[str, float]
     loss: dict[str, dict[str, float]]
+    dims: dict[str, int]
 
     def save(self, path: Path) -> Path:
-        """Write JSON that `load` and `saccade compare --config` read."""
+        """Write JSON that `load`, `saccade compare --config` and `saccade.hf.apply` read."""
         return write_atomic(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
@@ -303,7 +305,8 @@ def tune(
             row |= {one.name: measured(model, layered(one, dims), group) for one in (default, chosen)}
             losses[str(n)] = row | ({"predicted": row["dense"] + predicted[n]} if n in predicted else {})
         achieved = {str(n): mean_density(chosen, dims, n) for n in every}
-    return Tuned(cls.spec.id, tuple(dict(one) for one in chosen.layers), {kind: most}, achieved, losses)
+    sizes = {name: getattr(dims, name) for name in ("num_heads", "num_kv_heads", "head_dim")}
+    return Tuned(cls.spec.id, tuple(dict(one) for one in chosen.layers), {kind: most}, achieved, losses, sizes)
 
 
 def _budget(density: float | None, time: float | None) -> tuple[str, float]:

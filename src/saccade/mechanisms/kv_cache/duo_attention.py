@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade import attend
+from saccade.cache import Policy, Stored, View
 from saccade.contract import CachePolicy, Case, Dims, Finding, Spec, claim
 from saccade.errors import positive
 from saccade.where import Causal, Pattern, PerHead, Plan, Sinks, Window
@@ -31,6 +32,31 @@ def joined(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[Tensor, T
     """Two runs of keys and values as one."""
     keys, values = (torch.cat(pair, 2) for pair in zip(before, after, strict=True))
     return keys, values
+
+
+class Streams(Policy):
+    """Of a deployed DuoAttention: full heads keep all; the others drop, before each step, what leaves the window."""
+
+    def __init__(self, duo: DuoAttention) -> None:
+        self.duo = duo
+
+    def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        plain = q.shape[3] ** -0.5
+        return self.duo.compute(q if scale in (None, plain) else q * (scale / plain), k, v)
+
+    def piece(self, view: View) -> Tensor:
+        full = torch.tensor(self.duo.full_heads())
+        view.note("full", full.expand(len(view.q), -1))  # on the host, for steps that ask no device
+        near = (view.positions < self.duo.sink) | (view.positions >= view.ends[:, None, None] - self.duo.recent)
+        return near | full.to(near.device)[:, None]
+
+    def select(self, step: Stored) -> None:
+        duo = self.duo
+        over = (step.counts > duo.sink + duo.recent) & ~step.notes("full").bool()
+        if bool(over.any()):
+            leaves = step.ends[:, None, None] - 1 - duo.recent
+            place = (step.positions == leaves).int().argmax(-1, keepdim=True)
+            step.stored.drop(step.slots.gather(2, place), step.rows, over)
 
 
 class DuoAttention(CachePolicy):
@@ -73,6 +99,11 @@ class DuoAttention(CachePolicy):
             raise ValueError(f"share: got {share}; pass a number from 0 to 1, or None to train the gates")
         self.share, self.sink, self.recent = share, positive("sink", sink, least=0), positive("recent", recent)
         self.alpha = nn.Parameter(torch.ones(dims.num_kv_heads))
+
+    @property
+    def policy(self) -> Policy | None:
+        """What a pretrained model's cache is served by; None while the gates are trained."""
+        return None if self.share is None else Streams(self)
 
     @property
     def stream(self) -> Pattern:

@@ -1,0 +1,80 @@
+"""Pieces of memory of one size, taken and given back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SPARE = 8  # what must grow grows by at least 1 / SPARE of its size, so that growing costs O(1) a piece
+
+
+class Frames:
+    """Tensors with one first axis, whose entries are taken and given back together, and which grow together.
+
+    The number of free frames lies on the host, so that taking and releasing wait for nothing; the list of them lies on
+    the device of the tensors, or on the host, for those that the host counts (`on_host`).
+
+    tensors: name -> (0, ...). pinned: host memory that a GPU copies from and to by itself.
+
+    >>> frames = Frames({"x": torch.zeros(0, 4)})
+    >>> ids = frames.take(3)
+    >>> frames.release(ids[:2])
+    >>> len(frames), frames.in_use, frames["x"].shape
+    (3, 1, torch.Size([3, 4]))
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], *, on_host: bool = False, pinned: bool = False) -> None:
+        self.tensors, self.pinned = tensors, pinned
+        device = torch.device("cpu") if on_host else next(iter(tensors.values())).device
+        self.free = torch.zeros(0, dtype=torch.int64, device=device)
+        self.num_free = 0
+
+    def __len__(self) -> int:
+        """Frames that there is memory for."""
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    @property
+    def in_use(self) -> int:
+        return len(self) - self.num_free
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (*self.tensors.values(), self.free))
+
+    @property
+    def nbytes_in_use(self) -> int:
+        return self.nbytes * self.in_use // max(1, len(self))
+
+    def take(self, count: int) -> Tensor:
+        """`count` frames, int64 (count,); what they hold is undefined."""
+        if count > self.num_free:
+            self.grow(max(count - self.num_free, len(self) // SPARE))
+        self.num_free -= count
+        return self.free[self.num_free : self.num_free + count].clone()
+
+    def release(self, ids: Tensor) -> None:
+        """Frames in use that are free from now on, each named once."""
+        self.free[self.num_free : self.num_free + len(ids)] = ids
+        self.num_free += len(ids)
+
+    def grow(self, count: int) -> None:
+        """Memory for `count` frames more."""
+        first = len(self)
+        self.tensors = {name: self._longer(x, count) for name, x in self.tensors.items()}
+        self.free = torch.cat([self.free, self.free.new_zeros(count)])
+        self.release(torch.arange(first, first + count, device=self.free.device))
+
+    def shrink(self, ids: Tensor) -> None:
+        """Keep the memory of these frames alone, which are 0, 1, ... from now on, in this order."""
+        self.tensors = {name: x[ids] for name, x in self.tensors.items()}
+        self.free, self.num_free = self.free.new_zeros(len(ids)), 0
+
+    def _longer(self, x: Tensor, count: int) -> Tensor:
+        if not self.pinned:
+            return torch.cat([x, x.new_zeros(count, *x.shape[1:])])
+        longer = torch.zeros(len(x) + count, *x.shape[1:], dtype=x.dtype, pin_memory=True)
+        longer[: len(x)] = x
+        return longer

@@ -1,0 +1,104 @@
+"""Policies that keep all and read few."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from saccade.cache.budgets import budgeted
+from saccade.cache.policy import Policy
+from saccade.cache.store import Store
+from saccade.cache.view import Stored
+from saccade.errors import positive
+
+if TYPE_CHECKING:
+    from saccade.cache.session import Session
+
+
+class Reader(Policy):
+    """Keeps all; a step reads `budget` tokens, a part (0, 1] of those seen or a number of them."""
+
+    def __init__(self, budget: float | int, page: int = 16) -> None:
+        self.budget, self.page = budgeted("budget", budget), positive("page", page)
+
+    def reads(self, step: Stored, unit: int = 1) -> Tensor:
+        """How many units of `unit` tokens a step reads of each sequence, at least 1: (G,) on the device."""
+        if isinstance(self.budget, int):
+            return torch.full_like(step.ends, max(1, self.budget // unit))
+        # In float64, as Python has it: a part of a length must not become a token more by rounding.
+        return (step.ends.double() * self.budget / unit).ceil().long().clamp(min=1)
+
+    def best(self, step: Stored, scores: Tensor, unit: int = 1) -> Tensor:
+        """The `reads` largest scores (G, ..., M) of each row, int64 (G, ..., K); -1 where fewer are above -inf."""
+        share, count = self.budget, self.reads(step, unit)
+        most = share // unit if isinstance(share, int) else math.ceil(step.num_seen * share / unit)
+        found = scores.topk(min(scores.shape[-1], max(1, most)), -1)
+        place = torch.arange(found.indices.shape[-1], device=scores.device)
+        kept = (place < count.view(-1, *[1] * (scores.ndim - 1))) & (found.values > -torch.inf)
+        return found.indices.masked_fill(~kept, -1)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.budget}, page={self.page})"
+
+
+class Quest(Reader):
+    """Read the pages whose keys may score highest: Quest (arXiv 2406.10774, algorithm 1).
+
+        bound(page) = sum_d max(q_d low_d, q_d high_d),   low, high: minimum and maximum of the page's keys by channel
+
+    The pages of the largest bounds, and the newest always. One list for the query heads of a key head, by the largest
+    of their bounds (the paper has one query head a key head). budget: tokens, in whole pages, or a part of those seen,
+    rounded up. page: 16. Costs: 2 D numbers a page and the chosen pages; the bounds take 2 / page of the keys' memory.
+
+    >>> from saccade.cache import Session
+    >>> session, x = Session(Quest(32)), torch.randn(1, 2, 100, 8)
+    >>> o = [session.attend(0, *[x[:, :, a:b]] * 3) for a, b in ((0, 99), (99, 100))]
+    >>> session.stores[0].notes["bounds"].shape
+    torch.Size([1, 2, 7, 16])
+    """
+
+    def settle(self, session: Session) -> None:
+        for store in map(session.store, range(session.num_layers)):
+            slots, there = store.order()
+            keys = store.read(store.pool.k, slots)
+            short = -keys.shape[2] % self.page
+            low, high = (
+                torch.nn.functional.pad(
+                    keys.masked_fill(~there[..., None], fill), (0, 0, 0, short), value=fill
+                ).unflatten(2, (-1, self.page))
+                for fill in (torch.inf, -torch.inf)
+            )
+            store.note("bounds", torch.cat([low.amin(3), high.amax(3)], -1), fill=torch.nan)
+
+    def select(self, step: Stored) -> Tensor:
+        store = step.stored
+        self._widen(store, step)
+        bounds = store.notes["bounds"] if step.rows is None else store.notes["bounds"][list(step.rows)]
+        low, high = bounds[:, :, None].chunk(2, -1)  # (G, Hkv, 1, pages, D)
+        q = step.q[:, :, 0].unflatten(1, (store.kv_heads, -1))[:, :, :, None]
+        exists = (low <= high).all(-1)[:, :, 0]
+        low, high = (x.masked_fill(~exists[:, :, None, :, None], 0) for x in (low, high))
+        scores = torch.maximum(q * low, q * high).sum(-1).amax(2)
+        newest = (store.lengths[store._rows(step.rows)].long().view(len(q), -1) - 1) // self.page
+        scores = scores.masked_fill(~exists, -torch.inf).scatter(2, newest[..., None], torch.inf)
+        return self.best(step, scores, self.page)
+
+    def _widen(self, store: Store, step: Stored) -> None:
+        """Let the bounds of the newest page hold the newest key."""
+        bounds, which = store.notes["bounds"], store._rows(step.rows)
+        pages = -(-int(store.counts.max()) // self.page)
+        if pages > bounds.shape[2]:
+            low, high = bounds.chunk(2, -1)
+            more = (0, 0, 0, pages - bounds.shape[2])
+            pad = torch.nn.functional.pad
+            bounds = torch.cat([pad(low, more, value=torch.inf), pad(high, more, value=-torch.inf)], -1)
+        last = store.lengths[which].long() - 1
+        page = last // self.page
+        key = store.pool.k[store.table[which, page].long(), 0, last % self.page]
+        rows = bounds.flatten(0, 1)
+        low, high = rows[which, page].chunk(2, -1)
+        rows = rows.index_put((which, page), torch.cat([torch.fmin(low, key), torch.fmax(high, key)], -1))
+        store.notes["bounds"] = rows.view(bounds.shape)

@@ -1,0 +1,502 @@
+"""What a decoder holds of one layer: for each sequence and key head a run of tokens of its own length, in pages."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.cache.pool import PagePool, Reading
+from saccade.errors import positive
+from saccade.softmax import Pages, attend_pages, merge
+
+ABSENT = torch.iinfo(torch.int32).max  # the position of no token: behind all others
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Single tokens to be read: slots int (B, Hkv or H, K) of a `Store`, -1 for none, each at most once a row."""
+
+    slots: Tensor
+
+
+def ragged(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """(row, column) of every entry of a ragged array, one row after another; counts: (R,), on the host."""
+    row = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    starts = counts.cumsum(0) - counts
+    return row, torch.arange(len(row)) - starts[row]
+
+
+def sent(x: Tensor, like: Tensor) -> Tensor:
+    """A tensor of the host on the device of another; the host goes on (what is not pinned is copied before it does)."""
+    return x.to(like.device, non_blocking=True)
+
+
+def flat(x: Tensor) -> Tensor:
+    """k or v (P, 1, page, D), or anything (P, page, ...), as a run of tokens: a view of the same memory."""
+    return x.flatten(0, 2 if x.ndim == 4 else 1)
+
+
+class Store:
+    """Keys and values of one layer, ragged over sequences and key heads.
+
+    A row is one key head of one sequence, B Hkv of them, sequence after sequence; to `Pages` it is a sequence with a
+    single key head, so that rows may be of different lengths and `attend_pages` reads each for what it is. `seen` (B,)
+    counts the tokens that a sequence has had, `counts` (B, Hkv) those that a row still holds. Both are known on the
+    host (`ends` is seen on the device); an eviction that says how many tokens it leaves waits for no device.
+
+    batch, kv_heads: B, Hkv. pool: where the pages lie. Slots are places in a row, 0 .. counts - 1. Until a token is
+    dropped from the middle (`drop`) they are in the order of positions; `order` gives that order always.
+
+    notes: tensors of a policy by name, the batch their first axis, which move with the sequences (`reorder`); shorter
+    ones of some sequences are padded (`note`; `fills` has with what). targets (B, Hkv), aimed (B,): tokens held and
+    seen after the last piece (`aim`), on the host.
+
+    >>> store = Store(2, 3, PagePool(8))
+    >>> store.append(*torch.randn(2, 2, 3, 50, 8))
+    >>> keep = torch.zeros(2, 3, 50, dtype=torch.bool)
+    >>> keep[:, 0], keep[:, 1:, ::5] = True, True
+    >>> store.keep(keep)
+    >>> store.counts.tolist(), store.pool.in_use, store.seen.tolist()
+    ([[50, 10, 10], [50, 10, 10]], 12, [50, 50])
+    >>> store.attend(torch.randn(2, 6, 1, 8))[0].shape
+    torch.Size([2, 6, 1, 8])
+    """
+
+    def __init__(self, batch: int, kv_heads: int, pool: PagePool) -> None:
+        self.batch, self.kv_heads, self.pool = positive("batch", batch), positive("kv_heads", kv_heads), pool
+        device = pool.k.device
+        self.table = torch.zeros(batch * kv_heads, 0, dtype=torch.int32, device=device)
+        self.lengths = torch.zeros(batch * kv_heads, dtype=torch.int32, device=device)
+        self.counts = torch.zeros(batch, kv_heads, dtype=torch.int64)
+        self.seen = torch.zeros(batch, dtype=torch.int64)
+        self.ends = self.seen.to(device)
+        self.sorted = True
+        self.notes: dict[str, Tensor] = {}
+        self.fills: dict[str, Any] = {}
+        self.targets, self.aimed = self.counts, self.seen
+
+    # -- what is there ---------------------------------------------------------------------------------------------
+
+    @property
+    def page(self) -> int:
+        return self.pool.page
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated: the pool, the tables, the policy's notes."""
+        own = (self.table, self.lengths, self.ends, *self.notes.values())
+        return self.pool.nbytes + sum(x.nbytes for x in own)
+
+    @property
+    def pages(self) -> Pages:
+        """All rows, as B Hkv sequences of one key head."""
+        return Pages(self.pool.k, self.pool.v, self.table, self.lengths)
+
+    def note(self, name: str, value: Tensor, rows: Sequence[int] | None = None, fill: Any = 0) -> None:
+        """Put value (G, ...) among the notes of the sequences `rows`, padded with `fill` to the largest sizes."""
+        self.fills[name] = fill
+        if rows is None:
+            self.notes[name] = value
+            return
+        old = self.notes.get(name, value.new_empty(self.batch, *[0] * (value.ndim - 1)))
+        sizes = [max(pair) for pair in zip(old.shape[1:], value.shape[1:], strict=True)]
+        new = value.new_full((self.batch, *sizes), fill)
+        new[tuple(slice(size) for size in old.shape)] = old
+        place = new.new_full((len(rows), *sizes), fill)
+        place[tuple(slice(size) for size in value.shape)] = value
+        new[list(rows)] = place
+        self.notes[name] = new
+
+    def aim(self, rows: Sequence[int] | None = None) -> None:
+        """What rows hold now is what a piece has left them."""
+        at = torch.arange(self.batch) if rows is None else torch.tensor(list(rows))
+        self.targets = self.targets.index_copy(0, at, self.counts[at])
+        self.aimed = self.aimed.index_copy(0, at, self.seen[at])
+
+    def order(self, rows: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Slots (G, Hkv, M) int64 in the order of their positions, and which are there; M: the longest row."""
+        counts = self.counts if rows is None else self.counts[list(rows)]
+        slot = torch.arange(int(counts.max()) if counts.numel() else 0, device=self.table.device)
+        there = slot < self.lengths[self._rows(rows)].view(*counts.shape, 1)
+        slots = slot.expand(there.shape)
+        if not self.sorted:
+            at = self.read(self.pool.positions, slots, rows)
+            slots = at.masked_fill(~there, ABSENT).argsort(dim=-1, stable=True)
+        return slots, there
+
+    def read(self, x: Tensor, slots: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """What x (P, page, ...), or (P, 1, page, ...), holds in slots (G, Hkv, M); anything where there is none."""
+        return flat(x)[self._places(slots, rows)]
+
+    def held(self) -> Tensor:
+        """bool (B, Hkv, most seen): which tokens each row holds."""
+        slots, there = self.order()
+        at = self.read(self.pool.positions, slots).masked_fill(~there, int(self.seen.max()))
+        marks = torch.zeros(*self.counts.shape, int(self.seen.max()) + 1, dtype=torch.bool, device=at.device)
+        return marks.scatter(2, at.long(), True)[..., :-1]
+
+    def growth(self, count: int = 1, *, drops: bool = False) -> int:
+        """Pages that `count` more tokens a row take from the pool at most; drops: tokens may be dropped after that.
+
+        Where pages have several owners, those are counted that are copied when a row writes; that asks the device.
+        """
+        before = self.counts.flatten()
+        fresh = int((-(-(before + count) // self.page) + (-before // self.page)).sum())
+        if not self.pool.shared:
+            return fresh
+        written = self._used() if drops else self._last_pages((before % self.page != 0).nonzero()[:, 0])
+        return fresh + int((self.pool.owners[written] > 1).sum())
+
+    def _last_pages(self, rows: Tensor) -> Tensor:
+        """The page with the newest token of some rows, host indices: int64."""
+        return self.table[sent(rows, self.table), sent(self.counts.flatten()[rows] // self.page, self.table)].long()
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        q: Tensor,
+        chosen: Tensor | Tokens | None = None,
+        *,
+        scale: float | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(o (G, H, N, Dv), lse (G, H, N)) of the last N tokens' queries, q (G, H, N, D), through `attend_pages`.
+
+        chosen: all (default); pages int (G, Hkv, K), -1 for none; or `Tokens`, for each key head or each query head,
+        for N = 1. Single tokens are read as pages of one token.
+        """
+        (batch, heads, n, _), kv_heads, pool = q.shape, self.kv_heads, self.pool
+        lists = kv_heads
+        if isinstance(chosen, Tokens):
+            lists = chosen.slots.shape[1]
+            slots = chosen.slots.sort(-1, descending=True).values  # -1 comes last
+            place = self._places(slots.clamp(min=0).view(batch, kv_heads, -1), rows).view(batch * lists, -1)
+            lengths = (slots >= 0).sum(-1, dtype=torch.int32).flatten()
+            reading: Reading = iter([(pool.reading_tokens(place, lengths), None)])
+        else:
+            listed = None if chosen is None else chosen.reshape(batch * kv_heads, 1, -1).int()
+            mine = slice(None) if rows is None else self._rows(rows)
+            reading = pool.reading(self.table[mine], self.lengths[mine], listed)
+        of_rows = q.reshape(batch * lists, heads // lists, n, -1)
+        parts = [attend_pages(of_rows, *part, scale=scale, return_lse=True) for part in reading]
+        o, lse = parts[0] if len(parts) == 1 else merge(parts)
+        return o.to(q.dtype).view(batch, heads, n, -1), lse.view(batch, heads, n)
+
+    def prefetch(self, pages: Tensor, rows: Sequence[int] | None = None) -> None:
+        """Pages int (G, Hkv, K), -1 for none, that a step will soon read; a guess, which costs time alone if wrong."""
+        mine = slice(None) if rows is None else self._rows(rows)
+        if self.table.shape[1]:
+            self.pool.prefetch(self.table[mine], self.lengths[mine], pages.flatten(0, 1)[:, None])
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def append(
+        self,
+        k: Tensor,
+        v: Tensor,
+        rows: Sequence[int] | None = None,
+        *,
+        keep: Tensor | None = None,
+        counts: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> None:
+        """Tokens that follow those seen: k (G, Hkv, n, D), v (G, Hkv, n, Dv) of the sequences `rows` (default: all).
+
+        keep: bool (G, Hkv, n), which of them to store (default: all); counts: how many those are, (G, Hkv) on the host,
+        for which the device is asked when it is not given. columns: (G, Hkv, n, C), zeros by default.
+        """
+        (batch, _, n), which = k.shape[:3], self._rows(rows)
+        if keep is not None:
+            counts = (keep.sum(-1) if counts is None else counts).cpu()
+            order = (~keep).int().argsort(dim=-1, stable=True).flatten(0, 1)
+            source = order[:, : int(counts.max())]
+        else:
+            counts = torch.full((batch, self.kv_heads), n)
+            source = torch.arange(n, device=k.device).expand(batch * self.kv_heads, -1)
+        before = self.counts if rows is None else self.counts[list(rows)]
+        self._make_room(before.flatten(), counts.flatten(), which, rows)
+        if keep is None or int(counts.min()) == int(counts.max()):
+            row = torch.arange(len(which), device=k.device)[:, None]
+            col = torch.arange(source.shape[1], device=k.device)
+        else:
+            row, col = (sent(x, self.lengths) for x in ragged(counts.flatten()))
+        at = self.lengths[which][row].long() + col
+        place = self.table[which[row], at // self.page].long(), at % self.page
+        source = source[row, col]
+        pool = self.pool
+        pool.k[place[0], 0, place[1]] = k.flatten(0, 1)[row, source].to(pool.k.dtype)
+        pool.v[place[0], 0, place[1]] = v.flatten(0, 1)[row, source].to(pool.v.dtype)
+        seen = self.ends if rows is None else self.ends[list(rows)]
+        first = seen.repeat_interleave(self.kv_heads)[row]
+        pool.positions[place] = (first + source).int()
+        if pool.columns.shape[2]:
+            pool.columns[place] = 0.0 if columns is None else columns.flatten(0, 1)[row, source].to(pool.columns)
+        fresh = n if keep is None else sent(counts.flatten().int(), self.lengths)
+        if rows is None:
+            self.lengths, self.counts = self.lengths + fresh, self.counts + counts
+            self.seen, self.ends = self.seen + n, self.ends + n
+        else:
+            self.lengths = self.lengths.index_copy(0, which, self.lengths[which] + fresh)
+            self.counts = self.counts.index_add(0, torch.tensor(rows), counts)
+            self.seen = self.seen.index_add(0, torch.tensor(rows), torch.full((batch,), n))
+            self.ends = sent(self.seen, self.ends)
+
+    def keep(self, keep: Tensor, rows: Sequence[int] | None = None, *, counts: Tensor | None = None) -> None:
+        """Drop all tokens but those that `keep` (G, Hkv, M) names, in the order of `order`, and free their pages.
+
+        counts: how many each row keeps, (G, Hkv) on the host, for which the device is asked when it is not given.
+        Memory follows: a pool of which a fifth has become free gives that back.
+        """
+        slots, there = self.order(rows)
+        keep = keep & there
+        counts = (keep.sum(-1) if counts is None else counts).cpu()
+        before = self.counts if rows is None else self.counts[list(rows)]
+        if bool((counts == before).all()):
+            return
+        which = self._rows(rows)
+        source = slots.gather(2, (~keep).int().argsort(dim=-1, stable=True)[..., : int(counts.max())])
+        row, col = (sent(x, self.lengths) for x in ragged(counts.flatten()))
+        pool, taken = self.pool, self._places(source, rows).flatten(0, 1)[row, col]
+        moved = [x[taken] for x in self._columns()]
+        old_pages, new_pages = (-(-x.flatten() // self.page) for x in (before, counts))
+        self._open(which, *ragged(new_pages))
+        place = self.table[which[row], col // self.page].long() * self.page + col % self.page
+        for x, values in zip(self._columns(), moved, strict=True):
+            x[place] = values
+        last_row, last_col = ragged(old_pages - new_pages)
+        last_col = last_col + new_pages[last_row]
+        pool.release(self.table[which[sent(last_row, which)], sent(last_col, which)].long())
+        self._recount(counts, rows)
+        self.sorted = self.sorted or rows is None
+        self.tighten()
+
+    def drop(self, slots: Tensor, rows: Sequence[int] | None = None, which: Tensor | None = None) -> None:
+        """Drop one token a row: slots int (G, Hkv). The row's last token takes its place; a page that empties is free.
+
+        which: bool (G, Hkv) on the host, the rows that drop one (default: all).
+        """
+        counts = self.counts if rows is None else self.counts[list(rows)]
+        less = torch.ones_like(counts) if which is None else which.long()
+        at = less.flatten().nonzero()[:, 0]
+        mine = self._rows(rows) if which is None else self._rows(rows)[sent(at, self.lengths)]
+        slot = slots.flatten() if which is None else slots.flatten()[sent(at, self.lengths)]
+        last = self.lengths[mine].long() - 1
+        if self.pool.guarded:
+            self._open_places(mine, slot // self.page)
+            self._open_places(mine, last // self.page)  # the next token may come there
+        to, source = (self.table[mine, x // self.page].long() * self.page + x % self.page for x in (slot.long(), last))
+        for x in self._columns():
+            x[to] = x[source]
+        counts = counts - less
+        emptied = ((counts % self.page == 0) & (less > 0)).flatten()[at].nonzero()[:, 0]
+        if len(emptied):
+            page = sent((counts.flatten()[at] // self.page)[emptied], mine)
+            self.pool.release(self.table[mine[sent(emptied, mine)], page].long())
+        self._recount(counts, rows)
+        self.sorted = False
+
+    def drop_page(self, pages: Tensor, rows: Sequence[int] | None = None) -> None:
+        """Drop one whole page a row: pages int (G, Hkv), full ones, none the newest. Nothing else moves."""
+        which = self._rows(rows)
+        page = pages.reshape(-1, 1).long()
+        self.pool.release(self.table[which].gather(1, page)[:, 0].long())
+        column = torch.arange(self.table.shape[1] - 1, device=page.device)
+        kept = self.table[which].gather(1, column + (column >= page))
+        self.table[which, :-1] = kept
+        counts = self.counts if rows is None else self.counts[list(rows)]
+        self._recount(counts - self.page, rows)
+
+    def put_columns(self, columns: Tensor, slots: Tensor, there: Tensor, rows: Sequence[int] | None = None) -> None:
+        """Write columns (G, Hkv, M, C) of tokens in the order of `order`."""
+        counts = self.counts if rows is None else self.counts[list(rows)]
+        which = self._rows(rows)
+        if self.pool.shared:
+            row, col = (sent(x, self.lengths) for x in ragged(-(-counts.flatten() // self.page)))
+            self._own_places(which[row], col)
+        if int(counts.min()) == slots.shape[2]:
+            place, values = self._places(slots, rows).flatten(), columns.flatten(0, 2)
+        else:
+            row, col = (sent(x, self.lengths) for x in ragged(counts.flatten()))
+            place = self._places(slots, rows).flatten(0, 1)[row, col]
+            values = columns.flatten(0, 1)[row, col]
+        flat(self.pool.columns)[place] = values.to(self.pool.columns)
+
+    # -- sequences -------------------------------------------------------------------------------------------------
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Sequence i goes on from what sequence rows[i] was; pages are shared until one of them writes."""
+        rows = list(rows)
+        old = self._used()
+        which = self._rows(rows)
+        self.table, self.lengths = self.table[which], self.lengths[which]
+        index = torch.tensor(rows)
+        self.batch, self.counts, self.seen = len(rows), self.counts[index], self.seen[index]
+        self.targets, self.aimed = self.targets[index], self.aimed[index]
+        self.ends = sent(self.seen, self.ends)
+        self.notes = {name: x[sent(index, x)] for name, x in self.notes.items()}
+        self.pool.hold(self._used())
+        self.pool.release(old)
+
+    def join(self, other: Store) -> None:
+        """The sequences of another store of the same pool come behind these, with their pages; the other is left empty.
+
+        Notes are padded with what `note` was told. Errors: ValueError with the reason (`unlike`).
+        """
+        if reason := self.unlike(other):
+            raise ValueError(reason)
+        self.notes = {name: self._both(name, other) for name in {**self.notes, **other.notes}}
+        width = -(-int(torch.cat([self.counts, other.counts]).max()) // self.page)
+
+        def wide(x: Tensor) -> Tensor:
+            return torch.nn.functional.pad(x, (0, width - x.shape[1]))  # narrower ones lose what no row names
+
+        self.table = torch.cat([wide(self.table), wide(other.table)])
+        self.lengths, self.ends = torch.cat([self.lengths, other.lengths]), torch.cat([self.ends, other.ends])
+        self.counts, self.seen = torch.cat([self.counts, other.counts]), torch.cat([self.seen, other.seen])
+        self.targets, self.aimed = torch.cat([self.targets, other.targets]), torch.cat([self.aimed, other.aimed])
+        self.batch, self.sorted = self.batch + other.batch, self.sorted and other.sorted
+        self.fills |= other.fills
+        other._recount(torch.zeros_like(other.counts), None)
+        self.pool.stores -= 1
+
+    def unlike(self, other: Store) -> str | None:
+        """Why another store cannot join, or None."""
+        if other.pool is not self.pool or other.kv_heads != self.kv_heads:
+            return "other: its pages lie in another pool, or are of other heads; join stores of one session"
+        for name in {**self.notes, **other.notes}:
+            shapes = [tuple(store.notes[name].shape[1:]) for store in (self, other) if name in store.notes]
+            if len(shapes) < 2 or len(shapes[0]) != len(shapes[1]):
+                return f"notes: {name!r} is not kept alike for all sequences; note it in every piece"
+            if shapes[0] != shapes[1] and name not in {**self.fills, **other.fills}:
+                return (
+                    f"notes: {name!r} is of {shapes[0]} and {shapes[1]}, and nothing says what pads it; put it there "
+                    "by `note`, with a `fill`"
+                )
+        return None
+
+    def _both(self, name: str, other: Store) -> Tensor:
+        """A note of this store's sequences and of those of another."""
+        first, last = self.notes[name], other.notes[name]
+        fill = {**self.fills, **other.fills}.get(name)
+        sizes = [max(pair) for pair in zip(first.shape[1:], last.shape[1:], strict=True)]
+        both = first.new_full((len(first) + len(last), *sizes), 0 if fill is None else fill)
+        for rows, x in ((slice(len(first)), first), (slice(len(first), None), last)):
+            both[(rows, *map(slice, x.shape[1:]))] = x
+        return both
+
+    def fork(self) -> Store:
+        """Another store with the same tokens, sharing their pages until one of the two writes."""
+        other = copy.copy(self)
+        other.table, other.lengths = self.table.clone(), self.lengths.clone()
+        other.notes = {name: x.clone() for name, x in self.notes.items()}
+        other.fills = dict(self.fills)
+        self.pool.stores += 1
+        self.pool.hold(other._used())
+        return other
+
+    def crop(self, count: int) -> None:
+        """Forget the last `count` tokens, as if they had never come.
+
+        Errors: ValueError once a token was dropped, for what it made room for cannot be brought back.
+        """
+        if not bool((self.counts == self.seen[:, None]).all()):
+            raise ValueError(
+                f"crop: got {count} tokens to take back, but earlier ones were dropped to make room for them; "
+                "decode without taking tokens back (no assisted decoding)"
+            )
+        # Tokens of which none was dropped lie in order: the last pages go, and nothing moves.
+        left = self.counts - count
+        old_pages, new_pages = (-(-x.flatten() // self.page) for x in (self.counts, left))
+        row, col = ragged(old_pages - new_pages)
+        self.pool.release(self.table[sent(row, self.table), sent(col + new_pages[row], self.table)].long())
+        self._recount(left, None)
+        partial = (left.flatten() % self.page != 0).nonzero()[:, 0]
+        self._open(self._rows(None), partial, left.flatten()[partial] // self.page)
+        self.seen = self.seen - count
+        self.ends = self.ends - count
+        self.tighten()
+
+    def free(self) -> None:
+        """Give all pages back."""
+        self.pool.release(self._used())
+        self._recount(torch.zeros_like(self.counts), None)
+        self.pool.stores -= 1
+
+    def tighten(self) -> None:
+        """Give the memory of free pages back, where they are a fifth or more and no other store has pages here."""
+        pool = self.pool
+        if pool.shared or pool.stores > 1 or 5 * pool.in_use > 4 * pool.num_pages:
+            return
+        row, col = (sent(x, self.lengths) for x in ragged(-(-self.counts.flatten() // self.page)))
+        pool.shrink(self.table[row, col].long())
+        widest = -(-int(self.counts.max()) // self.page)
+        self.table = torch.zeros_like(self.table[:, :widest])  # what it said behind a row's end is there no more
+        self.table[row, col] = torch.arange(len(row), dtype=torch.int32, device=row.device)
+
+    # -- within ----------------------------------------------------------------------------------------------------
+
+    def _columns(self) -> list[Tensor]:
+        """All that is held of the tokens, one after another."""
+        pool = self.pool
+        return [flat(x) for x in (pool.k, pool.v, pool.positions, pool.columns)]
+
+    def _rows(self, rows: Sequence[int] | None) -> Tensor:
+        """Rows of some sequences, int64 (G Hkv,)."""
+        device = self.table.device
+        if rows is None:
+            return torch.arange(self.batch * self.kv_heads, device=device)
+        first = torch.tensor(list(rows), dtype=torch.int64)[:, None] * self.kv_heads
+        return sent((first + torch.arange(self.kv_heads)).flatten(), self.table)
+
+    def _places(self, slots: Tensor, rows: Sequence[int] | None) -> Tensor:
+        """Where slots (G, Hkv, M) lie among all tokens of the pool."""
+        table = self.table[self._rows(rows)]
+        page = (slots.flatten(0, 1) // self.page).clamp(max=max(0, table.shape[1] - 1))
+        return (table.gather(1, page).long() * self.page + slots.flatten(0, 1) % self.page).view(slots.shape)
+
+    def _used(self) -> Tensor:
+        """Every page that a row names, int64, once a row."""
+        row, col = (sent(x, self.lengths) for x in ragged(-(-self.counts.flatten() // self.page)))
+        return self.table[row, col].long()
+
+    def _recount(self, counts: Tensor, rows: Sequence[int] | None) -> None:
+        lengths = sent(counts.flatten().int(), self.lengths)
+        if rows is None:
+            self.counts, self.lengths = counts, lengths
+        else:
+            self.counts = self.counts.index_copy(0, torch.tensor(list(rows)), counts)
+            self.lengths = self.lengths.index_copy(0, self._rows(rows), lengths)
+
+    def _open(self, which: Tensor, row: Tensor, col: Tensor) -> None:
+        """Make pages `col` of rows which[row], host indices, ready to be written to."""
+        if self.pool.guarded:
+            self._open_places(which[sent(row, which)], sent(col, which))
+
+    def _open_places(self, row: Tensor, col: Tensor) -> None:
+        self.table[row, col] = self.pool.opened(self.table[row, col].long()).int()
+
+    def _own_places(self, row: Tensor, col: Tensor) -> None:
+        """Make pages those of one owner each; what they hold stays as it is."""
+        self.table[row, col] = self.pool.own(self.table[row, col].long()).int()
+
+    def _make_room(self, before: Tensor, more: Tensor, which: Tensor, rows: Sequence[int] | None) -> None:
+        """Pages for `more` tokens a row, on the host, behind `before`."""
+        if self.pool.shared:  # what is partial is open
+            partial = ((before % self.page != 0) & (more > 0)).nonzero()[:, 0]
+            self._own_places(which[sent(partial, which)], sent(before[partial] // self.page, which))
+        old, new = (-(-x // self.page) for x in (before, before + more))
+        fresh = int((new - old).sum())
+        if not fresh:
+            return
+        if int(new.max()) > self.table.shape[1]:
+            self.table = torch.nn.functional.pad(self.table, (0, int(new.max()) - self.table.shape[1]))
+        row, col = ragged(new - old)
+        col = col + old[row]
+        ids = self.pool.take(fresh).int()
+        self.table[which[sent(row, which)], sent(col, which)] = ids

@@ -1,0 +1,210 @@
+"""What a policy decides from: a layer's tokens in order, the queries that just came, and the attention between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from saccade.cache.store import ABSENT, Store, Tokens
+
+BLOCK = 128  # queries whose weights are held at once
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a session a view is taken: layer `index` of `num_layers`, sequences `rows`, None for all; scale of the
+    scores, None for D**-0.5; what the layers share; steps since the last piece, None where the sequences differ in
+    that; the store of the next layer, None where there is none or it has read nothing.
+    """
+
+    index: int = 0
+    num_layers: int = 1
+    rows: Sequence[int] | None = None
+    scale: float | None = None
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    steps: int | None = 0
+    later: Store | None = None
+
+
+class View:
+    """Tokens of G sequences in one layer, padded to the longest row, in the order of their positions.
+
+    q (G, H, N, D): the queries that just came, those of the last N tokens seen. k (G, Hkv, M, D), v (G, Hkv, M, Dv).
+    positions (G, Hkv, M) int64; there (G, Hkv, M) bool: False is padding, which counts for nothing. columns (G, Hkv, M,
+    C): the policy's own numbers, which it changes in place. counts (G, Hkv), seen (G,): tokens held and seen, on the
+    host. scale: of the scores. rows: which sequences of the batch these are, or None for all. index: the layer, of
+    `num_layers`. shared: the session's, with `token_ids` (B, most seen) where they are known, -1 behind an end. steps:
+    since the last piece.
+    """
+
+    def __init__(self, store: Store, place: Place, q: Tensor, k: Tensor, v: Tensor, columns: int = 0) -> None:
+        self._begin(store, place, q)
+        self.k, self.v = k, v
+        (batch, kv_heads, n), device = k.shape[:3], k.device
+        self.positions = torch.arange(n, device=device).expand(batch, kv_heads, n)
+        self.there = torch.ones(batch, kv_heads, n, dtype=torch.bool, device=device)
+        self.columns = torch.zeros(batch, kv_heads, n, columns, device=device)
+        self.counts, self.seen = torch.full((batch, kv_heads), n), torch.full((batch,), n)
+
+    def _begin(self, store: Store, place: Place, q: Tensor) -> None:
+        self._store, self.q, self.rows, self.index = store, q, place.rows, place.index
+        self.num_layers, self.shared, self._steps = place.num_layers, place.shared, place.steps
+        self.later = place.later
+        self.scale = q.shape[3] ** -0.5 if place.scale is None else place.scale
+
+    @property
+    def stored(self) -> Store:
+        """The store. Errors: ValueError while the tokens are the first of a prompt, which are not stored yet."""
+        raise ValueError(
+            "view: its tokens are not stored yet; `piece` says which of them will be, `note` keeps numbers"
+        )
+
+    @property
+    def steps(self) -> int:
+        """Steps since the last piece. Errors: ValueError for sequences that differ in that."""
+        if self._steps is None:
+            raise ValueError(
+                "steps: the sequences of this batch are not equally many steps behind their pieces; say `periodic = "
+                "True` in the policy, and they are decoded apart"
+            )
+        return self._steps
+
+    def note(self, name: str, value: Tensor, fill: float = 0) -> None:
+        """Keep value (G, ...) with these sequences; see `Store.note`."""
+        self._store.note(name, value, self.rows, fill)
+
+    def notes(self, name: str) -> Tensor:
+        """What was noted of these sequences, (G, ...)."""
+        found = self._store.notes[name]
+        return found if self.rows is None else found[list(self.rows)]
+
+    def pass_on(self, name: str, value: Tensor, fill: float = 0) -> None:
+        """Let the next layer find value (G, ...) of these sequences in its notes, where there is one."""
+        if self.later is not None:
+            self.later.note(name, value, self.rows, fill)
+
+    @property
+    def num_seen(self) -> int:
+        """Tokens that the longest of the sequences has had."""
+        return int(self.seen.max())
+
+    @property
+    def group(self) -> int:
+        """Query heads a key head."""
+        return self.q.shape[1] // self.there.shape[1]
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """seen (G,) on the device."""
+        return self.seen.to(self.q.device)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Mean over the query heads of each key head: (G, H, ...) -> (G, Hkv, ...)."""
+        return x.unflatten(1, (-1, self.group)).mean(2)
+
+    def weights(self, last: int | None = None, where: Tensor | None = None) -> Tensor:
+        """Attention of the last `last` queries (default: all N): (G, H, last, M), rows sum to 1.
+
+        where: bool (G, H, M), or one broadcast to it, the only tokens that are met (default: all that are there).
+        """
+        return torch.cat(list(self.blocks(last, where)), 2)
+
+    def received(self, last: int | None = None) -> Tensor:
+        """Attention that each token gets, summed over the last `last` queries (default: all N): (G, H, M).
+
+        Made a block of queries at a time: O(M) memory.
+        """
+        total: Tensor | None = None
+        for block in self.blocks(last):
+            total = block.sum(2) if total is None else total + block.sum(2)
+        if total is None:
+            raise ValueError(f"last: got {last}; pass a positive number of queries")
+        return total
+
+    @torch.no_grad()
+    def scores(self) -> Tensor:
+        """Of the newest query and each token, before the softmax: (G, H, M), at least float32, -inf for no token."""
+        dtype = torch.promote_types(self.q.dtype, torch.float32)
+        q = self.q[:, :, -1].to(dtype).unflatten(1, (-1, self.group))
+        scores = torch.einsum("bhgd,bhmd->bhgm", q, self.k.to(dtype)) * self.scale
+        return scores.masked_fill(~self.there[:, :, None], -torch.inf).flatten(1, 2)
+
+    @torch.no_grad()
+    def blocks(self, last: int | None = None, where: Tensor | None = None) -> Iterator[Tensor]:
+        """`weights`, a block of queries after another: (G, H, some, M)."""
+        q = self.q if last is None else self.q[:, :, -last:]
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        k = self.k.to(dtype).masked_fill(~self.there[..., None], 0)
+        first = self.ends[:, None] - q.shape[2]
+        at = first + torch.arange(q.shape[2], device=q.device)
+        for part, own in zip(q.split(BLOCK, 2), at.split(BLOCK, 1), strict=True):
+            rows = part.to(dtype).unflatten(1, (-1, self.group))
+            scores = torch.einsum("bhgnd,bhmd->bhgnm", rows, k) * self.scale
+            seen = self.there[:, :, None] & (self.positions[:, :, None] <= own[:, None, :, None])
+            scores = scores.masked_fill(~seen[:, :, None], -torch.inf).flatten(1, 2)
+            if where is not None:
+                scores = scores.masked_fill(~where[:, :, None], -torch.inf)
+            yield scores.softmax(-1).nan_to_num(0)
+
+
+class Stored(View):
+    """A view of a store. What it shows is read when it is asked for; after the store has changed, make another.
+
+    chosen: what a step reads, once its policy has said so. later: the store of the next layer, None in the last one.
+    """
+
+    chosen: Tensor | Tokens | None = None
+
+    def __init__(self, store: Store, place: Place, q: Tensor) -> None:
+        self._begin(store, place, q)
+        self.counts = store.counts if self.rows is None else store.counts[list(self.rows)]
+        self.seen = store.seen if self.rows is None else store.seen[list(self.rows)]
+
+    @property
+    def stored(self) -> Store:
+        return self._store
+
+    @cached_property
+    def _order(self) -> tuple[Tensor, Tensor]:
+        return self.stored.order(self.rows)
+
+    def _read(self, x: Tensor) -> Tensor:
+        return self.stored.read(x, self.slots, self.rows)
+
+    @property
+    def slots(self) -> Tensor:
+        """Where the tokens lie in their rows, (G, Hkv, M)."""
+        return self._order[0]
+
+    @cached_property
+    def there(self) -> Tensor:  # type: ignore[override]
+        return self._order[1]
+
+    @cached_property
+    def ends(self) -> Tensor:
+        seen = self.stored.ends
+        return seen if self.rows is None else seen[list(self.rows)]
+
+    @cached_property
+    def positions(self) -> Tensor:  # type: ignore[override]
+        return self._read(self.stored.pool.positions).masked_fill(~self.there, ABSENT).long()
+
+    @cached_property
+    def k(self) -> Tensor:  # type: ignore[override]
+        return self._read(self.stored.pool.k)
+
+    @cached_property
+    def v(self) -> Tensor:  # type: ignore[override]
+        return self._read(self.stored.pool.v)
+
+    @cached_property
+    def columns(self) -> Tensor:  # type: ignore[override]
+        return self._read(self.stored.pool.columns)
+
+    def put_columns(self) -> None:
+        """Write the columns back."""
+        self.stored.put_columns(self.columns, *self._order, self.rows)
