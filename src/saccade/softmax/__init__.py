@@ -3,6 +3,7 @@
 from saccade.softmax.attend import attend, explain, which, why
 from saccade.softmax.bias import Alibi, FromCoordinates, RelativeTable
 from saccade.softmax.heads import attend_heads
+from saccade.softmax.lifetimes import attend_lifetimes
 from saccade.softmax.measuring import measure
 from saccade.softmax.merge import merge
 from saccade.softmax.normalizers import Entmax, Sigmoid, Softmax
@@ -19,6 +20,7 @@ __all__ = [
     "attend",
     "attend_cascade",
     "attend_heads",
+    "attend_lifetimes",
     "attend_pages",
     "explain",
     "measure",

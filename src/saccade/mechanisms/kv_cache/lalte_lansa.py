@@ -19,31 +19,9 @@ from saccade.errors import known, positive
 from saccade.hosts.stack import PreNorm, Stack, SwiGLU, interleave
 from saccade.mix import rotary_rates, turn_halves
 from saccade.scan import State, delta_rule
-from saccade.softmax import Pages, attend_pages
-from saccade.where import Box, Causal, Frame, Pattern, Sinks, Span, Window
-from saccade.where.layout import Order
-
-
-@dataclass(frozen=True, eq=False)
-class Kept(Pattern):
-    """The queries from `at_j` to `last_j` see key j; both (M,) integers, of sequences of `length` in one row."""
-
-    at: Tensor
-    last: Tensor
-    length: int
-
-    def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:
-        return (self.at[j] <= i) & (i <= self.last[j])
-
-    def boxes(self, frame: Frame) -> list[Box]:
-        i, none = frame.queries, torch.zeros_like(frame.queries)
-        return [
-            {("at", self): Span(self.at.int(), none, i + 1), ("last", self): Span(self.last.int(), i, none + 2**31 - 1)}
-        ]
-
-    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Order | None) -> int:
-        each = (self.length // block[0] + 2) * (self.length // block[1] + 2)
-        return min(super().most_tiles(n, m, block, order), n // self.length * each)
+from saccade.softmax import Pages, attend_lifetimes, attend_pages
+from saccade.softmax.lifetimes import alive
+from saccade.where import Causal, Sinks, Window
 
 
 @dataclass(frozen=True)
@@ -148,7 +126,7 @@ class LalteLansa(Mixer):
         paper="2510.20787",
         year=2025,
         family="kv_cache",
-        uses=("attend", "Pattern", "Span", "Pages", "attend_pages", "turn_halves", "delta_rule"),
+        uses=("attend_lifetimes", "Pages", "attend_pages", "turn_halves", "delta_rule"),
         discrete=True,
     )
     causal = True
@@ -208,24 +186,17 @@ class LalteLansa(Mixer):
         """Which tokens are selected: bool (B, Hkv, N)."""
         return (r > 0) | (torch.arange(r.shape[2], device=r.device) < self.sinks)
 
-    def laid_out(self, chosen: Tensor) -> tuple[Tensor, Kept]:
-        """The order of the keys of each head (B, Hkv, N), and what all heads see, one after another in one row."""
-        n, at = chosen.shape[2], torch.arange(chosen.shape[2], device=chosen.device)
-        order = (~chosen).int().argsort(dim=-1, stable=True)  # few tiles hold the selected keys, and a band the others
-        last = torch.where(chosen, n - 1, (at + self.window).clamp(max=n - 1)).gather(-1, order)
-        start = torch.arange(0, chosen.numel(), n, device=chosen.device).view(*chosen.shape[:2], 1)
-        return order, Kept((order + start).flatten(), (last + start).flatten(), n)
+    def last(self, chosen: Tensor) -> Tensor:
+        """The last query that sees each key: like chosen (B, Hkv, N)."""
+        n = chosen.shape[2]
+        window = (torch.arange(n, device=chosen.device) + self.window).clamp(max=n - 1)
+        return torch.where(chosen, n - 1, window)
 
     def compute(self, x: Tensor) -> Tensor:
-        (q, k, v, r), (batch, n, _), d = self.scored(x), x.shape, self.dims
+        q, k, v, r = self.scored(x)
         v = v + (r - r.detach())[..., None] * v.detach()  # the same values, whose gradient r shares
-        order, kept = self.laid_out(self.chosen(r))
-        row = (
-            self.turned(q).unflatten(1, (d.num_kv_heads, -1)).permute(2, 0, 1, 3, 4).reshape(1, d.group, -1, d.head_dim)
-        )
-        k, v = (y.take_along_dim(order[..., None], 2).reshape(1, 1, -1, d.head_dim) for y in (self.turned(k), v))
-        o = attend(row, k, v, kept)[0].unflatten(1, (batch, -1, n))  # (group, B, Hkv, N, D)
-        return self.out(o.permute(1, 3, 2, 0, 4).flatten(2))
+        o, _ = attend_lifetimes(self.turned(q), self.turned(k), v, self.last(self.chosen(r)))
+        return self.out(o.transpose(1, 2).flatten(2))
 
     def penalty(self, x: Tensor) -> Tensor:
         """The loss that keeps tokens few, mean lambda relu(r)."""
@@ -364,7 +335,7 @@ class LalteLansa(Mixer):
     def saves(cls) -> Finding:
         layer = cls(Dims(1, 8), window=64)
         chosen = layer.chosen(torch.rand(1, 1, 4096, generator=torch.Generator().manual_seed(0)) - 0.95)
-        few, whole = layer.laid_out(chosen[..., :200])[1], layer.laid_out(chosen)[1]
+        few, whole = (alive(layer.last(chosen[..., :n]))[1] for n in (200, chosen.shape[2]))
         exact = few.plan(200, block=(16, 16)).dense().equal(few.dense(200))
         plan = whole.plan(4096, block=(64, 64))
         shares = [2 * pairs / 4096**2 for pairs in (plan.num_computed, plan.num_attended)]

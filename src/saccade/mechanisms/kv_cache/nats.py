@@ -12,52 +12,11 @@ from saccade import attend
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import positive
 from saccade.mix import rotary_rates, turn_halves
-from saccade.softmax import Pages, attend_pages
-from saccade.where import Box, Causal, Frame, Pattern, Span, Window
-from saccade.where.layout import Order
+from saccade.softmax import Pages, attend_lifetimes, attend_pages
+from saccade.softmax.lifetimes import alive
+from saccade.where import Causal, Window
 
-FOREVER = 2**31 - 1
 GLOBAL, LOCAL, SLIDING = range(3)
-
-
-@dataclass(frozen=True, eq=False)
-class Lifetimes(Pattern):
-    """Key j lives for the queries born_j <= i <= last_j, both (M,) integers on their device; in rows of `length`."""
-
-    born: Tensor
-    last: Tensor
-    length: int
-
-    def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:
-        return (self.born[j] <= i) & (i <= self.last[j])
-
-    def boxes(self, frame: Frame) -> list[Box]:
-        at = frame.queries
-        born = Span(self.born.int(), torch.zeros_like(at), at + 1)
-        return [{("born", self): born, ("last", self): Span(self.last.int(), at, torch.full_like(at, FOREVER))}]
-
-    def most_tiles(self, n: int, m: int, block: tuple[int, int], order: Order | None) -> int:
-        a_row = (self.length // block[0] + 2) * (self.length // block[1] + 2)
-        return min(super().most_tiles(n, m, block, order), n // self.length * a_row)
-
-
-def laid_out(last: Tensor) -> tuple[Tensor, Lifetimes]:
-    """The order of the keys of each head (B, Hkv, N), and the pattern of all heads, one after another in one row."""
-    n = last.shape[2]
-    # Sorted so, few tiles hold the keys that live to the end, and a band the others.
-    order = (last < n - 1).int().argsort(dim=-1, stable=True)
-    start = torch.arange(0, last.numel(), n, device=last.device).view(*last.shape[:2], 1)
-    return order, Lifetimes((order + start).flatten(), (last.gather(-1, order) + start).flatten(), n)
-
-
-def attend_lifetimes(q: Tensor, k: Tensor, v: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """(o, lse) where query i sees the keys j <= i <= last_j; last (B, Hkv, N) int, from j to N - 1."""
-    order, pattern = laid_out(last)
-    k, v = (x.take_along_dim(order[..., None], 2).reshape(1, 1, -1, x.shape[3]) for x in (k, v))
-    row = q.unflatten(1, (last.shape[1], -1)).permute(2, 0, 1, 3, 4).reshape(1, -1, last.numel(), q.shape[3])
-    o, lse = attend(row, k, v, pattern, return_lse=True)
-    heads = [x[0].unflatten(1, last.shape).transpose(0, 1).transpose(1, 2).flatten(1, 2) for x in (o, lse)]
-    return heads[0], heads[1]
 
 
 @dataclass(frozen=True)
@@ -102,7 +61,7 @@ class NATS(Mixer):
         paper="2502.13045",
         year=2025,
         family="kv_cache",
-        uses=("attend", "Pattern", "Span", "Pages", "attend_pages", "turn_halves"),
+        uses=("attend_lifetimes", "Pages", "attend_pages", "turn_halves"),
         discrete=True,
     )
     causal = True
@@ -298,7 +257,7 @@ class NATS(Mixer):
         layer, random = cls(Dims(1, 8)), torch.rand(1, 1, 4096, generator=torch.Generator().manual_seed(0))
         kinds = (random > 0.02).long() + (random > 0.4)  # 2 % global, 38 % local, 60 % sliding
         last, _ = layer.lifetimes(F.one_hot(kinds, 3))
-        few, whole = laid_out(last[..., :200].clamp(max=199))[1], laid_out(last)[1]
+        few, whole = alive(last[..., :200].clamp(max=199))[1], alive(last)[1]
         exact = few.plan(200, block=(16, 16)).dense().equal(few.dense(200))
         plan = whole.plan(4096, block=(64, 64))
         shares = [2 * pairs / 4096**2 for pairs in (plan.num_computed, plan.num_attended)]
