@@ -204,3 +204,25 @@ def test_nothing_is_asked_of_the_device_between_pages(monkeypatch):
         session.attend(0, *[x[:, :, t : t + 1]] * 3)
     with pytest.raises(TypeError, match="not callable"):
         session.attend(0, *[x[:, :, 52:53]] * 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_on_a_gpu_are_those_on_a_cpu(bits):
+    q, k, v = drawn(heads=8, kv_heads=4, n=300, dtype=torch.bfloat16)
+    sessions = [Session(Quantized(Quest(64), bits, residual=20)) for _ in range(2)]
+    outputs = []
+    for session, device in zip(sessions, ("cpu", "cuda"), strict=True):
+        now = [x.to(device) for x in (q, k, v)]
+        session.attend(0, *(x[:, :, :299] for x in now))
+        session.attend(0, *(x[:, :, 299:] for x in now))
+        store = session.store(0)
+        slots, _ = store.order()
+        outputs.append([store.read(x, slots).cpu() for x in (store.pool.k, store.pool.v)])
+        outputs[-1].append(store.attend(now[0][:, :, 299:])[0].cpu())
+        assert store.pool.num_coded == 8 * (280 // 16)
+    (keys, values, o), (on_gpu, values_on_gpu, found) = outputs
+    for mine, other in ((on_gpu, keys), (values_on_gpu, values)):
+        assert_close(mine, other.double(), other, name="what the codes stand for")
+    truth = dense_attention(q[:, :, 299:].double(), keys.double(), values.double())
+    assert_close(found, truth, o, name="attention", terms=300)
