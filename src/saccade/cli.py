@@ -293,6 +293,20 @@ def eval_(
             help="Mechanisms, with parameters or without: moba, 'moba(block=64, top_k=4)'. Dense attention takes part.",
         ),
     ] = None,
+    frontier: Annotated[
+        bool,
+        typer.Option(
+            "--frontier",
+            help="Every WHAT that takes a budget at each of several (none given: every cache policy), scores beside "
+            "the memory held and the time of a decoded token, on one page.",
+        ),
+    ] = False,
+    budgets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE,...", help="Of a frontier: parts of the tokens (default 0.1,0.25,0.35,0.5,0.75,1.0)."
+        ),
+    ] = None,
     model: Annotated[
         str, typer.Option(metavar="MODEL", help="bundled, or a transformers model: an id or a path.")
     ] = "bundled",
@@ -319,14 +333,21 @@ def eval_(
     Both with the question in what is read (query-aware), and asked after the context was read (query-agnostic).
     """
     with _refusing(ImportError):
-        from saccade.bench.eval import LENGTHS, Contestant, chosen, evaluate
+        from saccade.bench.eval import BUDGETS, DECODE, LENGTHS, Contestant, at_budgets, chosen, evaluate
         from saccade.bench.eval_reader import load
-        from saccade.bench.eval_summary import tell, write
         from saccade.bench.inputs import Unreadable
         from saccade.errors import positive
 
+        if frontier:
+            from saccade.bench.frontier import tell, write
+        else:
+            from saccade.bench.eval_summary import tell, write
+
     with _refusing(ValueError, TypeError, SyntaxError):
-        contestants = [Contestant.parse(one) for one in what or ()]
+        if budgets and not frontier:
+            raise ValueError(f"budgets: got {budgets!r} without a frontier; pass --frontier too")
+        shares = _shares("budgets", budgets) if budgets else BUDGETS
+        contestants = at_budgets(what or None, shares) if frontier else [Contestant.parse(one) for one in what or ()]
         names = [name.strip() for name in tasks.split(",")] if tasks else None
         chosen(names)
         tokens = _tokens("lengths", lengths) if lengths else list(LENGTHS)
@@ -350,6 +371,7 @@ def eval_(
             budget=budget,
             path=out / "results.jsonl",
             progress=progress,
+            decode=DECODE if frontier else None,
         )
     paths = write(found, out)
     tell(found, _console())
@@ -504,6 +526,14 @@ def _tokens(name: str, text: str) -> list[int]:
     if not all(part.removesuffix("k").lstrip("-").isdigit() for part in parts):
         raise ValueError(f"{name}: got {text!r}; pass tokens between commas, like 2k,4k,8k")
     return _numbers(name, ",".join(str(1024 * int(p[:-1])) if p.endswith("k") else p for p in parts))
+
+
+def _shares(name: str, text: str) -> list[float]:
+    """Numbers between commas."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name}: got {text!r}; pass shares between commas, like 0.1,0.25,0.5") from None
 
 
 def _shape(text: str) -> tuple[int, int, int, int, int]:

@@ -17,6 +17,8 @@ class Recycles(Policy):
     The list is the note "recycled" (B, Hkv, K), slots, -1 for none; "query" (B, H, D) is that of the last full step.
     """
 
+    periodic = True
+
     def __init__(self, budget: float | int, every: int, similarity: float | None) -> None:
         self.budget, self.every, self.similarity = Uniform(budget), every, similarity
 
