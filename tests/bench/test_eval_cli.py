@@ -73,9 +73,38 @@ def test_a_run(folder, tmp_path):
     assert "4 cells from before" in " ".join(run(*words).stdout.split())
 
 
+def test_a_frontier(folder, tmp_path):
+    words = ("streaming_llm", "moba(block=16)", "--frontier", "--budgets", "0.5,0.25", "--model", folder, "--tasks",
+             "passkey", "--lengths", "640", "--count", 1, "--out", tmp_path)  # fmt: skip
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(r["what"], r["protocol"]) for r in rows] == [
+        ("dense", "either"),
+        ("streaming_llm(budget=0.25)", "query-aware"),
+        ("streaming_llm(budget=0.25)", "query-agnostic"),
+        ("moba(block=16)", "either"),
+        ("streaming_llm(budget=0.5)", "query-aware"),
+        ("streaming_llm(budget=0.5)", "query-agnostic"),
+    ]
+    assert all(r["decode_over_dense"] > 0 and r["decode_seconds"] > 0 and r["dense_bytes"] > 0 for r in rows)
+    assert (tmp_path / "frontier.html").read_text().startswith("<!doctype html>")
+    # An untrained model can do nothing, so that there is nothing to say.
+    assert "the model cannot do it" in " ".join(result.stdout.split())
+    assert "Nothing beside dense attention has a score." in result.stdout
+    assert {p.name for p in tmp_path.iterdir()} == {"frontier.html", "frontier.md", "results.csv", "results.jsonl"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--budgets", "0.5"], "budgets: got '0.5' without a frontier; pass --frontier too"),
+        (["--frontier", "--budgets", "0.5,x"], "budgets: got '0.5,x'; pass shares between commas, like 0.1,0.25,0.5"),
+        (["--frontier", "--budgets", "0.5,2"], "budgets: got [0.5, 2.0]; pass shares in (0, 1], like 0.1,0.25,0.5"),
+        (["--frontier", "--budgets", "nan"], "budgets: got [nan]; pass shares in (0, 1]"),
+        (["--frontier", "snapkw"], "what: got 'snapkw'; choose one of dense, "),
+        (["--frontier", "snapkv(size=1)"], "what: snapkv has no parameter 'size'; it has budget, window, pool"),
+        (["quest"], "what: got quest; it needs budget, as in quest(budget=0.5)"),
         (["mobi"], "what: got 'mobi'; choose one of dense, "),
         (["moba(bloc=3)"], "what: moba has no parameter 'bloc'; it has block, top_k"),
         (["--tasks", "sorting"], "task: got 'sorting'; choose one of common_words, "),
