@@ -1,4 +1,4 @@
-"""Rows that read few tokens of a cache, in pretrained models: all of them is the dense model, padding never enters."""
+"""Rows that read few tokens of a cache, or keep narrow ones, in pretrained models, against the dense model and alone."""
 
 import copy
 
@@ -13,12 +13,14 @@ from saccade.hosts.lm import LM, LMConfig
 from saccade.tasks.text import held_out_text
 
 FULL = {
+    "eigen_attention": [{"rank": 1.0, "value_rank": 1.0}],
     "loki": [{"budget": 1.0}, {"budget": 512}],
     "recycled_attention": [{"budget": 1.0}, {"budget": 512}, {"budget": 4, "every": 1}],
     "seer_attention_r": [{"budget": 1.0, "theta": 1e5, "block": 16}, {"budget": 512, "theta": 1e5, "block": 16}],
     "squeezed_attention": [{"budget": 1.0, "window": 20}, {"budget": 0.1, "window": 512}],
 }
 FEW = [
+    ("eigen_attention", {"rank": 3, "value_rank": 2}),
     ("loki", {"budget": 4, "rank": 3}),
     ("loki", {"budget": 0.4}),
     ("recycled_attention", {"budget": 4, "every": 3}),

@@ -30,6 +30,7 @@ class Policy:
         begin(session)                          once before the first layer
         attend(index, q, k, v, scale) -> o      of a piece before which there was nothing: causal attention
         project(index, q, k, v) -> q, k, v      as they are stored, and met by later queries
+        restore(index, o) -> o                  what later queries found in what was projected, as it was before
         piece(view) -> keep                     which tokens stay: bool (G, Hkv, M), or None for all
         select(step) -> chosen                  what a step reads: see `Store.attend`; its own token is stored already
         after(step)                             may drop tokens of step.store, or note what it saw
@@ -58,6 +59,10 @@ class Policy:
     def project(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is stored for k and v, and the q that fits: q (G, H, N, D), k, v (G, Hkv, N, ...)."""
         return q, k, v
+
+    def restore(self, index: int, o: Tensor) -> Tensor:
+        """o (G, H, N, ...) of stored values, as (G, H, N, Dv)."""
+        return o
 
     def piece(self, view: View) -> Tensor | None:
         """After the attention of a piece: what stays of `view`, of new tokens and those that were held before it."""

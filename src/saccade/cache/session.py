@@ -110,9 +110,11 @@ class Session:
         batch: int | None = None,
     ) -> Tensor:
         """`attend` for the sequences `rows` of a batch of `batch`, between `open` and `close`."""
+        scale = q.shape[3] ** -0.5 if scale is None else scale  # whatever a policy makes of q
         store = self.stores[index]
         if store is None:
-            store = self.stores[index] = Store(len(k) if batch is None else batch, k.shape[1], self._pool(k, v))
+            _, *stored = self.policy.project(index, *(x[:, :, :0] for x in (q, k, v)))  # may be of another width
+            store = self.stores[index] = Store(len(k) if batch is None else batch, k.shape[1], self._pool(*stored))
         if len(k) != (store.batch if rows is None else len(rows)):
             raise ValueError(f"k: got a batch of {len(k)}; this session holds {store.batch} sequences")
         seen = store.seen if rows is None else store.seen[list(rows)]
@@ -230,7 +232,7 @@ class Session:
         if keep is not None:
             store.keep(keep, rows, counts=counts)
         store.aim(rows)
-        return o
+        return self.policy.restore(index, o)
 
     def _step(
         self, store: Store, index: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, rows: Sequence[int] | None
@@ -241,4 +243,4 @@ class Session:
         step.chosen = self.policy.select(step)
         o, _ = store.attend(q, step.chosen, scale=scale, rows=rows)
         self.policy.after(step)
-        return o
+        return self.policy.restore(index, o)
