@@ -1,4 +1,4 @@
-"""Rows that read few tokens of a cache, or keep narrow ones, in pretrained models, against the dense model and alone."""
+"""Rows that read few tokens of a cache, or keep narrow ones, in pretrained models, beside the dense model and alone."""
 
 import copy
 
