@@ -9,14 +9,29 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, get_type_hints
 
 from saccade import cache
-from saccade.bench.eval_reader import Examined, Reader, agnostic, aware, decides_early, dense, either
+from saccade.bench.eval_reader import (
+    DECODED,
+    Examined,
+    Reader,
+    agnostic,
+    aware,
+    beside,
+    decides_early,
+    decoding,
+    dense,
+    either,
+    reads_on,
+)
 from saccade.bench.eval_records import DENSE, Cell, Protocol, append_cell, read_cells
 from saccade.bench.guard import Failed, guard
 from saccade.bench.records import Status, environment
+from saccade.bench.timing import ratio
 from saccade.cache import Policy
+from saccade.cache import Reader as Reads
 from saccade.catalogue import mechanism, mechanisms
 from saccade.contract import Attention, Dims, Mechanism
 from saccade.errors import known, positive
@@ -25,6 +40,8 @@ from saccade.tasks.prompts import Example, Task, task_named, tasks
 
 LENGTHS = (1024, 2048)
 COUNT, QUESTIONS = 20, 4
+BUDGETS = (0.1, 0.25, 0.35, 0.5, 0.75, 1.0)
+DECODE = 0.5  # seconds for which a frontier times decoded tokens, a contestant, task and length
 FLOOR = 0.5  # a task on which dense attention scores less tells nothing about what is put in its place
 Progress = Callable[[int, int, str], None]
 Examine = Callable[[Reader, Any, Task, Example], Examined]
@@ -55,35 +72,91 @@ class Contestant:
         >>> Contestant.parse("moba( top_k = 4 )").name
         'moba(top_k=4)'
         """
-        try:
-            node = ast.parse(text.strip(), mode="eval").body
-            called = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-            id = called.func.id  # type: ignore[attr-defined]
-            params = {word.arg or "**": ast.literal_eval(word.value) for word in called.keywords}
-        except (SyntaxError, AttributeError, ValueError) as error:
-            raise ValueError(f"what: got {text!r}; pass dense, an id, or one with parameters: {EXAMPLE}") from error
-        if called.args:
-            raise ValueError(f"what: got {text!r}; name the parameters: {EXAMPLE}")
-        if id == DENSE:
-            return cls(DENSE, lambda _: dense())
-        make = _makers()[known("what", id, [DENSE, *_makers()])]
-        names = list(make.params()) if hasattr(make, "params") else list(inspect.signature(make).parameters)
+        id, params = spelt(text)
+        return cls.made(id, params)
+
+    @classmethod
+    def made(cls, id: str, params: dict[str, Any]) -> Contestant:
+        """A contestant of an id and its parameters."""
+        names = parameters(id)
         if unknown := [name for name in params if name not in names]:
             raise ValueError(f"what: {id} has no parameter {unknown[0]!r}; it has {', '.join(names) or 'none'}")
+        if id == DENSE:
+            return cls(DENSE, lambda _: dense())
+        make = _makers()[id]
+        if missing := [name for name, needed in names.items() if needed and name not in params]:
+            raise ValueError(f"what: got {id}; it needs {missing[0]}, as in {id}({missing[0]}=0.5)")
         told = ", ".join(f"{name}={value!r}" for name, value in params.items())
-        what = _bound(make, params) if isinstance(make, type) else make(**params)
+        what = _bound(make, params) if isinstance(make, type) and issubclass(make, Mechanism) else make(**params)
         return cls.of(f"{id}({told})" if params else id, what)
 
 
-def _makers() -> dict[str, Any]:
-    """What has a name: the attentions of the catalogue, and what makes a policy in `saccade.cache`."""
+def spelt(text: str) -> tuple[str, dict[str, Any]]:
+    """The id and the parameters of a contestant as one writes it.
+
+    >>> spelt("snapkv( budget=0.5 )")
+    ('snapkv', {'budget': 0.5})
+    """
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+        called = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+        id = called.func.id  # type: ignore[attr-defined]
+        params = {word.arg or "**": ast.literal_eval(word.value) for word in called.keywords}
+    except (SyntaxError, AttributeError, ValueError) as error:
+        raise ValueError(f"what: got {text!r}; pass dense, an id, or one with parameters: {EXAMPLE}") from error
+    if called.args:
+        raise ValueError(f"what: got {text!r}; name the parameters: {EXAMPLE}")
+    return id, params
+
+
+def parameters(id: str) -> dict[str, bool]:
+    """The parameters of what has this name, and whether each must be given."""
+    known("what", id, [DENSE, *_makers()])
+    if id == DENSE:
+        return {}
+    make = _makers()[id]
+    if hasattr(make, "params"):
+        return dict.fromkeys(make.params(), False)
+    return {name: each.default is each.empty for name, each in inspect.signature(make).parameters.items()}
+
+
+def at_budgets(texts: Iterable[str] | None = None, budgets: Iterable[float] = BUDGETS) -> list[Contestant]:
+    """Contestants at every budget, those that have a parameter `budget` which is not given; the others as they are.
+
+    By budgets, all contestants at the first one first, so that what is stopped early has all of them. texts: as
+    `Contestant.parse` takes them (default: every policy of `saccade.cache`). budgets: shares in (0, 1], in any order.
+    Errors: ValueError for others, and for text that is no contestant.
+
+    >>> [one.name for one in at_budgets(["snapkv(window=8)", "moba"], [0.25, 0.5])]
+    ['snapkv(window=8, budget=0.25)', 'moba', 'snapkv(window=8, budget=0.5)']
+    """
+    shares = sorted(set(budgets))
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise ValueError(f"budgets: got {shares or 'none'}; pass shares in (0, 1], like 0.1,0.25,0.5")
+    named = [spelt(text) for text in (sorted(_policies()) if texts is None else texts)]
+    found = [
+        Contestant.made(id, params | {"budget": share} if "budget" in {*parameters(id)} - {*params} else params)
+        for share in shares
+        for id, params in named
+    ]
+    return list({one.name: one for one in found}.values())
+
+
+def _policies() -> dict[str, Any]:
+    """What makes a policy in `saccade.cache` and takes a budget: functions, and readers by their names in small."""
     public = {name: getattr(cache, name) for name in cache.__all__}
     made = {name: get_type_hints(one).get("return") for name, one in public.items() if inspect.isfunction(one)}
     policies = {
         name: public[name] for name, kind in made.items() if isinstance(kind, type) and issubclass(kind, Policy)
     }
+    readers = [one for one in public.values() if inspect.isclass(one) and issubclass(one, Reads) and one is not Reads]
+    return policies | {one.__name__.lower(): one for one in readers}
+
+
+def _makers() -> dict[str, Any]:
+    """What has a name: the attentions of the catalogue, and the policies."""
     classes = {spec.id: mechanism(spec.id) for spec in mechanisms()}
-    return policies | {id: cls for id, cls in classes.items() if issubclass(cls, Attention)}
+    return _policies() | {id: cls for id, cls in classes.items() if issubclass(cls, Attention)}
 
 
 def _bound(cls: type[Mechanism], params: dict[str, Any]) -> type[Mechanism]:
@@ -127,6 +200,7 @@ def evaluate(
     budget: float | None = None,
     path: Path | None = None,
     progress: Progress | None = None,
+    decode: float | None = None,
 ) -> Evaluation:
     """Score contestants inside a model; dense attention always takes part, and one that fails becomes a cell.
 
@@ -139,13 +213,14 @@ def evaluate(
     at most (4). seed: of the examples (0), which are the same for all contestants. budget: seconds, after which no cell
     is begun and the one under way is given up (default: none). path: a file to which every cell is written when it is
     finished, and whose finished cells are not measured again. progress: called with (cells done, cells in all, what is
-    under way).
+    under way). decode: seconds for which decoded tokens are timed in turns with dense attention's, once a contestant,
+    task and length (default: not at all); finished cells without a time get it.
     Errors: ValueError for unknown names, and for lengths that are too short for a task or too long for the model.
     """
     began = time.perf_counter()
     entered = [one if isinstance(one, Contestant) else Contestant.parse(one) for one in contestants]
     entered = list({one.name: one for one in (Contestant.parse(DENSE), *entered)}.values())
-    run = _Run(reader, entered, chosen(tasks), _lengths(lengths, reader), count, questions, seed, path)
+    run = _Run(reader, entered, chosen(tasks), _lengths(lengths, reader), count, questions, seed, path, decode)
     run.check()
     run.all(budget, began, progress or (lambda *_: None))
     return run.found(time.perf_counter() - began)
@@ -162,7 +237,9 @@ class _Run:
         questions: int,
         seed: int,
         path: Path | None,
+        decode: float | None,
     ) -> None:
+        self.decode, self.plain = decode, None if decode is None else beside(reader)
         self.reader, self.contestants, self.tasks, self.lengths, self.path = reader, contestants, taken, lengths, path
         self.count, self.questions, self.seed = positive("count", count), positive("questions", questions), seed
         self.device = str(reader.model.device)
@@ -214,7 +291,8 @@ class _Run:
         )
         keys = [cell.key._replace(protocol=protocol) for protocol in Protocol]
         found = [self.done[key] for key in keys if key in self.done]
-        if {old.protocol for old in found} in ({Protocol.EITHER}, {Protocol.AWARE, Protocol.AGNOSTIC}):
+        whole = {old.protocol for old in found} in ({Protocol.EITHER}, {Protocol.AWARE, Protocol.AGNOSTIC})
+        if whole and (self.decode is None or all(old.decode_over_dense for old in found)):
             self.reused += len(found)
             self.cells += found
             return
@@ -224,16 +302,35 @@ class _Run:
         try:
             with guard(left), one.enter(self.reader.model) as handle:
                 protocols = (Protocol.EITHER,) if decides_early(handle) else (Protocol.AWARE, Protocol.AGNOSTIC)
+                times = self._times(task, length, handle)
                 for protocol in protocols:
-                    self._cell(replace(cell, protocol=protocol), task, handle)
+                    self._cell(replace(cell, protocol=protocol), task, handle, times)
         except Failed as failure:
             self._add(replace(cell, status=failure.status, message=failure.message))
 
-    def _cell(self, cell: Cell, task: Task, handle: Any) -> None:
+    def _times(self, task: Task, length: int, handle: Any) -> dict[str, float]:
+        """What decoding costs after the prompt of an example, where tokens can be decoded from a cache."""
+        if self.decode is None or self.plain is None or not reads_on(handle):
+            return {}
+        example = self.examples(task, length)[0]
+        prompt = [*example.context, *self.reader.tokenizer.encode(example.questions[0].text)]
+        if self.reader.most is not None:
+            prompt = prompt[-max(1, self.reader.most - DECODED) :]
+        taken = decoding(self.reader, self.plain, prompt, self.decode)
+        return {
+            "decode_seconds": taken.seconds,
+            "dense_decode_seconds": taken.baseline_seconds,
+            "decode_over_dense": 1 / ratio(taken).median,
+        }
+
+    def _cell(self, cell: Cell, task: Task, handle: Any, times: dict[str, Any]) -> None:
         """One protocol; a failure of the first says nothing about the second."""
-        if cell.key in self.done:
+        if old := self.done.get(cell.key):
             self.reused += 1
-            self.cells.append(self.done[cell.key])
+            if times and not old.decode_over_dense:
+                self._add(replace(old, **times))
+            else:
+                self.cells.append(old)
             return
         start = time.perf_counter()
         try:
@@ -243,6 +340,9 @@ class _Run:
             self._add(replace(cell, status=failure.status, message=failure.message))
             return
         sizes = [one.cache_bytes for one in found if one.cache_bytes is not None]
+        whole = [one.dense_bytes for one in found if one.dense_bytes is not None]
+        answers = [each for one in found for each in one.answers_kept]
+        asked = [each for one in found for each in one.questions_kept]
         self._add(
             replace(
                 cell,
@@ -250,7 +350,11 @@ class _Run:
                 scores=tuple(sum(one.scores) / len(one.scores) for one in found),
                 asked=sum(len(one.scores) for one in found),
                 seconds=time.perf_counter() - start,
-                cache_bytes=round(sum(sizes) / len(sizes)) if sizes else None,
+                cache_bytes=round(fmean(sizes)) if sizes else None,
+                dense_bytes=round(fmean(whole)) if whole else None,
+                answer_kept=fmean(answers) if answers else None,
+                question_kept=fmean(asked) if asked else None,
+                **times,
             )
         )
 

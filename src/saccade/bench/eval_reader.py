@@ -5,18 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from saccade.bench.inputs import Unreadable
+from saccade.bench.timing import MOST_PAIRS, Samples, clock_for, rounds
 from saccade.contract import Attention
 from saccade.hf.serving import cannot_continue
 from saccade.tasks.prompts import Bytes, Example, Question, Task, Tokenizer
 
 BUNDLED = "bundled"
+WARM = 4  # tokens that are decoded before the clock runs
+DECODED = WARM + 1 + MOST_PAIRS  # at most, when they are timed
 SLACK = 8  # tokens beyond the answer's that a reply may have: as many words, made of tokens otherwise
 
 
@@ -75,6 +78,10 @@ class Stream:
         if self.use_cache:
             self.cache, self.unread = cache, []
         return int(logits[-1].argmax())
+
+    def advance(self) -> None:
+        """Decode a token."""
+        self.unread = [self.likeliest()]
 
     def reply(self, task: Task, question: Question, begun: Sequence[int] = ()) -> str:
         """The greedy reply, of which the tokens `begun` are known already, as far as its score depends on it."""
@@ -162,6 +169,52 @@ def kept_bytes(handle: Any, cache: Any) -> int | None:
     return sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values) if x is not None)
 
 
+def dense_bytes(handle: Any, cache: Any) -> int | None:
+    """What dense attention would keep of the same sequence."""
+    held = memory(handle)
+    return kept_bytes(handle, cache) if held is None else int(held.dense)
+
+
+def part_kept(cache: Any, start: int, stop: int) -> float | None:
+    """The part of the tokens start .. stop that policies hold, the mean over their layers and key heads.
+
+    None without a policy.
+    """
+    layers = [layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "session")]
+    held = [layer.session.held(layer.index)[0, :, start:stop] for layer in layers]
+    return float(torch.cat(held).double().mean()) if held else None
+
+
+def found_once(tokens: Sequence[int], within: Sequence[int]) -> int | None:
+    """Where the tokens stand within others; None where they do not, or more than once.
+
+    >>> found_once([2, 3], [1, 2, 3]), found_once([2], [2, 2]), found_once([4], [1, 2])
+    (1, None, None)
+    """
+    size = len(tokens)
+    starts = [at for at in range(len(within) - size + 1) if tuple(within[at : at + size]) == tuple(tokens)]
+    return starts[0] if len(starts) == 1 else None
+
+
+def beside(reader: Reader) -> Reader:
+    """The same model once more, with the same weights in memory: dense while something is applied to the first."""
+    shared = {id(x): x for x in (*reader.model.parameters(), *reader.model.buffers())}
+    return replace(reader, model=copy.deepcopy(reader.model, shared))
+
+
+def decoding(reader: Reader, plain: Reader, tokens: Sequence[int], seconds: float) -> Samples:
+    """Times of decoded tokens, greedy ones after a prompt, in turns with those of `plain`, for so many seconds.
+
+    What follows the answer is decoded as it comes: a token costs the same, whatever it says. The first `WARM` are not
+    timed.
+    """
+    own, other = Stream(reader, list(tokens)), Stream(plain, list(tokens))
+    for stream in [own, other] * (1 + WARM):
+        stream.advance()
+    (found,) = rounds([own.advance], other.advance, seconds=seconds, clock=clock_for(str(reader.model.device)))
+    return found
+
+
 def copied(cache: Any) -> Any:
     """A cache that grows without changing this one; both are read by the same policies."""
     policies = [layer.session.policy for layer in getattr(cache, "layers", ()) if hasattr(layer, "session")]
@@ -170,10 +223,27 @@ def copied(cache: Any) -> Any:
 
 @dataclass
 class Examined:
-    """Scores of one example's questions, and the bytes kept meanwhile."""
+    """Scores of one example's questions, and what was kept meanwhile: bytes, those of dense attention, and the parts of
+    the answers and of the questions.
+    """
 
     scores: list[float]
     cache_bytes: int | None = None
+    dense_bytes: int | None = None
+    answers_kept: list[float] = field(default_factory=list)
+    questions_kept: list[float] = field(default_factory=list)
+
+    def note(self, reader: Reader, handle: Any, cache: Any, example: Example, *questions: Question) -> None:
+        """What is kept when the context of these questions has been read."""
+        self.cache_bytes, self.dense_bytes = kept_bytes(handle, cache), dense_bytes(handle, cache)
+        for question in questions:
+            # The blank before an answer may be part of its first token.
+            for text in (question.answer[:-1].strip(), question.answer[:-1]):
+                tokens = reader.tokenizer.encode(text)
+                at = found_once(tokens, example.context)
+                if at is not None and (part := part_kept(cache, at, at + len(tokens))) is not None:
+                    self.answers_kept.append(part)
+                    break
 
 
 def either(reader: Reader, handle: Any, task: Task, example: Example) -> Examined:
@@ -196,16 +266,19 @@ def either(reader: Reader, handle: Any, task: Task, example: Example) -> Examine
         parting = next(at for at, (one, two) in enumerate(zip(likeliest, answer, strict=True)) if one != two)
         stream = Stream(reader, before, copied(cache), on)
         scores.append(task.score(stream.reply(task, question, likeliest[: parting + 1]), question.answer))
-    return Examined(scores, kept_bytes(handle, cache))
+    return Examined(scores, kept_bytes(handle, cache), dense_bytes(handle, cache))
 
 
 def aware(reader: Reader, handle: Any, task: Task, example: Example) -> Examined:
     """Context and question read in one piece, once a question."""
     found = Examined([])
     for question in example.questions:
-        stream = Stream(reader, [*example.context, *reader.tokenizer.encode(question.text)])
+        ask = reader.tokenizer.encode(question.text)
+        stream, asked = Stream(reader, [*example.context, *ask]), len(ask)
         first = stream.likeliest()
-        found.cache_bytes = kept_bytes(handle, stream.cache)
+        found.note(reader, handle, stream.cache, example, question)
+        if (part := part_kept(stream.cache, len(example.context), len(example.context) + asked)) is not None:
+            found.questions_kept.append(part)
         found.scores.append(task.score(stream.reply(task, question, [first]), question.answer))
     return found
 
@@ -217,7 +290,8 @@ def agnostic(reader: Reader, handle: Any, task: Task, example: Example) -> Exami
     and where a mechanism that decides from a whole prompt would take the piece for one.
     """
     cache = reader.read(example.context)[1]
-    found = Examined([], kept_bytes(handle, cache))
+    found = Examined([])
+    found.note(reader, handle, cache, example, *example.questions)
     one_by_one = not decides_early(handle)
     for question in example.questions:
         mine, asked = copied(cache), reader.tokenizer.encode(question.text)

@@ -54,8 +54,12 @@ class Cell:
     """A contestant at one task, length and protocol. Only one that is OK has scores.
 
     scores: of each example. asked: questions in all. seconds: what the cell took. cache_bytes: what was kept of one
-    sequence when its context had been read (query-agnostic, either) or its prompt (query-aware), None where nothing
-    tells it.
+    sequence when its context had been read (query-agnostic, either) or its prompt (query-aware); dense_bytes: what
+    dense attention keeps of as much; answer_kept, question_kept: the part of the answer's tokens in the context, and of
+    the question's in the prompt, that was kept then, the mean over layers and key heads.
+    decode_seconds: median of a token that is decoded after the prompt; dense_decode_seconds: dense attention's, in
+    turns with it; decode_over_dense: the median ratio of both over the turns. None where nothing tells it, and in files
+    that are older than the figure.
     """
 
     model: str
@@ -74,6 +78,12 @@ class Cell:
     asked: int = 0
     seconds: float | None = None
     cache_bytes: int | None = None
+    dense_bytes: int | None = None
+    answer_kept: float | None = None
+    question_kept: float | None = None
+    decode_seconds: float | None = None
+    dense_decode_seconds: float | None = None
+    decode_over_dense: float | None = None
 
     def __post_init__(self) -> None:
         for name, kind in (("status", Status), ("protocol", Protocol), ("scores", tuple)):
@@ -127,21 +137,22 @@ def wilson(mean: float, count: int) -> tuple[float, float]:
 
 
 def read_cells(path: Path) -> list[Cell]:
-    """The cells of a file that `append_cell` wrote; none where there is no file.
+    """The cells of a file that `append_cell` wrote, where of one key the last counts; none where there is no file.
 
     Errors: ValueError for a file that holds something else.
     """
     names = [field.name for field in fields(Cell)]
-    found = []
+    found: dict[Key, Cell] = {}
     for at, line in enumerate(_whole_lines(path), 1):
         try:
             row = json.loads(line)
-            found.append(Cell(**{name: row[name] for name in names}))
+            cell = Cell(**{name: row[name] for name in names if name in row})
+            found[cell.key] = cell
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"out: line {at} of {path} is no cell of an evaluation ({error}); pass another folder, or remove it"
             ) from error
-    return found
+    return list(found.values())
 
 
 def append_cell(path: Path, cell: Cell, stamp: dict[str, Any]) -> Path:

@@ -168,25 +168,30 @@ def verdict(found: Evaluation) -> str:
 def tell(found: Evaluation, console: Console) -> None:
     """Print all of it."""
     for head, rows in (by_task(found), by_contestant(found)):
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        for name in head:
-            table.add_column(escape(name), overflow="fold", no_wrap=name in ("task", "tokens", "protocol", "mean"))
-        for row in rows:
-            style = "dim" if NO_INFORMATION in row[0] else ""
-            table.add_row(*(escape(cell.replace("\\|", "|")) for cell in row), style=style)
-        console.print(table)
+        console.print(printed(head, rows))
     for note in (*notes(found), *dropped(found)):
         console.print(escape(note), highlight=False)
     console.print(escape(verdict(found)), highlight=False)
 
 
+def printed(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table for the terminal."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in head:
+        table.add_column(escape(name), overflow="fold", no_wrap=name in ("task", "tokens", "protocol", "mean"))
+    for row in rows:
+        style = "dim" if NO_INFORMATION in row[0] else ""
+        table.add_row(*(escape(cell.replace("\\|", "|")) for cell in row), style=style)
+    return table
+
+
 def markdown(found: Evaluation) -> str:
     """The tables and the notes."""
-    parts = [_table(*by_task(found)), *notes(found), *dropped(found), _table(*by_contestant(found))]
+    parts = [table(*by_task(found)), *notes(found), *dropped(found), table(*by_contestant(found))]
     return "\n\n".join(parts) + "\n"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     sides = ["---" if name in ("task", "what", "protocol") else "---:" for name in head]
     return "\n".join(
         f"| {' | '.join(cells)} |" for cells in ([f"`{n}`" if "(" in n else n for n in head], sides, *rows)
