@@ -173,6 +173,18 @@ def test_a_page_is_dropped_whole():
     assert store.pool.in_use == 4 * 5
 
 
+def test_a_page_is_dropped_of_some_rows_alone():
+    store, k, _ = filled()
+    store.drop_page(torch.tensor([[1, 3]]), [1], torch.tensor([[False, True]]))
+    assert store.counts.tolist() == [[23, 23], [23, 23 - PAGE]]
+    slots, there = store.order()
+    kept = store.read(store.pool.k, slots)
+    assert torch.equal(kept[0], k[0])
+    assert torch.equal(kept[1, 0], k[1, 0])
+    assert torch.equal(kept[1, 1][there[1, 1]], k[1, 1, [i for i in range(23) if i // PAGE != 3]])
+    assert store.pool.in_use == 4 * 6 - 1
+
+
 @pytest.mark.parametrize("heads", [HEADS, 2 * HEADS])
 def test_single_tokens_are_read_for_each_key_or_query_head(heads):
     store, k, v = filled()

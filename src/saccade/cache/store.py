@@ -301,16 +301,22 @@ class Store:
         self._recount(counts, rows)
         self.sorted = False
 
-    def drop_page(self, pages: Tensor, rows: Sequence[int] | None = None) -> None:
-        """Drop one whole page a row: pages int (G, Hkv), full ones, none the newest. Nothing else moves."""
-        which = self._rows(rows)
-        page = pages.reshape(-1, 1).long()
-        self.pool.release(self.table[which].gather(1, page)[:, 0].long())
-        column = torch.arange(self.table.shape[1] - 1, device=page.device)
-        kept = self.table[which].gather(1, column + (column >= page))
-        self.table[which, :-1] = kept
+    def drop_page(self, pages: Tensor, rows: Sequence[int] | None = None, which: Tensor | None = None) -> None:
+        """Drop one whole page a row: pages int (G, Hkv), full ones, none the newest. Nothing else moves.
+
+        which: bool (G, Hkv) on the host, the rows that drop one (default: all).
+        """
+        mine, page = self._rows(rows), pages.reshape(-1, 1).long()
         counts = self.counts if rows is None else self.counts[list(rows)]
-        self._recount(counts - self.page, rows)
+        less = torch.ones_like(counts) if which is None else which.long()
+        if which is not None:
+            at = sent(which.flatten().nonzero()[:, 0], mine)
+            mine, page = mine[at], page[at]
+        self.pool.release(self.table[mine].gather(1, page)[:, 0].long())
+        column = torch.arange(self.table.shape[1] - 1, device=page.device)
+        kept = self.table[mine].gather(1, column + (column >= page))
+        self.table[mine, :-1] = kept
+        self._recount(counts - self.page * less, rows)
 
     def put_columns(self, columns: Tensor, slots: Tensor, there: Tensor, rows: Sequence[int] | None = None) -> None:
         """Write columns (G, Hkv, M, C) of tokens in the order of `order`."""
