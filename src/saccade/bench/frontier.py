@@ -474,7 +474,6 @@ def page(found: Evaluation) -> str:
     return environment.get_template("frontier.html.j2").render(
         found=found,
         units=units,
-        style=_style(environment),
         sections=[(section, section.panels(styles)) for section in shown],
         legend=[Series(name, at, (), (), Label(0, 0, "")) for name, at in styles.items()],
         sentences=sentences,
@@ -488,13 +487,6 @@ def page(found: Evaluation) -> str:
         dense=DENSE,
         points=_points,
     )
-
-
-def _style(environment: jinja2.Environment) -> str:
-    """The style sheet of the page of a comparison, which is this page's too."""
-    assert environment.loader is not None
-    source, _, _ = environment.loader.get_source(environment, "report.html.j2")
-    return environment.from_string(source.split("<style>")[1].split("</style>")[0]).render()
 
 
 def write(found: Evaluation, folder: Path) -> list[Path]:
