@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from saccade.bench.sample import Sample
+from saccade.cache import Cached
 from saccade.contract import CachePolicy, Mechanism
 from saccade.scan import snapshot
 from saccade.testing.decode import decode
@@ -16,9 +18,15 @@ def kept_bytes(module: Mechanism, inputs: Sequence[Tensor]) -> int | None:
     """Bytes of the state after all tokens of the inputs; None where the mechanism does not decode.
 
     inputs: those of a call: q, k, v, or x. A `CachePolicy` says what it keeps, so that nothing runs: the rows of keys
-    and values that `kept` names, in the dtype of the inputs. Others decode the tokens one by one, which takes as many
-    steps as there are tokens.
+    and values that `kept` names, in the dtype of the inputs. One that decides from the data reads the tokens as a
+    prompt, and its pages in use count, with all that lies beside them. Others decode the tokens one by one, which takes
+    as many steps as there are tokens.
     """
+    if isinstance(module, Cached):
+        session = module.session()
+        with torch.no_grad():
+            module.read(session, *inputs)
+        return session.nbytes_in_use
     if not module.can_step():
         return None
     if isinstance(module, CachePolicy):
