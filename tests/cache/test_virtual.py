@@ -80,7 +80,7 @@ class Virtual:
 
     def most(self, lengths):
         page = self.driver.page
-        return sum(-(-n * TOKEN // page) * page for n in lengths) + self.extra
+        return sum(-(-n * TOKEN // page) * page for n in [*lengths, *[self.extra] * AT_ONCE])
 
     def used(self):
         return sum(self.cache.mapped) * self.driver.page
@@ -95,7 +95,7 @@ class Virtual:
 class Deferred(Virtual):
     """With what is mapped ahead, and left mapped."""
 
-    extra = AT_ONCE * (LONGEST + 3) * TOKEN
+    extra = LONGEST + 3
 
     def __init__(self, driver):
         super().__init__(driver, eager=False)

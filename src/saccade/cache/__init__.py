@@ -18,6 +18,7 @@ from saccade.cache.mechanism import Cached
 from saccade.cache.policy import Evict, Policy
 from saccade.cache.pool import PagePool
 from saccade.cache.readers import Quest, Reader
+from saccade.cache.recorded import CudaGraph, Recorded
 from saccade.cache.scorers import (
     Expected,
     KeyDifference,
@@ -39,6 +40,7 @@ __all__ = [
     "Cached",
     "CodedPool",
     "CudaDriver",
+    "CudaGraph",
     "Driver",
     "Evict",
     "Expected",
@@ -57,6 +59,7 @@ __all__ = [
     "Reader",
     "Received",
     "Recency",
+    "Recorded",
     "Scorer",
     "Session",
     "SimulatedDriver",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SPARE = 8  # what must grow grows by at least 1 / SPARE of its size, so that growing costs O(1) a piece
+SPARE = 32  # what must grow grows by at least 1 / SPARE of its size, so that growing costs O(1) a piece
 
 
 class Frames:
@@ -28,6 +28,7 @@ class Frames:
         device = torch.device("cpu") if on_host else next(iter(tensors.values())).device
         self.free = torch.zeros(0, dtype=torch.int64, device=device)
         self.num_free = 0
+        self.moves = 0  # how often the tensors have become others
 
     def __len__(self) -> int:
         """Frames that there is memory for."""
@@ -63,12 +64,14 @@ class Frames:
     def grow(self, count: int) -> None:
         """Memory for `count` frames more."""
         first = len(self)
+        self.moves += 1
         self.tensors = {name: self._longer(x, count) for name, x in self.tensors.items()}
         self.free = torch.cat([self.free, self.free.new_zeros(count)])
         self.release(torch.arange(first, first + count, device=self.free.device))
 
     def shrink(self, ids: Tensor) -> None:
         """Keep the memory of these frames alone, which are 0, 1, ... from now on, in this order."""
+        self.moves += 1
         self.tensors = {name: x[ids] for name, x in self.tensors.items()}
         self.free, self.num_free = self.free.new_zeros(len(ids)), 0
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saccade.cache.frames import Frames
 from saccade.cache.pool import PagePool
-from saccade.softmax import Pages
+from saccade.softmax import Pages, score_tokens
 
 
 class Column:
@@ -109,6 +109,12 @@ class LayeredPool(PagePool):
     def write(self, name: str, page: Tensor, offset: Tensor, values: Any) -> None:
         """Tokens of k or v in pages that were `opened`, or just taken."""
         raise NotImplementedError(f"{type(self).__name__}.write")
+
+    def scores(self, q: Tensor, table: Tensor, lengths: Tensor, width: int, scale: float) -> Tensor:
+        at = torch.arange(width, device=table.device)
+        keys = self.read("k", table[:, at // self.page].long(), at % self.page)[:, None, :, : q.shape[3]]
+        own = torch.arange(len(table), dtype=torch.int32, device=table.device)[:, None]
+        return score_tokens(q, keys, (own, lengths), width, scale)  # a page a row
 
     def reading_tokens(self, places: Tensor, lengths: Tensor) -> Pages:
         page, offset = places // self.page, places % self.page

@@ -82,6 +82,16 @@ class Policy:
     def after(self, step: Stored) -> None:
         """After the attention of a step."""
 
+    def steady(self, session: Session) -> bool:
+        """Whether steps from now on tell a device the same again and again, so that one can be recorded for all.
+
+        Then `select` and `after` ask the device for nothing, decide nothing by what the host counts, make shapes by
+        `horizon` and by the views, keep what they keep in notes, and drop nothing from pages that several sequences
+        share. By default a policy does that which has neither.
+        """
+        cls = type(self)
+        return (cls.begin, cls.select, cls.after) == (Policy.begin, Policy.select, Policy.after)
+
     def tokens(self, seen: int, index: int = 0, num_layers: int = 1) -> int | None:
         """Tokens a key head that are left after a piece, on average over heads; None when that is not a number."""
         return seen
@@ -213,6 +223,9 @@ class Evict(Policy):
         else:
             left = step.counts - over.clamp(min=0)
             store.keep(top(scores, left), step.rows, counts=left)
+
+    def steady(self, session: Session) -> bool:
+        return self.every is None
 
     def __repr__(self) -> str:
         return f"Evict({self.scorer}, {self.budget}, sinks={self.sinks}, recent={self.recent}, every={self.every})"

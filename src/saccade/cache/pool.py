@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saccade.cache.frames import Frames
 from saccade.errors import positive
-from saccade.softmax import Pages
+from saccade.softmax import Pages, drop_token, put_token, score_tokens
 
 Reading = Iterator[tuple[Pages, Tensor | None]]
 
@@ -25,7 +25,7 @@ class PagePool:
     had several owners (`hold`) does releasing them ask the device whose they are.
 
     dim: D. value_dim: Dv (default D). page: tokens a page (16). columns: C (0). The pool starts empty; its size is that
-    of the largest need, and at most 1 / 8 more. Errors: ValueError or TypeError that names the argument.
+    of the largest need, and at most 1 / 32 more. Errors: ValueError or TypeError that names the argument.
 
     >>> pool = PagePool(8)
     >>> ids = pool.take(3)
@@ -162,6 +162,19 @@ class PagePool:
         for x in (self.k, self.v, self.positions, self.columns):
             x[new] = x[old]
 
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def put(self, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, ends: Tensor) -> None:
+        """One token a row: see `put_token`."""
+        put_token(k, v, (self.k, self.v, self.positions), (table, lengths, ends))
+        if self.columns.shape[2]:
+            page = table.gather(1, (lengths // self.page).long()[:, None])[:, 0].long()
+            self.columns[page, (lengths % self.page).long()] = 0.0
+
+    def drop(self, table: Tensor, lengths: Tensor, which: Tensor, slots: Tensor) -> None:
+        """One token of some rows: see `drop_token`."""
+        drop_token((self.k, self.v, self.positions, self.columns), (table, lengths), which, slots)
+
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def reading(self, table: Tensor, lengths: Tensor, chosen: Tensor | None) -> Reading:
@@ -175,10 +188,14 @@ class PagePool:
     def prefetch(self, table: Tensor, lengths: Tensor, chosen: Tensor) -> None:
         """What `reading` may soon be asked for; nothing to do where pages are always at hand."""
 
+    def scores(self, q: Tensor, table: Tensor, lengths: Tensor, width: int, scale: float) -> Tensor:
+        """Of the newest query, q (G, H, 1, d), and leading channels of every key of its row: see `score_tokens`."""
+        return score_tokens(q, self.k[..., : q.shape[3]], (table, lengths), width, scale)
+
     def reading_tokens(self, places: Tensor, lengths: Tensor) -> Pages:
-        """Single tokens as pages of one: places (R, K) among all tokens of the pool, the first lengths (R,) count."""
+        """Single tokens as pages of one: int32 places (R, K) among all tokens of the pool, lengths (R,) of them."""
         k, v = (x.flatten(0, 2)[:, None, None] for x in (self.k, self.v))
-        return Pages(k, v, places.int(), lengths)
+        return Pages(k, v, places, lengths)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from saccade.cache.policy import Policy
 from saccade.cache.store import Store
 from saccade.cache.view import Stored
 from saccade.errors import positive
+from saccade.softmax import score_bounds, widen_bounds
 
 if TYPE_CHECKING:
     from saccade.cache.session import Session
@@ -34,7 +35,7 @@ class Reader(Policy):
     def best(self, step: Stored, scores: Tensor, unit: int = 1) -> Tensor:
         """The `reads` largest scores (G, ..., M) of each row, int64 (G, ..., K); -1 where fewer are above -inf."""
         share, count = self.budget, self.reads(step, unit)
-        most = share // unit if isinstance(share, int) else math.ceil(step.num_seen * share / unit)
+        most = share // unit if isinstance(share, int) else math.ceil(step.horizon * share / unit)
         found = scores.topk(min(scores.shape[-1], max(1, most)), -1)
         place = torch.arange(found.indices.shape[-1], device=scores.device)
         kept = (place < count.view(-1, *[1] * (scores.ndim - 1))) & (found.values > -torch.inf)
@@ -77,28 +78,23 @@ class Quest(Reader):
         store = step.stored
         self._widen(store, step)
         bounds = store.notes["bounds"] if step.rows is None else store.notes["bounds"][list(step.rows)]
-        low, high = bounds[:, :, None].chunk(2, -1)  # (G, Hkv, 1, pages, D)
-        q = step.q[:, :, 0].unflatten(1, (store.kv_heads, -1))[:, :, :, None]
-        exists = (low <= high).all(-1)[:, :, 0]
-        low, high = (x.masked_fill(~exists[:, :, None, :, None], 0) for x in (low, high))
-        scores = torch.maximum(q * low, q * high).sum(-1).amax(2)
-        newest = (store.lengths[store._rows(step.rows)].long().view(len(q), -1) - 1) // self.page
-        scores = scores.masked_fill(~exists, -torch.inf).scatter(2, newest[..., None], torch.inf)
+        scores = score_bounds(step.q, bounds)
+        newest = (store.lengths[store._rows(step.rows)].long().view(len(scores), -1) - 1) // self.page
+        scores.scatter_(2, newest[..., None], torch.inf)
         return self.best(step, scores, self.page)
 
     def _widen(self, store: Store, step: Stored) -> None:
         """Let the bounds of the newest page hold the newest key."""
         bounds, which = store.notes["bounds"], store._rows(step.rows)
-        pages = -(-int(store.counts.max()) // self.page)
+        pages = -(-store.width() // self.page)
         if pages > bounds.shape[2]:
             low, high = bounds.chunk(2, -1)
             more = (0, 0, 0, pages - bounds.shape[2])
             pad = torch.nn.functional.pad
             bounds = torch.cat([pad(low, more, value=torch.inf), pad(high, more, value=-torch.inf)], -1)
-        last = store.lengths[which].long() - 1
-        page = last // self.page
-        key = store.pool.k[store.table[which, page].long(), 0, last % self.page]
-        rows = bounds.flatten(0, 1)
-        low, high = rows[which, page].chunk(2, -1)
-        rows = rows.index_put((which, page), torch.cat([torch.fmin(low, key), torch.fmax(high, key)], -1))
-        store.notes["bounds"] = rows.view(bounds.shape)
+            store.note("bounds", bounds, fill=torch.nan)
+        rows = bounds.view(-1, *bounds.shape[2:])
+        widen_bounds(store.pool.k, self.page, rows, (store.table, store.lengths), which)
+
+    def steady(self, session: Session) -> bool:
+        return True

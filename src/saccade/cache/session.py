@@ -58,15 +58,16 @@ class Session:
     def tell(self, ids: Tensor, rows: Sequence[int] | None = None, batch: int | None = None) -> None:
         """Ids (G, N) of the tokens that layer 0 reads next; policies find them as `shared["token_ids"]`."""
         store, batch = self.stores[0], len(ids) if batch is None else batch
-        seen = torch.zeros(batch, dtype=torch.int64) if store is None else store.seen
-        seen = seen if rows is None else seen[list(rows)]
-        first = sent(seen, ids)
-        old = self.shared.get("token_ids", ids.new_full((batch, 0), -1))
-        width = int(seen.max()) + ids.shape[1]
-        new = torch.nn.functional.pad(old, (0, max(0, width - old.shape[1])), value=-1)
-        row = torch.arange(batch, device=ids.device) if rows is None else torch.tensor(list(rows), device=ids.device)
+        row = torch.arange(batch, device=ids.device) if rows is None else sent(torch.tensor(list(rows)), ids)
+        first, width = row.new_zeros(len(row)), ids.shape[1]
+        if store is not None:
+            seen = store.seen if rows is None else store.seen[list(rows)]
+            first, width = store.ends[row], max(int(seen.max()) + width, store.until)
+        told = self.shared.get("token_ids", ids.new_full((batch, 0), -1))
+        if told.shape[1] < width:
+            told = torch.nn.functional.pad(told, (0, width - told.shape[1]), value=-1)
         at = first[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        self.shared["token_ids"] = new.index_put((row[:, None], at), ids)
+        self.shared["token_ids"] = told.index_put_((row[:, None], at), ids)
 
     @property
     def nbytes(self) -> int:
@@ -149,6 +150,29 @@ class Session:
         """In every layer sequence i goes on from what sequence rows[i] was; what is not named gives its pages back."""
         for index in reversed(range(self.num_layers)):
             self.reorder(rows, index)
+
+    @property
+    def steady(self) -> bool:
+        """Whether steps from now on tell a device the same again and again: see `Policy.steady`."""
+        stores = [store for store in self.stores if store is not None and int(store.seen.min())]
+        return len(stores) == self.num_layers and self.policy.steady(self)
+
+    @property
+    def moves(self) -> int:
+        """A number that grows with all that the host changes, and with memory that moves."""
+        return sum(store.moves + store.pool.frames.moves for store in self.stores if store is not None)
+
+    def reserve(self, count: int) -> None:
+        """Pages for `count` more tokens a row, in every layer: see `Store.reserve`."""
+        for index in range(self.num_layers):
+            self.store(index).reserve(count)
+
+    def count(self, more: Sequence[Tensor]) -> None:
+        """What the host knows of a step that a device did by itself; more: (B, Hkv) tokens held, a layer."""
+        for index, each in enumerate(more):
+            self.store(index).count(each)
+        if self.steps is not None:
+            self.steps += 1
 
     def fork(self) -> Session:
         """Another session that has read the same, sharing the pages until one of them writes."""

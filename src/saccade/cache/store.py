@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saccade.cache.pool import PagePool, Reading
 from saccade.errors import positive
-from saccade.softmax import Pages, attend_pages, merge
+from saccade.softmax import Pages, attend_pages, merge, place_tokens
 
 ABSENT = torch.iinfo(torch.int32).max  # the position of no token: behind all others
 
@@ -32,8 +32,8 @@ def ragged(counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sent(x: Tensor, like: Tensor) -> Tensor:
-    """A tensor of the host on the device of another; the host goes on (what is not pinned is copied before it does)."""
-    return x.to(like.device, non_blocking=True)
+    """A copy of the host's on the device of another; the host goes on (what is not pinned is copied before it does)."""
+    return x.to(like.device, non_blocking=True, copy=True)
 
 
 def flat(x: Tensor) -> Tensor:
@@ -56,6 +56,11 @@ class Store:
     ones of some sequences are padded (`note`; `fills` has with what). targets (B, Hkv), aimed (B,): tokens held and
     seen after the last piece (`aim`), on the host.
 
+    `reserve` takes the pages of later tokens ahead. From then on a step needs the host for nothing but to count, and
+    all that it touches lies where it lay, so that it can be recorded: `owned` (B Hkv,) are the pages of each row,
+    `until` the tokens that the longest sequence will have seen then. What moves tokens, all but single ones, gives such
+    pages back first (`trim`). moves: how often the host has changed anything.
+
     >>> store = Store(2, 3, PagePool(8))
     >>> store.append(*torch.randn(2, 2, 3, 50, 8))
     >>> keep = torch.zeros(2, 3, 50, dtype=torch.bool)
@@ -74,11 +79,14 @@ class Store:
         self.lengths = torch.zeros(batch * kv_heads, dtype=torch.int32, device=device)
         self.counts = torch.zeros(batch, kv_heads, dtype=torch.int64)
         self.seen = torch.zeros(batch, dtype=torch.int64)
-        self.ends = self.seen.to(device)
+        self.ends = torch.zeros(batch, dtype=torch.int64, device=device)
         self.sorted = True
         self.notes: dict[str, Tensor] = {}
         self.fills: dict[str, Any] = {}
         self.targets, self.aimed = self.counts, self.seen
+        self.owned: Tensor | None = None
+        self.until = self.moves = 0
+        self._sent: dict[tuple[int, ...], Tensor] = {}
 
     # -- what is there ---------------------------------------------------------------------------------------------
 
@@ -101,7 +109,11 @@ class Store:
         """Put value (G, ...) among the notes of the sequences `rows`, padded with `fill` to the largest sizes."""
         self.fills[name] = fill
         if rows is None:
-            self.notes[name] = value
+            noted = self.notes.get(name)
+            if self.owned is not None and noted is not None and noted.shape == value.shape:
+                noted.copy_(value)  # a recorded step finds it where it was
+            else:
+                self.notes[name] = value
             return
         old = self.notes.get(name, value.new_empty(self.batch, *[0] * (value.ndim - 1)))
         sizes = [max(pair) for pair in zip(old.shape[1:], value.shape[1:], strict=True)]
@@ -119,15 +131,22 @@ class Store:
         self.aimed = self.aimed.index_copy(0, at, self.seen[at])
 
     def order(self, rows: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Slots (G, Hkv, M) int64 in the order of their positions, and which are there; M: the longest row."""
+        """Slots (G, Hkv, M) int64 in the order of their positions, and which are there; M: see `width`."""
         counts = self.counts if rows is None else self.counts[list(rows)]
-        slot = torch.arange(int(counts.max()) if counts.numel() else 0, device=self.table.device)
+        slot = torch.arange(self.width(rows), device=self.table.device)
         there = slot < self.lengths[self._rows(rows)].view(*counts.shape, 1)
         slots = slot.expand(there.shape)
         if not self.sorted:
             at = self.read(self.pool.positions, slots, rows)
             slots = at.masked_fill(~there, ABSENT).argsort(dim=-1, stable=True)
         return slots, there
+
+    def width(self, rows: Sequence[int] | None = None) -> int:
+        """Tokens of the longest of some rows; where pages are reserved, those that there are pages for."""
+        if self.owned is not None:
+            return self.table.shape[1] * self.page
+        counts = self.counts if rows is None else self.counts[list(rows)]
+        return int(counts.max()) if counts.numel() else 0
 
     def read(self, x: Tensor, slots: Tensor, rows: Sequence[int] | None = None) -> Tensor:
         """What x (P, page, ...), or (P, 1, page, ...), holds in slots (G, Hkv, M); anything where there is none."""
@@ -172,27 +191,32 @@ class Store:
         for N = 1. Single tokens are read as pages of one token.
         """
         (batch, heads, n, _), kv_heads, pool = q.shape, self.kv_heads, self.pool
-        lists = kv_heads
+        lists, listed = kv_heads, None
         if isinstance(chosen, Tokens):
-            lists = chosen.slots.shape[1]
-            slots = chosen.slots.sort(-1, descending=True).values  # -1 comes last
-            place = self._places(slots.clamp(min=0).view(batch, kv_heads, -1), rows).view(batch * lists, -1)
-            lengths = (slots >= 0).sum(-1, dtype=torch.int32).flatten()
-            reading: Reading = iter([(pool.reading_tokens(place, lengths), None)])
+            lists, count = chosen.slots.shape[1:]
+            place = place_tokens(self._table(rows), chosen.slots.flatten(0, 1), self.page)
+            each = torch.arange(count, dtype=torch.int32, device=place.device)
+            listed = torch.where(chosen.slots >= 0, each, -1).view(batch * lists, 1, -1)
+            reading: Reading = iter([(pool.reading_tokens(place, torch.full_like(place[:, 0], count)), listed)])
         else:
-            listed = None if chosen is None else chosen.reshape(batch * kv_heads, 1, -1).int()
-            mine = slice(None) if rows is None else self._rows(rows)
-            reading = pool.reading(self.table[mine], self.lengths[mine], listed)
+            if chosen is not None:
+                listed = chosen.reshape(batch * kv_heads, 1, -1).int()
+            reading = pool.reading(self._table(rows), self._lengths(rows), listed)
         of_rows = q.reshape(batch * lists, heads // lists, n, -1)
         parts = [attend_pages(of_rows, *part, scale=scale, return_lse=True) for part in reading]
         o, lse = parts[0] if len(parts) == 1 else merge(parts)
         return o.to(q.dtype).view(batch, heads, n, -1), lse.view(batch, heads, n)
 
+    def scores(self, q: Tensor, scale: float, rows: Sequence[int] | None = None) -> Tensor:
+        """(G, H, M): scale q . k of the newest query, q (G, H, 1, d), and the leading d channels of every key, slot by
+        slot, in at least float32, -inf where there is no token; M: see `width`.
+        """
+        return self.pool.scores(q, self._table(rows), self._lengths(rows), self.width(rows), scale)
+
     def prefetch(self, pages: Tensor, rows: Sequence[int] | None = None) -> None:
         """Pages int (G, Hkv, K), -1 for none, that a step will soon read; a guess, which costs time alone if wrong."""
-        mine = slice(None) if rows is None else self._rows(rows)
         if self.table.shape[1]:
-            self.pool.prefetch(self.table[mine], self.lengths[mine], pages.flatten(0, 1)[:, None])
+            self.pool.prefetch(self._table(rows), self._lengths(rows), pages.flatten(0, 1)[:, None])
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -212,6 +236,7 @@ class Store:
         for which the device is asked when it is not given. columns: (G, Hkv, n, C), zeros by default.
         """
         (batch, _, n), which = k.shape[:3], self._rows(rows)
+        self.moves += 1
         if keep is not None:
             counts = (keep.sum(-1) if counts is None else counts).cpu()
             order = (~keep).int().argsort(dim=-1, stable=True).flatten(0, 1)
@@ -221,6 +246,12 @@ class Store:
             source = torch.arange(n, device=k.device).expand(batch * self.kv_heads, -1)
         before = self.counts if rows is None else self.counts[list(rows)]
         self._make_room(before.flatten(), counts.flatten(), which, rows)
+        if n == 1 and rows is None and keep is None and columns is None:
+            self.pool.put(k, v, self.table, self.lengths, self.ends)
+            self.lengths += 1
+            self.ends += 1
+            self.count(counts)
+            return
         if keep is None or int(counts.min()) == int(counts.max()):
             row = torch.arange(len(which), device=k.device)[:, None]
             col = torch.arange(source.shape[1], device=k.device)
@@ -239,13 +270,18 @@ class Store:
             pool.columns[place] = 0.0 if columns is None else columns.flatten(0, 1)[row, source].to(pool.columns)
         fresh = n if keep is None else sent(counts.flatten().int(), self.lengths)
         if rows is None:
-            self.lengths, self.counts = self.lengths + fresh, self.counts + counts
-            self.seen, self.ends = self.seen + n, self.ends + n
+            self.lengths += fresh
+            self.ends += n
+            self.count(counts, n)
         else:
             self.lengths = self.lengths.index_copy(0, which, self.lengths[which] + fresh)
             self.counts = self.counts.index_add(0, torch.tensor(rows), counts)
             self.seen = self.seen.index_add(0, torch.tensor(rows), torch.full((batch,), n))
             self.ends = sent(self.seen, self.ends)
+
+    def count(self, counts: Tensor, n: int = 1) -> None:
+        """What the host knows of `n` more tokens of each sequence, `counts` more of which are held."""
+        self.counts, self.seen = self.counts + counts, self.seen + n
 
     def keep(self, keep: Tensor, rows: Sequence[int] | None = None, *, counts: Tensor | None = None) -> None:
         """Drop all tokens but those that `keep` (G, Hkv, M) names, in the order of `order`, and free their pages.
@@ -253,8 +289,9 @@ class Store:
         counts: how many each row keeps, (G, Hkv) on the host, for which the device is asked when it is not given.
         Memory follows: a pool of which a fifth has become free gives that back.
         """
+        self.trim()
         slots, there = self.order(rows)
-        keep = keep & there
+        keep = keep[..., : slots.shape[2]] & there
         counts = (keep.sum(-1) if counts is None else counts).cpu()
         before = self.counts if rows is None else self.counts[list(rows)]
         if bool((counts == before).all()):
@@ -284,21 +321,23 @@ class Store:
         counts = self.counts if rows is None else self.counts[list(rows)]
         less = torch.ones_like(counts) if which is None else which.long()
         at = less.flatten().nonzero()[:, 0]
-        mine = self._rows(rows) if which is None else self._rows(rows)[sent(at, self.lengths)]
-        slot = slots.flatten() if which is None else slots.flatten()[sent(at, self.lengths)]
-        last = self.lengths[mine].long() - 1
+        mine, slot = self._known(at), slots.flatten()
+        if which is not None:
+            slot = slot[mine]
+        if rows is not None:
+            mine = self._rows(rows)[mine]
         if self.pool.guarded:
+            last = self.lengths[mine].long() - 1
             self._open_places(mine, slot // self.page)
             self._open_places(mine, last // self.page)  # the next token may come there
-        to, source = (self.table[mine, x // self.page].long() * self.page + x % self.page for x in (slot.long(), last))
-        for x in self._columns():
-            x[to] = x[source]
+        self.pool.drop(self.table, self.lengths, mine, slot)
         counts = counts - less
         emptied = ((counts % self.page == 0) & (less > 0)).flatten()[at].nonzero()[:, 0]
-        if len(emptied):
+        if len(emptied) and self.owned is None:
             page = sent((counts.flatten()[at] // self.page)[emptied], mine)
             self.pool.release(self.table[mine[sent(emptied, mine)], page].long())
-        self._recount(counts, rows)
+        self.counts = counts if rows is None else self.counts.index_copy(0, torch.tensor(list(rows)), counts)
+        self.moves += 1
         self.sorted = False
 
     def drop_page(self, pages: Tensor, rows: Sequence[int] | None = None, which: Tensor | None = None) -> None:
@@ -306,6 +345,7 @@ class Store:
 
         which: bool (G, Hkv) on the host, the rows that drop one (default: all).
         """
+        self.trim()
         mine, page = self._rows(rows), pages.reshape(-1, 1).long()
         counts = self.counts if rows is None else self.counts[list(rows)]
         less = torch.ones_like(counts) if which is None else which.long()
@@ -325,7 +365,7 @@ class Store:
         if self.pool.shared:
             row, col = (sent(x, self.lengths) for x in ragged(-(-counts.flatten() // self.page)))
             self._own_places(which[row], col)
-        if int(counts.min()) == slots.shape[2]:
+        if self.owned is None and int(counts.min()) == slots.shape[2]:
             place, values = self._places(slots, rows).flatten(), columns.flatten(0, 2)
         else:
             row, col = (sent(x, self.lengths) for x in ragged(counts.flatten()))
@@ -337,6 +377,7 @@ class Store:
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Sequence i goes on from what sequence rows[i] was; pages are shared until one of them writes."""
+        self.trim()
         rows = list(rows)
         old = self._used()
         which = self._rows(rows)
@@ -356,6 +397,8 @@ class Store:
         """
         if reason := self.unlike(other):
             raise ValueError(reason)
+        self.trim()
+        other.trim()
         self.notes = {name: self._both(name, other) for name in {**self.notes, **other.notes}}
         width = -(-int(torch.cat([self.counts, other.counts]).max()) // self.page)
 
@@ -398,8 +441,9 @@ class Store:
 
     def fork(self) -> Store:
         """Another store with the same tokens, sharing their pages until one of the two writes."""
+        self.trim()
         other = copy.copy(self)
-        other.table, other.lengths = self.table.clone(), self.lengths.clone()
+        other.table, other.lengths, other.ends = self.table.clone(), self.lengths.clone(), self.ends.clone()
         other.notes = {name: x.clone() for name, x in self.notes.items()}
         other.fills = dict(self.fills)
         self.pool.stores += 1
@@ -416,6 +460,7 @@ class Store:
                 f"crop: got {count} tokens to take back, but earlier ones were dropped to make room for them; "
                 "decode without taking tokens back (no assisted decoding)"
             )
+        self.trim()
         # Tokens of which none was dropped lie in order: the last pages go, and nothing moves.
         left = self.counts - count
         old_pages, new_pages = (-(-x.flatten() // self.page) for x in (self.counts, left))
@@ -430,6 +475,7 @@ class Store:
 
     def free(self) -> None:
         """Give all pages back."""
+        self.trim()
         self.pool.release(self._used())
         self._recount(torch.zeros_like(self.counts), None)
         self.pool.stores -= 1
@@ -444,6 +490,27 @@ class Store:
         widest = -(-int(self.counts.max()) // self.page)
         self.table = torch.zeros_like(self.table[:, :widest])  # what it said behind a row's end is there no more
         self.table[row, col] = torch.arange(len(row), dtype=torch.int32, device=row.device)
+
+    # -- ahead -----------------------------------------------------------------------------------------------------
+
+    def reserve(self, count: int) -> None:
+        """Pages for `count` more tokens a row."""
+        self.trim()
+        counts = self.counts.flatten()
+        self._make_room(counts, torch.full_like(counts, positive("count", count)), self._rows(None), None)
+        self.owned, self.until = -(-(counts + count) // self.page), int(self.seen.max()) + count
+        self.moves += 1
+
+    def trim(self) -> None:
+        """Give back what is reserved and not yet used."""
+        self.moves += 1
+        if self.owned is None:
+            return
+        used = -(-self.counts.flatten() // self.page)
+        row, col = ragged(self.owned - used)
+        col = col + used[row]
+        self.owned, self.until = None, 0
+        self.pool.release(self.table[sent(row, self.table), sent(col, self.table)].long())
 
     # -- within ----------------------------------------------------------------------------------------------------
 
@@ -460,6 +527,12 @@ class Store:
         first = torch.tensor(list(rows), dtype=torch.int64)[:, None] * self.kv_heads
         return sent((first + torch.arange(self.kv_heads)).flatten(), self.table)
 
+    def _table(self, rows: Sequence[int] | None) -> Tensor:
+        return self.table if rows is None else self.table[self._rows(rows)]
+
+    def _lengths(self, rows: Sequence[int] | None) -> Tensor:
+        return self.lengths if rows is None else self.lengths[self._rows(rows)]
+
     def _places(self, slots: Tensor, rows: Sequence[int] | None) -> Tensor:
         """Where slots (G, Hkv, M) lie among all tokens of the pool."""
         table = self.table[self._rows(rows)]
@@ -470,6 +543,15 @@ class Store:
         """Every page that a row names, int64, once a row."""
         row, col = (sent(x, self.lengths) for x in ragged(-(-self.counts.flatten() // self.page)))
         return self.table[row, col].long()
+
+    def _known(self, index: Tensor) -> Tensor:
+        """Indices of the host on the device; those that come again and again are sent once."""
+        key = tuple(index.tolist())
+        if key not in self._sent:
+            if len(self._sent) > 8:
+                self._sent.clear()
+            self._sent[key] = sent(index, self.table)
+        return self._sent[key]
 
     def _recount(self, counts: Tensor, rows: Sequence[int] | None) -> None:
         lengths = sent(counts.flatten().int(), self.lengths)
@@ -493,6 +575,10 @@ class Store:
 
     def _make_room(self, before: Tensor, more: Tensor, which: Tensor, rows: Sequence[int] | None) -> None:
         """Pages for `more` tokens a row, on the host, behind `before`."""
+        if self.owned is not None:
+            if rows is None and bool((-(-(before + more) // self.page) <= self.owned).all()):
+                return
+            self.trim()
         if self.pool.shared:  # what is partial is open
             partial = ((before % self.page != 0) & (more > 0)).nonzero()[:, 0]
             self._own_places(which[sent(partial, which)], sent(before[partial] // self.page, which))

@@ -126,14 +126,6 @@ class View:
         return total
 
     @torch.no_grad()
-    def scores(self) -> Tensor:
-        """Of the newest query and each token, before the softmax: (G, H, M), at least float32, -inf for no token."""
-        dtype = torch.promote_types(self.q.dtype, torch.float32)
-        q = self.q[:, :, -1].to(dtype).unflatten(1, (-1, self.group))
-        scores = torch.einsum("bhgd,bhmd->bhgm", q, self.k.to(dtype)) * self.scale
-        return scores.masked_fill(~self.there[:, :, None], -torch.inf).flatten(1, 2)
-
-    @torch.no_grad()
     def blocks(self, last: int | None = None, where: Tensor | None = None) -> Iterator[Tensor]:
         """`weights`, a block of queries after another: (G, H, some, M)."""
         q = self.q if last is None else self.q[:, :, -last:]
@@ -204,6 +196,22 @@ class Stored(View):
     @cached_property
     def columns(self) -> Tensor:  # type: ignore[override]
         return self._read(self.stored.pool.columns)
+
+    @property
+    def horizon(self) -> int:
+        """Tokens that the longest sequence will have seen once the pages are used up that were reserved; without such,
+        those that it has seen. What a step's shapes go by, so that those of the next steps are the same.
+        """
+        return max(self.num_seen, self.stored.until)
+
+    @torch.no_grad()
+    def scores(self, leading: int | None = None) -> Tensor:
+        """Of the newest query and each token, before the softmax: (G, H, M), at least float32, -inf for no token.
+
+        leading: by so many channels alone.
+        """
+        found = self.stored.scores(self.q[:, :, -1:, :leading], self.scale, self.rows)
+        return found if self.stored.sorted else found.gather(2, self.slots.repeat_interleave(self.group, 1))
 
     def put_columns(self) -> None:
         """Write the columns back."""

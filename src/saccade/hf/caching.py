@@ -51,6 +51,7 @@ class Ragged(CacheLayerMixin):
         self.bytes_a_token = sum(x[:, :, :1].numel() * x.element_size() for x in (key_states, value_states))
         self.is_initialized = True
 
+    @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.announced:
             raise RuntimeError(

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from saccade.cache import Policy
 from saccade.contract import Attention
 from saccade.hf.interface import NAME, attention, mask
@@ -99,11 +101,11 @@ class Handle:
             from saccade.hf.caching import Swap  # which imports transformers
 
             self._swap = Swap()
-            self._hooks = [
-                layer.module.register_forward_pre_hook(self._swap.hook, with_kwargs=True) for layer in layers
-            ]
+            hook = torch.compiler.disable(self._swap.hook)  # a compiler leaves it as it is, and goes on behind it
+            self._hooks = [layer.module.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
             embedding = model.get_input_embeddings()
-            self._hooks.append(embedding.register_forward_pre_hook(self._swap.note_ids, with_kwargs=True))
+            note = torch.compiler.disable(self._swap.note_ids)
+            self._hooks.append(embedding.register_forward_pre_hook(note, with_kwargs=True))
 
     def memory(self) -> Memory:
         """Bytes that the caches of this model hold now, and those that transformers' own would hold beside them.
@@ -113,6 +115,25 @@ class Handle:
         if self._swap is None:
             raise RuntimeError("memory: no layer has a policy; the caches are transformers' own")
         return self._swap.memory()
+
+    def record(self, room: int = 512) -> Handle:
+        """From now on, record a step of decoding on a GPU as a CUDA graph, and replay it; gives this handle back.
+
+        Steps of one token a sequence over a policy's cache then wait for no Python: what `generate` asks for between
+        them is all that the host does. Outputs are the same. Whatever a graph cannot hold runs as before: prompts,
+        policies whose steps are not `steady`, caches that were changed in between (beams).
+
+        room: tokens that a recording is good for, and that pages are allocated for ahead. Costs, once every `room`
+        tokens, a step as it is without this. Errors: RuntimeError where no layer has a policy (dense decoding is one:
+        `apply(model, Policy())`), or the handle was restored.
+        """
+        if self._swap is None or not self.active:
+            reason = "no layer has a policy; pass Policy() for all tokens" if self.active else "this was restored"
+            raise RuntimeError(f"record: {reason}")
+        from saccade.hf.recorded import recording  # which imports transformers
+
+        self._changed.append(_Change(self.model, "forward", recording(self.model.forward, room)))
+        return self
 
     @property
     def active(self) -> bool:

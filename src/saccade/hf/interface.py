@@ -105,6 +105,7 @@ def group(real: Tensor, num_queries: int) -> tuple[tuple[Group, ...] | None, boo
     return tuple(found), any(m and m != span for _, m, span in sums)
 
 
+@torch.compiler.disable
 def mask(
     batch_size: int,
     q_length: int,
@@ -152,6 +153,7 @@ def mask(
 CHANGES = ("position_bias", "cu_seq_lens_q", "cu_seq_lens_k", "output_attentions")
 
 
+@torch.compiler.disable
 def attention(
     module: Any,
     query: Tensor,

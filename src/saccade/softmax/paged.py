@@ -333,6 +333,11 @@ def _reasons(problem: Problem, *stores: Pages) -> list[str]:
     return found
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether kernels run there."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
 def _interpreted() -> bool:
     import triton
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.cache import Cached, Policy, Store
+from saccade.cache import Cached, Policy, Recorded, Store
 from saccade.contract import Mechanism
 from saccade.testing.ambient import seeded
 from saccade.testing.budget import same_bits
@@ -17,6 +17,7 @@ from saccade.testing.oracles import dense_attention
 from saccade.testing.registry import named
 from saccade.testing.rounding import cast
 from saccade.testing.subject import Subject
+from saccade.testing.tape import Tape
 
 
 def decides(subject: Subject) -> bool:
@@ -159,3 +160,24 @@ def places_change(subject: Subject) -> None:
     far = float((found - expected).abs().max())
     band = torch.finfo(expected.dtype).eps * wide.case.length * float(expected.abs().max())
     assert far <= band, f"sequences moved to {order} go on {far:.1e} off what they would have given"
+
+
+@named(applies=decides)
+def recorded_steps(subject: Subject) -> None:
+    """Steps that are replayed from a recording give what steps give, whatever the policy says of them."""
+    eager, module = Decoding(subject.module, subject.inputs()), subject.module
+    assert isinstance(module, Cached)
+    taped = Decoding(module, subject.inputs())
+    q, k, v = taped.inputs
+    steps = Recorded([taped.session], lambda *new: module.read(taped.session, *new), room=5, graph=Tape)
+    for at in range(taped.at, q.shape[2]):
+        with torch.no_grad():
+            found = steps(*(x[:, :, at : at + 1] for x in (q, k, v)))
+        expected = eager.step()
+        far = float((found - expected).abs().max())
+        band = torch.finfo(expected.dtype).eps * subject.case.length * float(expected.abs().max())
+        how = f"after {steps.replays} replays" if taped.session.steady else "not recorded"
+        assert far <= band, f"token {at}: the step is {far:.1e} off, {how}"
+        assert torch.equal(module.held(taped.session), module.held(eager.session)), (
+            f"token {at}: others are held, {how}"
+        )

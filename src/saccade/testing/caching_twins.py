@@ -133,3 +133,23 @@ class Half(Session):
         table = self.store(index).table
         super().reorder(rows, index)
         self.store(index).table = table
+
+
+class Parity(Evict):
+    """Reads the newest page alone at every other step, by a count of the host's, and says that all steps are alike."""
+
+    def select(self, step: Stored) -> Tensor | None:
+        newest = (step.stored.lengths.long() - 1) // step.stored.page
+        return newest.view(len(step.q), -1, 1) if step.num_seen % 2 else None
+
+    def steady(self, session: Session) -> bool:
+        return True
+
+
+@twin("recorded_steps", "replays")
+class CountsOnTheHost(Thrifty):
+    """Decides by what a replay does not know."""
+
+    def __init__(self, dims: Dims, **params: Any) -> None:
+        super().__init__(dims, **params)
+        self.policy = Parity(KeyNorm(), self.budget, recent=self.recent)

@@ -22,9 +22,9 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, ma
     (heads, n), (kv_heads, m) = q.shape[1:3], k.shape[1:3]
     reads = torch.arange(heads) // (heads // kv_heads)
     scores = torch.einsum("bhnd,bhmd->bhnm", q, k[:, reads]) / q.shape[-1] ** 0.5  # (B, H, N, M)
-    seen = torch.ones(n, m, dtype=torch.bool)
+    seen = torch.ones(n, m, dtype=torch.bool, device=q.device)
     if causal:
-        seen = torch.arange(m)[None, :] <= (torch.arange(n) + m - n)[:, None]
+        seen = torch.arange(m, device=q.device)[None, :] <= (torch.arange(n, device=q.device) + m - n)[:, None]
     if mask is not None:
         seen = seen & mask
     seen = seen.expand(scores.shape)

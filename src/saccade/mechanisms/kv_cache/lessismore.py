@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from saccade.cache import Cached, Reader, Stored, Tokens
+from saccade.cache import Cached, Reader, Session, Stored, Tokens
 from saccade.contract import Case, Dims, Finding, Spec, claim, replay
 from saccade.errors import positive
 
@@ -25,7 +25,10 @@ class Union(Reader):
         picks = step.index in (self.less.start, self.less.correction)
         picked = self.best(step, -self.order(step)) if picks else step.notes("picked")
         step.pass_on("picked", picked, fill=-1)
-        return None if picks else Tokens(picked[:, None].expand(-1, step.there.shape[1], -1))
+        return None if picks else Tokens(picked[:, None].expand(-1, step.counts.shape[1], -1))
+
+    def steady(self, session: Session) -> bool:
+        return True
 
     def order(self, step: Stored) -> Tensor:
         """(G, M): -1 for what is always read, then the place of a token in the interleaved lists; inf: in none."""
@@ -36,7 +39,7 @@ class Union(Reader):
         sinks = torch.where(recent >= self.less.sinks, self.less.sinks, 0)
         at = torch.arange(n, device=scores.device)
         always = ((at < sinks) | (at >= ends - recent + sinks)) & (at < ends)
-        most = self.budget if isinstance(self.budget, int) else math.ceil(self.budget * step.num_seen)
+        most = self.budget if isinstance(self.budget, int) else math.ceil(self.budget * step.horizon)
         ranked = scores.masked_fill(always[:, None], -torch.inf).topk(min(n, most), -1)
         rank = torch.arange(ranked.indices.shape[2], device=scores.device, dtype=torch.float64)
         place = rank * heads + torch.arange(heads, device=scores.device)[:, None]  # rank by rank, head by head

@@ -27,6 +27,9 @@ class Tides(Reader):
         step.pass_on("picked", picked, fill=-1)
         return None if picks else Tokens(picked)
 
+    def steady(self, session: Session) -> bool:
+        return True
+
 
 class TidalDecode(Cached):
     """Position-persistent sparse attention: most layers read the tokens that an earlier layer picked in this step.

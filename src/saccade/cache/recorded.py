@@ -1,0 +1,139 @@
+"""Steps that tell a device the same again and again: recorded once, and replayed without the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from saccade.cache.session import Session
+from saccade.errors import positive
+
+
+class Replayed(Protocol):
+    """What `run` once told a device, in `result`, and `replay`, which tells it again."""
+
+    result: Any
+
+    def replay(self) -> None: ...
+
+
+class CudaGraph:
+    """A CUDA graph of what `run` tells a GPU; its results lie where they lay."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.result = run()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+@dataclass
+class Take:
+    """A recording, the inputs that it reads, and what a replay adds to the host's counts: (B, Hkv) a store."""
+
+    inputs: list[Tensor]
+    left: int
+    stamp: int = -1
+    graph: Replayed | None = None
+    more: Sequence[Tensor] = ()
+
+
+class Recorded:
+    """`run(*inputs)`, one step of every layer of some sessions, replayed from a graph where that is the same.
+
+    Before a recording, pages for the next `room` tokens are taken from the pools (`Store.reserve`), so that the device
+    alone appends; the first step after that runs as it is, the second is recorded, those that follow are replays: the
+    host counts, and waits for nothing. Where a policy's steps are not steady (`Session.steady`), where the sessions
+    were changed in between, or where inputs are of other shapes, the step runs as it is, and recording begins anew.
+
+    sessions: all that `run` reads into. run: tensors -> anything; it may not ask the device for a number. room: tokens
+    a recording is good for (512); so many are allocated ahead. replayed: called after each replay, for counts of others
+    than the sessions'. graph: what records (`CudaGraph`). Results are those of `run`, to the last bit; tensors among
+    them are overwritten by the next step. Costs a recording, once every `room` steps, the time of a step that runs as
+    it is.
+
+    >>> from saccade.cache import Policy
+    >>> from saccade.testing.tape import Tape
+    >>> session, x = Session(Policy()), torch.randn(1, 2, 9, 8)
+    >>> o = session.attend(0, *[x[:, :, :8]] * 3)
+    >>> step = Recorded([session], lambda x: session.attend(0, x, x, x), room=32, graph=Tape)
+    >>> [step(x[:, :, 8:]).shape[2] for _ in range(4)], session.stores[0].seen.tolist(), step.replays
+    ([1, 1, 1, 1], [12], 3)
+    """
+
+    def __init__(
+        self,
+        sessions: Sequence[Session],
+        run: Callable[..., Any],
+        *,
+        room: int = 512,
+        replayed: Callable[[], None] = lambda: None,
+        graph: Callable[[Callable[[], Any]], Replayed] = CudaGraph,
+    ) -> None:
+        self.sessions, self.run, self.room = sessions, run, positive("room", room, least=3)
+        self.replayed, self.graph = replayed, graph
+        self.replays = 0
+        self._take: Take | None = None
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        take = self._take
+        if take is None or not self._stands(take, inputs):
+            return self._as_it_is(inputs)
+        for x, new in zip(take.inputs, inputs, strict=True):
+            x.copy_(new)
+        take.left -= 1
+        if take.graph is None:
+            before = self._counts()
+            take.graph = self.graph(lambda: self.run(*take.inputs))  # tells the host all, and the device nothing yet
+            take.more = [after - then for after, then in zip(self._counts(), before, strict=True)]
+            take.stamp = self._stamp()
+            take.graph.replay()
+        else:
+            take.graph.replay()
+            for session, more in zip(self.sessions, self._shares(take.more), strict=True):
+                session.count(more)
+            self.replayed()
+        self.replays += 1
+        return take.graph.result
+
+    def forget(self) -> None:
+        """Record anew: `run` is about to do something else."""
+        self._take = None
+
+    def _stands(self, take: Take, inputs: Sequence[Tensor]) -> bool:
+        return (
+            take.left > 0
+            and take.stamp == self._stamp()
+            and [(x.shape, x.dtype) for x in take.inputs] == [(x.shape, x.dtype) for x in inputs]
+        )
+
+    def _as_it_is(self, inputs: Sequence[Tensor]) -> Any:
+        """One step that is not recorded; the next one may be."""
+        self._take = None
+        if not all(session.steady for session in self.sessions):
+            return self.run(*inputs)
+        for session in self.sessions:
+            session.reserve(self.room)
+        take = Take([x.clone() for x in inputs], self.room - 1)
+        found = self.run(*take.inputs)
+        take.stamp = self._stamp()
+        self._take = take
+        return found
+
+    def _stamp(self) -> int:
+        """A number that is another once the host has changed anything but by replays."""
+        return sum(session.moves for session in self.sessions)
+
+    def _counts(self) -> list[Tensor]:
+        return [session.store(i).counts for session in self.sessions for i in range(session.num_layers)]
+
+    def _shares(self, more: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """Of each session."""
+        ends = torch.tensor([session.num_layers for session in self.sessions]).cumsum(0).tolist()
+        return [more[end - session.num_layers : end] for end, session in zip(ends, self.sessions, strict=True)]

@@ -1,0 +1,180 @@
+"""Steps that are replayed from a recording: the same tokens as steps that are not, whatever happens in between."""
+
+import contextlib
+
+import pytest
+import torch
+from hf_models import made, padded, tokens
+from transformers import DynamicCache
+
+from saccade.cache import Evict, KeyNorm, Policy, Quest, Recorded, Session, snapkv
+from saccade.catalogue import mechanism
+from saccade.hf import apply
+from saccade.hf.layers import layers_of
+from saccade.hf.recorded import recording
+from saccade.testing.budget import assert_close
+from saccade.testing.tape import Tape
+
+STEADY = {
+    "dense": Policy,
+    "snapkv": lambda: snapkv(0.5, window=3),
+    "quest": lambda: Quest(0.5, page=4),
+    "duo_attention": lambda: mechanism("duo_attention"),
+    "tidal_decode": lambda: mechanism("tidal_decode"),
+    "loki": lambda: mechanism("loki"),
+}
+UNSTEADY = {"often": lambda: Evict(KeyNorm(), 0.5, every=2), "lychee_decode": lambda: mechanism("lychee_decode")}
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Replays so far, of all recordings."""
+    found = []
+    call = Recorded.__call__
+
+    def count(self, *inputs):
+        before = self.replays
+        out = call(self, *inputs)
+        found.extend([1] * (self.replays - before))
+        return out
+
+    monkeypatch.setattr(Recorded, "__call__", count)
+    return found
+
+
+def generated(model, read, real, **options):
+    return model.generate(read, attention_mask=real, do_sample=False, max_new_tokens=16, **options)
+
+
+@contextlib.contextmanager
+def taped(model, room=6):
+    model.forward = recording(model.forward, room, Tape)
+    yield
+    del model.forward
+
+
+@pytest.mark.parametrize("name", [*STEADY, *UNSTEADY])
+def test_generates_the_same_tokens(name, counted):
+    for read, real in ((tokens(1, 9), torch.ones(1, 9, dtype=torch.int64)), padded("left")):
+        model = made("llama")
+        counted.clear()
+        with apply(model, {**STEADY, **UNSTEADY}[name]()):
+            truth = generated(model, read, real)
+            with taped(model):
+                assert torch.equal(generated(model, read, real), truth)
+            steady = name in STEADY and name != "duo_attention"  # whose streams are not full yet
+            assert len(counted) == (12 if steady else 0), "of 15 steps three are not replayed, one each recording"
+
+
+def test_beams_are_not_replayed(counted):
+    model, read = made("llama"), tokens(1, 9)
+    with apply(model, Policy()):
+        truth = generated(model, read, torch.ones_like(read), num_beams=3)
+        with taped(model):
+            assert torch.equal(generated(model, read, torch.ones_like(read), num_beams=3), truth)
+    assert not counted
+
+
+def test_streaming_heads_are_replayed_once_they_are_full(counted):
+    model, read = made("llama"), tokens(1, 9)
+    duo = [mechanism("duo_attention")(layer.dims, sink=2, recent=5) for layer in layers_of(model)]
+    with apply(model, duo):
+        truth = generated(model, read, torch.ones_like(read))
+        with taped(model):
+            assert torch.equal(generated(model, read, torch.ones_like(read)), truth)
+    assert len(counted) == 12
+
+
+def test_counts_of_the_host_follow_replays():
+    model, ids = made("llama"), tokens(2, 9)
+    with apply(model, Policy()) as handle, taped(model):
+        past = DynamicCache()
+        model(input_ids=ids, cache=past)
+        for at in range(8):
+            model(input_ids=ids[:, at : at + 1], cache=past)
+        assert past.get_seq_length() == 17
+        assert handle.memory().dense == 17 * 2 * sum(layer.bytes_a_token for layer in past.layers) // 2
+        store = past.layers[0].session.store(0)
+        assert (store.seen.tolist(), store.counts.tolist()) == ([17, 17], [[17, 17], [17, 17]])
+        assert store.lengths.tolist() == [17] * 4
+
+
+def test_what_changes_in_between_is_seen(counted):
+    """A token taken back, sequences that change places: the next steps are right, and recorded anew."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 2, 40, 8, dtype=torch.float64)
+
+    def run(step, session):
+        out = []
+        for at in range(20, 38):
+            out.append(step(*x[:, :, :, at : at + 1]))
+            out[-1] = out[-1].clone()
+            if at == 26:
+                session.select([1, 1])
+            if at == 31:
+                session.store(0).crop(2)
+        return torch.cat(out, 2)
+
+    found = []
+    for tape in (False, True):
+        session = Session(Policy())
+        session.attend(0, *x[:, :, :, :20])
+
+        def step(*new, session=session):
+            return session.attend(0, *new)
+
+        found.append(run(Recorded([session], step, room=32, graph=Tape) if tape else step, session))
+        store = session.store(0)
+        session.free()
+        assert store.pool.in_use == 0
+        assert store.pool.taken == store.pool.returned
+    assert_close(found[1], found[0], found[0], name="steps", terms=40)
+    assert len(counted) >= 10
+
+
+@pytest.mark.parametrize("name", [*STEADY, *UNSTEADY])
+def test_a_compiled_model_generates_the_same_tokens(name):
+    """What a policy does lies between the graphs of a compiler; the rest of the model is compiled around it."""
+    model, read = made("llama"), tokens(2, 9)
+    with apply(model, {**STEADY, **UNSTEADY}[name]()):
+        truth = generated(model, read, torch.ones_like(read))
+        model.model.compile(backend="eager")
+        assert torch.equal(generated(model, read, torch.ones_like(read)), truth)
+
+
+def test_recording_needs_a_policy():
+    model = made("llama")
+    with apply(model, "moba") as handle, pytest.raises(RuntimeError, match="no layer has a policy"):
+        handle.record()
+    handle = apply(model, Policy())
+    handle.restore()
+    with pytest.raises(RuntimeError, match="restored"):
+        handle.record()
+
+
+def test_restores_the_forward():
+    model = made("llama")
+    forward = model.forward
+    with apply(model, Policy()) as handle:
+        handle.record()
+        assert model.forward != forward
+    assert model.forward == forward
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*STEADY, *UNSTEADY])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_replays_the_same_tokens(name, dtype, counted):
+    for read, real in ((tokens(1, 9), torch.ones(1, 9, dtype=torch.int64)), padded("left")):
+        model = made("llama").to("cuda", dtype)
+        with apply(model, {**STEADY, **UNSTEADY}[name]()) as handle:
+            truth = generated(model, read.cuda(), real.cuda())
+            handle.record(8)
+            assert torch.equal(generated(model, read.cuda(), real.cuda()), truth)
+    assert (len(counted) > 0) == (name in STEADY and name != "duo_attention")
