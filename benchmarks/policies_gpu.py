@@ -167,25 +167,26 @@ def main() -> None:
     rate = copy_rate()
     torch.cuda.empty_cache()
     wanted = [x for x in given.only.split(",") if x]
-    names = [n for n in ("transformers", *POLICIES) if n == "dense" or not wanted or any(x in n for x in wanted)]
+    names = ["dense", "transformers", *list(POLICIES)[1:]]
+    names = [name for name in names if name == "dense" or not wanted or any(x in name for x in wanted)]
     rows: list[dict[str, Any]] = []
     for name in track(names, "policies"):
         try:
-            rows.append(measured(model, name, given.batch, given.tokens))
+            row = measured(model, name, given.batch, given.tokens)
         except torch.OutOfMemoryError:
-            rows.append({"policy": name, "batch": given.batch, "context": given.tokens, "ms": None})
-        print(rows[-1], flush=True)
-    of = {row["policy"]: row["ms"] for row in rows}
-    for row in rows:
+            row = {"policy": name, "batch": given.batch, "context": given.tokens, "ms": None}
+        rows.append(row)
+        of = {each["policy"]: each["ms"] for each in rows}
         for base in ("dense", "transformers"):
             known = row["ms"] is not None and of.get(base) is not None
             row[f"over {base}"] = round(of[base] / row["ms"], 2) if known else None
-        if row["ms"] is not None:
-            floor = (weights + row["cache GB"] * 1e9) / rate * 1e3
-            row["floor"] = round(floor / row["ms"], 2) if row["policy"] in ("dense", "transformers") else None
-        row |= {"compiled": given.compile, "pattern": f"{row['policy']}, batch {given.batch}", "tokens": given.tokens}
-    show(f"One step, Llama-3-8B, batch {given.batch}, {given.tokens} tokens", rows)
-    save("policies_gpu", rows, device=DEVICE, copy_rate=rate, weights=weights)
+        if row["ms"] is not None and name == "dense":
+            row["over floor"] = round(row["ms"] * rate / (weights + row["cache GB"] * 1e9) / 1e3, 2)
+        row |= {"compiled": given.compile, "pattern": f"{name}, batch {given.batch}", "tokens": given.tokens}
+        save("policies_gpu", [row], device=DEVICE, copy_rate=rate, weights=weights)
+    shown = ("policy", "ms", "over dense", "over transformers", "cache GB", "memory", "peak GB", "over floor")
+    title = f"One step, Llama-3-8B, batch {given.batch}, {given.tokens} tokens"
+    show(title, [{name: row.get(name) for name in shown} for row in rows])
 
 
 if __name__ == "__main__":

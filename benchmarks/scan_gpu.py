@@ -123,10 +123,9 @@ class Delta(Case):
     def moved(self, backward: bool, inputs: list[Tensor]) -> int:
         chunk = DeltaLaunch(*inputs[:3], inputs[4] if inputs[4:] else None, None, 1.0, inputs[3]).sizes.chunk
         stream, system, state = 2 * self.dim, 2 * chunk, 2 * self.dim**2 // chunk
-        found = (stream + system) + (4 * stream + system)  # the systems of all chunks, the walk
-        if backward:
-            found += 3 * stream + system + state  # the walk once more, for what is written and the states
-            found += (4 * stream + system + state) + (9 * stream + 2 * state)  # the walk back, the gradients
+        found = 6 * stream + 4 * system  # what is prepared of all chunks, written and read, and the walk
+        if backward:  # the walk once more, for what is written and the states, the walk back, the gradients
+            found += 15 * stream + 3 * system + 4 * state
         return self.rows * found
 
     def call(self, backend: str) -> Attend:

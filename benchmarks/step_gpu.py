@@ -4,10 +4,11 @@ python benchmarks/step_gpu.py [--only TEXT] [--seconds S]
 
 q, k, v in bfloat16, states and gates in float32. `ms` is a call within a replayed CUDA graph of calls that go round
 several states, more bytes than the second-level cache holds; `host us` is a call as Python makes it, when nothing waits
-for the device. `GB` are the bytes of the state that are read and written, with the transition where the state that is
-returned has one as large as its memory; `share of copy` is their rate over that at which the device copies 1 GiB, read
-and written, measured beside. flash-linear-attention (`pip install flash-linear-attention`) is given its own layout of
-the same values and left out where it is not installed or refuses; it keeps no transition. All take turns.
+for the device. `GB` are the bytes of the state that are read and written. States are untracked, as a decoder's are; a
+row that says otherwise has the transition too, which may be as large as the memory. `share of copy` is their rate over
+that at which the device copies 1 GiB, read and written, measured beside. flash-linear-attention (`pip install
+flash-linear-attention`) is given its own layout of the same values and left out where it is not installed or refuses;
+it keeps no transition. All take turns.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize
 
 from saccade.bench.timing import Samples, clock_for, ratio, rounds
-from saccade.scan import Matrix, State, delta_rule, linear_attention, selective_scan
+from saccade.scan import UNTRACKED, Matrix, State, delta_rule, linear_attention, selective_scan
 
 Step = Callable[[State], tuple[Tensor, State]]
 CALLS = 200  # of which the host's time is the mean
@@ -49,12 +50,14 @@ class Heads:
     dim: int = 128
     gate: str = "none"
     normalizer: str | None = None
+    tracked: bool = False
 
     @property
     def name(self) -> str:
         shared = "" if self.groups == self.heads else f" over {self.groups}"
         norm = f", {self.normalizer} normalizer" if self.normalizer else ""
-        return f"{self.kind}, {self.gate} gate{norm}, B {self.batch}, H {self.heads}{shared}, D {self.dim}"
+        kind = f"tracked {self.kind}" if self.tracked else self.kind
+        return f"{kind}, {self.gate} gate{norm}, B {self.batch}, H {self.heads}{shared}, D {self.dim}"
 
     kind = "linear"
 
@@ -73,10 +76,16 @@ class Heads:
         return None if shape is None else logsigmoid(draw(*shape)) / 16
 
     def state(self) -> State:
-        memory = draw(self.batch, self.groups, self.dim, self.dim + (self.normalizer is not None))
+        """As a step returns it: with a normalizer, the columns of its memory one after another."""
+        width = self.dim + (self.normalizer is not None)
+        memory = draw(self.batch, self.groups, width, self.dim).mT
+        memory = memory if self.normalizer else memory.contiguous()
+        return State(memory, self.transition() if self.tracked else UNTRACKED)
+
+    def transition(self) -> Tensor | Matrix | None:
         if self.gate == "none":
-            return State(memory)
-        return State(memory, -draw(self.batch, self.groups, self.dim if self.gate == "vector" else 1, 1).abs())
+            return None
+        return -draw(self.batch, self.groups, self.dim if self.gate == "vector" else 1, 1).abs()
 
     def step(self) -> Step:
         (q, k, v), g = self.tokens(), self.gates()
@@ -103,13 +112,12 @@ class Heads:
 
 @dataclass(frozen=True)
 class Delta(Heads):
-    """Likewise under the delta rule; the transition is a matrix as large as the memory."""
+    """Likewise under the delta rule; a tracked transition is a matrix as large as the memory."""
 
     kind = "delta"
 
-    def state(self) -> State:
-        memory, eye = draw(self.batch, self.groups, self.dim, self.dim), torch.eye(self.dim, device="cuda")
-        return State(memory, Matrix(eye.repeat(self.batch, self.groups, 1, 1)))
+    def transition(self) -> Tensor | Matrix | None:
+        return Matrix(torch.eye(self.dim, device="cuda").repeat(self.batch, self.groups, 1, 1))
 
     def step(self) -> Step:
         (q, k, v), g, beta = self.tokens(), self.gates(), draw(self.batch, self.groups, 1).sigmoid()
@@ -134,20 +142,22 @@ class Delta(Heads):
 
 @dataclass(frozen=True)
 class Selective:
-    """A small state a channel; its transition, a decay an entry, is as large as the memory."""
+    """A small state a channel; a tracked transition, a decay an entry, is as large as the memory."""
 
     batch: int = 64
     channels: int = 4096
     states: int = 64
     groups: int = 1
+    tracked: bool = False
 
     @property
     def name(self) -> str:
-        return f"selective, B {self.batch}, {self.channels} channels, {self.states} states, G {self.groups}"
+        kind = "tracked selective" if self.tracked else "selective"
+        return f"{kind}, B {self.batch}, {self.channels} channels, {self.states} states, G {self.groups}"
 
     def state(self) -> State:
         shape = (self.batch, self.channels, self.states, 1)
-        return State(draw(*shape), -draw(*shape).abs())
+        return State(draw(*shape), -draw(*shape).abs() if self.tracked else UNTRACKED)
 
     def step(self) -> Step:
         x, delta, z = (draw(self.batch, 1, self.channels, dtype=torch.bfloat16) for _ in range(3))
@@ -171,12 +181,16 @@ CASES: list[Heads | Selective] = [
     Heads(gate="scalar", dim=64, batch=256),
     Heads(gate="vector", dim=256, heads=8, groups=8, batch=32),
     Heads(gate="scalar", batch=1),
+    Heads(gate="scalar", tracked=True),
     *(Delta(gate=gate) for gate in ("none", "scalar", "vector")),
     Delta(gate="scalar", dim=64, batch=256),
     Delta(gate="scalar", dim=256, heads=8, groups=8, batch=32),
     Delta(gate="scalar", batch=1),
+    Delta(gate="scalar", tracked=True),
     Selective(),
+    Selective(tracked=True),
     Selective(states=16),
+    Selective(states=16, batch=256),
     Selective(states=128, groups=8),
     Selective(batch=1, states=16),
 ]

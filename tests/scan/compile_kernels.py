@@ -72,9 +72,13 @@ def steps(dtype: torch.dtype) -> None:
                 q = torch.zeros(2, 6, 1, d, dtype=dtype)
                 k, v = torch.zeros(2, 2, 1, d, dtype=dtype), torch.zeros(2, 2, 1, DV, dtype=dtype)
                 g = [None, torch.zeros(2, 2, 1), torch.zeros(2, 2, 1, d)][gate]
-                memory = torch.zeros(2, 2, d, DV + mass) if known else None
+                turned = torch.zeros(2, 2, DV + mass, d).mT
+                memory = (turned if mass else turned.contiguous()) if known else None
                 old = torch.zeros(2, 2, d if gate == 2 else 1, 1) if known and gate else None
-                step_ops.linear_step(q, k, v, g, memory, old, 0.5, mass, mass, gate > 0)
+                if gate == 0:  # more queries a memory than a program takes at a time
+                    q = q.repeat(1, 7, 1, 1)
+                for ratio in range(1 + 2 * mass):
+                    step_ops.linear_step(q, k, v, g, memory, old, 0.5, mass, mass and not ratio, gate > 0, ratio, 1.0)
             if d > 256:
                 q, k, g = (x if x is None or x.ndim == 3 else x[..., :256] for x in (q, k, g))
             beta = torch.zeros(2, 6, 1)

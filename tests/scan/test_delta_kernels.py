@@ -77,11 +77,12 @@ def test_is_the_recurrence(gate, beta_heads, gate_heads):
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_with_what_narrow_dtypes_do(gate, monkeypatch):
-    """Decays from sums of gates, and query heads that share a memory with others that do not."""
+@pytest.mark.parametrize("tokens", [48, 70])
+def test_with_what_narrow_dtypes_do(gate, tokens, monkeypatch):
+    """Decays from sums of gates, and query heads that share a memory with others that do not; whole chunks and not."""
     monkeypatch.setattr(DeltaLaunch, "exact", False)
-    given = problem(gate, heads=4, groups=2, tokens=70, dim=5, dv=3)
-    verify(fast(), plain, given, terms=products(gate, 70, 5) * 64, dtypes=WIDE)
+    given = problem(gate, heads=4, groups=2, tokens=tokens, dim=5, dv=3)
+    verify(fast(), plain, given, terms=products(gate, tokens, 5) * 64, dtypes=WIDE)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -173,19 +174,61 @@ def test_powers_of_the_system_would_have_no_digits_left(monkeypatch):
     """The twin of the above: the same inverse as a product of powers."""
 
     def powers(launch, gates, cuts):
-        t = solved(launch, gates, cuts)
+        whole = solved(launch, gates, cuts)
+        t = whole.t
         eye = torch.eye(t.shape[-1])
         power = eye - torch.linalg.inv((t.unflatten(2, (-1, t.shape[-1]))).double()).float()
         found = eye + power
         for _ in range(5):
             power = power @ power
             found = found @ (eye + power)
-        return found.flatten(2, 3).contiguous()
+        return whole._replace(t=found.flatten(2, 3).contiguous())
 
     solved = DeltaLaunch.solved
     monkeypatch.setattr(DeltaLaunch, "solved", powers)
     with pytest.raises(AssertionError, match=r"output 0 in torch\.float32"):
         verify(fast(), plain, alike(1.0, 64, monkeypatch), terms=64 * 25, dtypes=WIDE)
+
+
+def systems(launch):
+    """I + A of every chunk and beta, from the equations, in float64."""
+    chunk, tokens = launch.sizes.chunk, launch.k.shape[2]
+    whole = tokens // chunk * chunk
+    k, beta, g = (x[:, :, :whole].double().unflatten(2, (-1, chunk)) for x in (launch.k, launch.beta, launch.g))
+    decay = torch.stack([g[..., j + 1 : i + 1].sum(-1) for i in range(chunk) for j in range(chunk)], -1)
+    found = beta[..., None] * (k @ k.mT) * decay.unflatten(-1, (chunk, chunk)).exp()
+    return torch.eye(chunk, dtype=torch.float64) + found.tril(-1), beta
+
+
+def prepared(q, k, v, beta, g, monkeypatch, how):
+    """A problem, and the inverses that its kernels find in products of such a precision."""
+    monkeypatch.setattr(DeltaLaunch, "exact", False)
+    monkeypatch.setattr(DeltaLaunch, "inverses", how)
+    launch = DeltaLaunch(*(x.float() for x in (q, k, v, g)), None, SCALE, beta.float())
+    t = launch.solved(launch.prepared(launch.cuts).gates, launch.cuts).t
+    return launch, t[:, :, : TOKENS // 16 * 16].unflatten(2, (-1, 16))
+
+
+def test_inverses_in_half_precision(monkeypatch):
+    *given, _ = problem("scalar")
+    launch, found = prepared(*given, monkeypatch, "half")
+    system, beta = systems(launch)
+    exact = torch.linalg.inv(system) * beta[..., None, :]
+    eager = (torch.linalg.inv(system.half().float()) * beta[..., None, :].float()).half()
+    assert_close(found.half(), exact, eager, terms=16)
+    twin = found.clone()  # without the last level
+    twin[..., 8:, :8] = 0
+    with pytest.raises(AssertionError, match="max error"):
+        assert_close(twin.half(), exact, eager, terms=16)
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+def test_inverses_beyond_half_precision(monkeypatch):
+    q, k, v, beta, g, _ = problem("scalar")
+    given = (q, 30 * k, v, beta, g)
+    found, exact = (prepared(*given, monkeypatch, how)[1] for how in ("half", "tf32"))
+    assert float(exact.abs().max()) > torch.finfo(torch.float16).max
+    assert torch.equal(found, exact)
 
 
 @pytest.mark.parametrize("gate", ["none", "scalar"])
@@ -233,9 +276,10 @@ def unsolved(q, k, v, beta, g, memory):
     solved = DeltaLaunch.solved
 
     def identity(launch, gates, cuts):
-        t = solved(launch, gates, cuts)
+        whole = solved(launch, gates, cuts)
+        t = whole.t
         rows = torch.arange(t.shape[2], device=t.device)
-        return F.one_hot(rows % t.shape[3], t.shape[3]).to(t).expand_as(t)
+        return whole._replace(t=F.one_hot(rows % t.shape[3], t.shape[3]).to(t).expand_as(t).contiguous())
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DeltaLaunch, "solved", identity)
@@ -353,8 +397,8 @@ def test_what_cannot_run_says_so():
 
 # On a GPU: the compiled kernels, in every dtype.
 
-WIDTHS = [(64, 64), (128, 128), (256, 256), (96, 160), (20, 17)]
-ON_GPU = [(*width, *PER_HEAD[i % 3]) for i, width in enumerate(WIDTHS)]
+SIZES = [(64, 64, 192), (128, 128, 150), (128, 128, 192), (256, 256, 150), (96, 160, 192), (20, 17, 150)]
+ON_GPU = [(*size, *PER_HEAD[i % 3]) for i, size in enumerate(SIZES)]
 
 
 def on_gpu(call):
@@ -366,11 +410,33 @@ def on_gpu(call):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize(("dim", "dv", "beta_heads", "gate_heads"), ON_GPU)
+@pytest.mark.parametrize(("dim", "dv", "tokens", "beta_heads", "gate_heads"), ON_GPU)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_compiled(gate, beta_heads, gate_heads, dim, dv, dtype):
-    given = problem(gate, beta_heads, gate_heads, heads=4, groups=2, tokens=150, dim=dim, dv=dv)
-    verify(on_gpu(fast()), plain, given, terms=products(gate, 150, dim), dtypes=(dtype,))
+def test_compiled(gate, beta_heads, gate_heads, dim, dv, tokens, dtype):
+    given = problem(gate, beta_heads, gate_heads, heads=4, groups=2, tokens=tokens, dim=dim, dv=dv)
+    verify(on_gpu(fast()), plain, given, terms=products(gate, tokens, dim), dtypes=(dtype,))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_compiled_query_heads_of_one_memory(gate, dim, heads):
+    """None shared, and so many that no loads run ahead of wide ones."""
+    given = problem(gate, heads=heads, groups=1, tokens=192, dim=dim, dv=dim)
+    verify(on_gpu(fast()), plain, given, terms=products(gate, 192, dim), dtypes=(torch.bfloat16,))
+
+
+@pytest.mark.gpu
+def test_compiled_inverses_beyond_half_precision(monkeypatch):
+    q, k, v, beta, g, _ = problem("scalar", tokens=192, dim=64, dv=64)
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in (q, 10 * k, v))
+    launch, found = DeltaLaunch(q, k, v, g.float().cuda(), None, SCALE, beta.float().cuda()), []
+    for how in ("half", "tf32"):
+        monkeypatch.setattr(DeltaLaunch, "inverses", how)
+        found.append(launch.solved(launch.prepared(launch.cuts).gates, launch.cuts).t)
+    assert float(found[0].abs().max()) > torch.finfo(torch.float16).max
+    assert torch.equal(*found)
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ import torch
 from recurrences import draw
 
 from saccade.scan import state
-from saccade.scan.state import Matrix, State
+from saccade.scan.state import UNTRACKED, Matrix, State, Untracked, chain
 from saccade.testing.budget import assert_close
 
 KINDS = ["none", "scalar", "vector", "matrix"]
@@ -122,6 +122,54 @@ def test_unbind_and_cat_are_inverse(kind, shift):
     assert not shift or torch.equal(back.shift, one.shift)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shift", [False, True])
+def test_untracked_states_are_gone_on_from_only(kind, shift, tmp_path):
+    """What comes before another stretch may be untracked, and stays so; what comes after may not."""
+    one, then = make(kind, 60, shift), make("scalar", 20, shift)
+    lean = one.untracked()
+    assert (one.tracked, lean.tracked) == (True, False)
+    whole, after = one.compose(then), lean.compose(then)
+    assert torch.equal(added(after), added(whole))
+    assert not after.tracked
+    assert not lean.compose(lean.identity()).tracked
+    with pytest.raises(ValueError, match="later: got an untracked state"):
+        then.compose(lean)
+    parts = lean.unbind()
+    assert not any(part.tracked for part in parts)
+    lean.save(tmp_path / "state", mechanism="lean")
+    back = State.load(tmp_path / "state", mechanism="lean", like=lean)
+    for other in (
+        State.cat(parts),
+        back,
+        lean.fork(),
+        lean.detach(),
+        lean.to(torch.float64),
+        pickle.loads(pickle.dumps(lean)),
+    ):
+        assert isinstance(other.transition, Untracked)
+        assert torch.equal(added(other), added(one))
+    with pytest.raises(ValueError, match="like: state"):
+        State.load(tmp_path / "state", mechanism="lean", like=one)
+    if kind != "none":
+        assert lean.nbytes == one.nbytes - (one.transition.value if kind == "matrix" else one.transition).nbytes
+
+
+def test_an_untracked_transition_taken_for_none_is_caught(monkeypatch):
+    """The twin: a state that says nothing composed as if it changed nothing."""
+    monkeypatch.setattr(State, "tracked", True)
+    monkeypatch.setattr(state, "_apply", lambda transition, memory: memory)
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        test_compose_refuses_what_is_untracked()
+
+
+def test_compose_refuses_what_is_untracked():
+    one = make("matrix", 10)
+    with pytest.raises(ValueError, match="later: got an untracked state"):
+        one.compose(one.untracked())
+    assert chain(one.transition, UNTRACKED) == UNTRACKED == chain(UNTRACKED, None)
+
+
 def test_complex_memories_compose():
     a, b = (
         State(
@@ -165,6 +213,11 @@ ERRORS = [
     (lambda: State(torch.zeros(5, 4)).compose(State(torch.zeros(5, 3))), ValueError, r"later: got a memory \(5, 3\)"),
     (lambda: State.cat([]), ValueError, "states: got 0"),
     (lambda: State.cat([make("none", 0), make("scalar", 0)]), ValueError, "states: got 2 with parts of 2 kinds"),
+    (
+        lambda: State.cat([make("none", 0), make("none", 0).untracked()]),
+        ValueError,
+        "states: got 2 with parts of 2 kinds",
+    ),
     (
         lambda: State(torch.zeros(4, 4), torch.zeros(4, 4)).compose(State(torch.zeros(4, 4), Matrix(torch.eye(4)))),
         ValueError,

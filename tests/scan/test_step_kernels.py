@@ -21,9 +21,9 @@ from saccade.scan.delta_rule import delta_rule
 from saccade.scan.features import Exp
 from saccade.scan.kernels import step, step_ops
 from saccade.scan.linear_attention import linear_attention
-from saccade.scan.normalizers import MeanShift, Sum
+from saccade.scan.normalizers import Clamp, MeanShift, Sum
 from saccade.scan.selective_scan import selective_scan
-from saccade.scan.state import Matrix, State
+from saccade.scan.state import UNTRACKED, Matrix, State
 from saccade.testing.budget import assert_close
 
 SCALE = 0.7
@@ -35,8 +35,12 @@ PER_HEAD = [("key", "key"), ("query", "key"), ("key", "query")]
 
 @pytest.fixture
 def narrow(monkeypatch):
-    monkeypatch.setattr(step_ops, "ENTRIES", 256)
-    monkeypatch.setattr(step_ops, "LINE", 16)
+    plans = (step_ops.linear_plan, step_ops.delta_plan, step_ops.selective_plan)
+    [plan.cache_clear() for plan in plans]
+    monkeypatch.setattr(step_ops, "COLUMNS", 16)
+    monkeypatch.setattr(step_ops, "FEW", 16)
+    yield
+    [plan.cache_clear() for plan in plans]
 
 
 def values(function, given, dtype, device="cpu"):
@@ -165,12 +169,15 @@ def test_widths_and_dtypes(gate, dim, dv, dtype):
     verify(selective_step, selective_plain, selective_problem(dim, dv, groups=2, batch=1), dtype, terms=dv)
 
 
-@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (8, 1)])
+@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (8, 1), (19, 1)])
 @pytest.mark.parametrize("dim", [20, 300])
 def test_many_queries_and_features_in_parts(heads, groups, dim):
-    """Three queries a memory, or eight; more features than a program takes at a time."""
+    """Three queries a memory, eight, or more than a program takes at a time; more features than that, too."""
     given = linear_problem("vector", heads=heads, groups=groups, dim=dim)
     verify(linear_step, linear_plain, given, torch.float32, terms=dim)
+    if dim == 20:
+        given = delta_problem("vector", heads=heads, groups=groups, dim=dim)
+        verify(delta_step, delta_plain, given, torch.float32, terms=dim * dim)
 
 
 @pytest.mark.parametrize("gate", ["none", "constant", "scalar"])
@@ -372,7 +379,7 @@ def test_a_lost_transition_is_caught(name, monkeypatch):
     }[name]
     call = getattr(step, name)
     old = {"linear": 5, "delta": 6, "selective": 10}[name]
-    track = old + 3 if name == "linear" else old + 2 if name == "delta" else old + 1
+    track = {"linear": 9, "delta": 8, "selective": 11}[name]
 
     def lost(*given):
         found = call(*(None if i == old else x for i, x in enumerate(given)))
@@ -512,6 +519,121 @@ def test_a_state_stays_what_it_is(tmp_path):
         assert after.memory.data_ptr() != before.memory.data_ptr()
 
 
+def untracked(state):
+    return UNTRACKED if state is None else state.untracked()
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_untracked_states_stay_so(memory):
+    """The same output and memory to the bit, half the bytes or less, and no transition, on every path."""
+    q, k, v, beta, g, before, product = map(single, delta_problem("scalar", memory=memory))
+    x, size, a, b, c, *_, h, sums = map(single, selective_problem(memory=memory))
+    states = [
+        (linear_attention, (q, k, v), {"log_decay": g}, before, draw(2, 2, 1, 1).float()),
+        (delta_rule, (q, k, v, beta), {"log_decay": g}, before, None if product is None else Matrix(product)),
+        (selective_scan, (x, size.abs(), a, b, c), {}, *(None if t is None else t.unsqueeze(-1) for t in (h, sums))),
+    ]
+    for call, given, options, had, moved in states:
+        state = None if had is None else State(had, moved)
+        for backend in ("triton", "auto", "chunked"):
+            o, kept = call(*given, **options, state=state, return_state=True, backend=backend)
+            lean, after = call(*given, **options, state=untracked(state), return_state=True, backend=backend)
+            assert torch.equal(o, lean)
+            assert torch.equal(kept.memory, after.memory)
+            assert (kept.tracked, after.tracked) == (True, False)
+            assert after.nbytes == after.memory.nbytes < kept.nbytes
+            assert torch.equal(call(*given, **options, state=untracked(state), backend=backend), lean)
+
+
+def test_untracked_stretches_stay_so():
+    """Many tokens, packed and not, and without an order."""
+    q, k, v = (draw(1, h, 7, 4, seed=i).float() for i, h in enumerate((4, 2, 2)))
+    beta, cu = draw(1, 2, 7).sigmoid().float(), torch.tensor([0, 3, 7], dtype=torch.int32)
+    x = draw(2, 7, 3).float()
+    for call, given, options in (
+        (linear_attention, (q, k, v), {"log_decay": -beta}),
+        (linear_attention, (q, k, v), {"log_decay": -beta, "cu_seqlens": cu}),
+        (linear_attention, (q, k, v), {"causal": False}),
+        (delta_rule, (q, k, v, beta), {}),
+        (delta_rule, (q, k, v, beta), {"cu_seqlens": cu}),
+        (selective_scan, (x, x.abs(), -draw(3, 5).exp().float(), *(draw(2, 7, 5, seed=i).float() for i in (1, 2))), {}),
+    ):
+        o, kept = call(*given, **options, return_state=True)
+        lean, after = call(*given, **options, state=UNTRACKED, return_state=True)
+        assert_close(lean, o.double(), o)
+        assert_close(after.memory, kept.memory.double(), kept.memory)
+        assert not after.tracked
+        _, more = call(*given, **options, state=after, return_state=True)
+        assert not more.tracked
+
+
+@pytest.mark.parametrize("dim", [16, 20, 300])
+@pytest.mark.parametrize("normalizer", [Sum(), Clamp(0.5), MeanShift()])
+def test_sums_of_keys_lie_in_a_line(dim, normalizer):
+    """A memory with them has its columns one after another, and is the same however the one before lay."""
+    q, k, v, g, _ = map(single, linear_problem("scalar", dim=dim))
+    before = State(draw(2, 2, dim + isinstance(normalizer, MeanShift), 18, seed=9).exp().float())
+    found = []
+    for _ in range(2):
+        o, after = linear_attention(
+            q.exp(), k.exp(), v, log_decay=g, normalizer=normalizer, state=before, return_state=True, backend="triton"
+        )
+        assert after.memory.stride(-2) == 1
+        assert after.memory.stride(-1) % step_ops.EVEN == 0
+        found.append((o, after.memory))
+        before = State(before.memory.mT.contiguous().mT)
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    if dim == 16:
+        assert after.fork().memory.stride() == after.memory.stride() or isinstance(normalizer, MeanShift)
+
+
+def quotient(normalizer):
+    """The recurrence; what is read is divided by mass + eps, or 1 where that is 0, or by |mass|, `least` at least."""
+
+    def call(q, k, v, g, memory):
+        o, last = linear(q * SCALE, k, torch.cat([v, torch.ones_like(v[..., :1])], -1), g, memory)
+        numerator, mass = o[..., :-1], o[..., -1:]
+        if isinstance(normalizer, Sum):
+            size = mass + normalizer.eps
+            return numerator / torch.where(size == 0, torch.ones_like(size), size), last
+        return numerator / mass.abs().clamp(min=normalizer.least), last
+
+    return call
+
+
+def dividing(normalizer, **shape):
+    """A problem whose first head reads nothing; masses of either sign where they are only clamped."""
+    q, k, v, g, before = linear_problem("vector", **shape)
+    before = draw(*before.shape[:3], before.shape[3] + 1, seed=9)
+    if isinstance(normalizer, Sum):
+        q, k, before = q.exp(), k.exp(), before.exp()
+    q[:, :1] = 0.0
+    return [q, k, v, g, before]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalizer", [Sum(), Sum(eps=0.1), Clamp(), Clamp(30.0)])
+def test_the_kernel_divides_as_the_policy_says(normalizer, dtype):
+    def fast(*given):
+        return linear_step(*given, normalizer=normalizer)[:2]
+
+    verify(fast, quotient(normalizer), dividing(normalizer), dtype, terms=400)
+
+
+@pytest.mark.parametrize("lost", ["kind", "least"])
+def test_another_division_is_caught(lost, monkeypatch):
+    """The twin: the mass clamped where it is to be added to, or by another number."""
+    genuine = step.Ratio.of
+
+    def other(policy):
+        ratio = genuine(policy)
+        return ratio._replace(**{lost: 2 if lost == "kind" else ratio.least + 1})
+
+    monkeypatch.setattr(step.Ratio, "of", staticmethod(other))
+    with pytest.raises(AssertionError, match=r"output 0 in torch\.float32"):
+        test_the_kernel_divides_as_the_policy_says(Sum(eps=0.1), torch.float32)
+
+
 def parts(state):
     return [state.transition.value if isinstance(state.transition, Matrix) else state.transition]
 
@@ -544,8 +666,9 @@ def test_operators_are_well_formed():
     q, k, v, beta, g, memory, product = map(single, delta_problem("vector"))
     old = draw(2, 2, 20, 1).float()
     for given in (
-        (q, k, v, g, memory, old, 0.5, False, False, True),
-        (q, k, v, None, None, None, 0.5, True, True, False),
+        (q, k, v, g, memory, old, 0.5, False, False, True, 0, 0.0),
+        (q, k, v, None, None, None, 0.5, True, True, False, 0, 0.0),
+        (q, k, v, None, None, None, 0.5, True, False, False, 2, 1.0),
     ):
         torch.library.opcheck(step_ops.linear_step, given, test_utils=checks)
     for given in ((q, k, v, beta, g, memory, product, 0.5, True), (q, k, v, beta, None, None, None, 0.5, False)):
@@ -598,6 +721,16 @@ def test_compiled(gate, dim, dv, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("heads", [8, 19, 32])
+@pytest.mark.parametrize("dim", [64, 128, 300])
+def test_compiled_many_queries(heads, dim):
+    given = linear_problem("scalar", heads=heads, groups=1, dim=dim, dv=64)
+    verify(linear_step, linear_plain, given, torch.float32, terms=dim, device="cuda")
+    given = delta_problem("scalar", heads=heads, groups=1, dim=dim, dv=64)
+    verify(delta_step, delta_plain, given, torch.float32, terms=dim * dim, device="cuda")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("states", [1, 5, 16, 128, 256])
 @pytest.mark.parametrize("memory", [True, False])
@@ -623,6 +756,20 @@ def test_compiled_normalizers(normalizer, dim):
 
     given = [q.exp(), k.exp(), v, g, before]
     verify(fast, with_normalizer(normalizer), given, torch.float32, terms=dim, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalizer", [Sum(), Sum(eps=0.1), Clamp(), Clamp(30.0)])
+@pytest.mark.parametrize("turned", [True, False])
+def test_compiled_divisions(normalizer, dtype, turned):
+    given = dividing(normalizer, dim=128, dv=128)
+
+    def fast(q, k, v, g, memory):
+        memory = memory.mT.contiguous().mT if turned else memory
+        return linear_step(q, k, v, g, memory, normalizer=normalizer)[:2]
+
+    verify(fast, quotient(normalizer), given, dtype, terms=128, device="cuda")
 
 
 @pytest.mark.gpu

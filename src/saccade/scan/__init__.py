@@ -31,10 +31,11 @@ from saccade.scan.linear_attention import linear_attention
 from saccade.scan.long_conv import long_conv
 from saccade.scan.normalizers import Clamp, LengthPower, Magnitude, MeanShift, Normalizer, Read, Sum
 from saccade.scan.selective_scan import selective_scan
-from saccade.scan.state import Matrix, State
+from saccade.scan.state import UNTRACKED, Matrix, State, Untracked
 
 __all__ = [
     "L2",
+    "UNTRACKED",
     "Clamp",
     "CosReweight",
     "Decay",
@@ -68,6 +69,7 @@ __all__ = [
     "Sum",
     "SwiGLUMemory",
     "SwitchedHuber",
+    "Untracked",
     "affine",
     "associative_scan",
     "check_monoid",

@@ -20,7 +20,7 @@ from saccade.scan.linear_attention import (
     initial_memory,
     working_dtype,
 )
-from saccade.scan.state import Matrix, State
+from saccade.scan.state import UNTRACKED, Matrix, State, Untracked, begun
 
 
 def delta_rule(
@@ -31,7 +31,7 @@ def delta_rule(
     *,
     log_decay: Tensor | None = None,
     scale: float | None = None,
-    state: State | None = None,
+    state: State | Untracked | None = None,
     return_state: bool = False,
     cu_seqlens: Tensor | None = None,
     chunk: int = 64,
@@ -51,17 +51,19 @@ def delta_rule(
         are taken as they are.
     log_decay: g <= 0, down to -inf (forget everything); (heads,), (B, heads, N) or (B, heads, N, D) (default None).
     scale: default None: 1.
-    state: what earlier tokens left, as an earlier call returned it (default None: nothing).
+    state: what earlier tokens left, as an earlier call returned it (default None: nothing). `UNTRACKED` is nothing too,
+        and then, as from any untracked state, the one that is returned has no transition.
     return_state: also return the `State` after the last token: memory (B, heads, D, Dv), and as transition the `Matrix`
-        (B, heads, D, D) of all products of decay and erasure, which costs about D / Dv times the scan once more. Under
-        cu_seqlens B is the number of sequences, here and in `state`.
+        (B, heads, D, D) of all products of decay and erasure, which costs about D / Dv times the scan once more. A
+        decoder, which does without it, begins with `UNTRACKED`. Under cu_seqlens B is the number of sequences, here and
+        in `state`.
     cu_seqlens: int32, sequences packed into batch 1, each with a memory of its own.
     chunk: tokens handled at once; changes the speed, and no result beyond rounding. "triton" has sizes of its own.
     backend: "reference" (token by token), "chunked", "triton" (kernels; no vector gate, at most 256 channels,
         differentiable once), or "auto": triton on a GPU in 16 bits where it can, otherwise chunked. One token of which
         no gradient is asked has a kernel of its own in "triton", with a vector gate too and for any number of channels,
-        which "auto" takes on a GPU: it reads memory and transition once and writes them once. On a CPU "auto" takes
-        one token by itself.
+        which "auto" takes on a GPU: it reads memory and transition, if tracked, once and writes them once. On a CPU
+        "auto" takes one token by itself.
 
     Within a chunk the values actually written, u_t = beta_t (v_t - what k_t finds), solve one triangular system (the WY
     form): (I + diag(beta) L) U = diag(beta) (V - K' S), with L the decayed key-key products below the diagonal and K'
@@ -84,7 +86,7 @@ def delta_rule(
             "so pass what came earlier as `state`"
         )
     _check_beta(beta, q, k)
-
+    state, tracks = begun(state)
     once = cu_seqlens is None and step.takes(backend, q.shape[2], state, q, k, v, beta, log_decay)
     fast = not once and kernels.takes(backend, v, kernels.delta_reasons(v, q.shape[3], log_decay))
     scan = None if once else kernels.delta_scan if fast else _in_products(backend, chunk)
@@ -98,7 +100,7 @@ def delta_rule(
         state: State | None,
         cu: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        return _dense(q, k, v, beta, log_decay, state, scale, return_state, scan, cu)
+        return _dense(q, k, v, beta, log_decay, state, scale, return_state and tracks, scan, cu)
 
     with full_precision(q):
         if cu_seqlens is None:
@@ -131,11 +133,11 @@ def _dense(
     log_decay: Tensor | None,
     state: State | None,
     scale: float | None,
-    with_transition: bool,
+    track: bool,
     scan: Pass | None,
     cu: Tensor | None,
 ) -> tuple[Tensor, State]:
-    """`delta_rule` of sequences of one length or of packed ones; without `with_transition` the state has none.
+    """`delta_rule` of sequences of one length or of packed ones; track: the transition after the last token is wanted.
 
     scan: None for the kernel of one token.
     """
@@ -146,21 +148,21 @@ def _dense(
         g = log_decay[None, :, None] if log_decay.ndim == 1 else log_decay
     kept = max(beta.shape[1], groups if g is None else g.shape[1])
     sequences = batch if cu is None else cu.shape[0] - 1
-    shape, like = (sequences, kept, dim, v.shape[-1]), v.new_empty(0, dtype=working_dtype(q))
+    shape = (sequences, kept, dim, v.shape[-1])
     scale = 1.0 if scale is None else scale
     if scan is None:
-        before = None if state is None else initial_memory(state, shape, like)
-        known = with_transition and state is not None and state.transition is not None
+        before = None if state is None else initial_memory(state, shape, v)
+        known = track and state is not None and state.transition is not None
         old = _as_matrix(state, cast(Tensor, before)) if known else None
-        o, memory, moved = step.delta(q, k, v, beta, g, before, old, scale, with_transition)
-        return o, State(memory, None if moved is None else Matrix(moved))
-    memory = initial_memory(state, shape, like)
-    if with_transition:
+        o, memory, moved = step.delta(q, k, v, beta, g, before, old, scale, track)
+        return o, State(memory, UNTRACKED if moved is None else Matrix(moved))
+    memory = initial_memory(state, shape, v)
+    if track:
         # The transition is what becomes of the columns of a memory to which nothing is added.
         memory = torch.cat([memory, _as_matrix(state, memory)], -1)
     o, memory = scan(q, k, v, beta, g, memory, cu, scale)
     memory, product = memory.tensor_split([v.shape[-1]], -1)
-    return o.to(dtype), State(memory, Matrix(product) if with_transition else None)
+    return o.to(dtype), State(memory, Matrix(product) if track else UNTRACKED)
 
 
 def _as_matrix(state: State | None, memory: Tensor) -> Tensor:
@@ -169,10 +171,10 @@ def _as_matrix(state: State | None, memory: Tensor) -> Tensor:
     transition = None if state is None else state.transition
     if isinstance(transition, Matrix):
         matrix = transition.value.to(memory.dtype)
-    elif transition is None:
-        matrix = eye
-    else:
+    elif isinstance(transition, Tensor):
         matrix = transition.to(memory.dtype).exp() * eye
+    else:
+        matrix = eye
     return matrix.expand(*memory.shape[:2], *eye.shape)
 
 

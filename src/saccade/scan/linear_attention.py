@@ -17,7 +17,7 @@ from saccade.scan.chunks import Stretch, each_chunk, grouped, weigh
 from saccade.scan.features import LogFeatures, Map, feature_map_of
 from saccade.scan.kernels import step
 from saccade.scan.normalizers import Normalizer, Read, normalizer_of
-from saccade.scan.state import Matrix, State, chain
+from saccade.scan.state import UNTRACKED, State, Transition, Untracked, begun, chain
 
 
 def linear_attention(
@@ -30,7 +30,7 @@ def linear_attention(
     normalizer: str | Normalizer | None = None,
     causal: bool = True,
     scale: float | None = None,
-    state: State | None = None,
+    state: State | Untracked | None = None,
     return_state: bool = False,
     cu_seqlens: Tensor | None = None,
     chunk: int = 64,
@@ -50,7 +50,8 @@ def linear_attention(
         (default None: the identity). It sees float32, or float64 for float64.
     normalizer: a `Normalizer` or its name (default None: o as above).
     scale: default None: 1.
-    state: what earlier tokens left, as an earlier call returned it (default None: nothing).
+    state: what earlier tokens left, as an earlier call returned it (default None: nothing). `UNTRACKED` is nothing too,
+        and then, as from any untracked state, the one that is returned has no transition.
     return_state: also return the `State` after the last token. Its memory is (B, heads, F, Dv), with a last column for
         the sum of phi(k) under any normalizer and a last row for sums over v under those that count; its transition
         is the sum of the decays. Under cu_seqlens B is the number of sequences, here and in `state`.
@@ -91,6 +92,7 @@ def linear_attention(
             raise ValueError(f"cu_seqlens: got q with {q.shape[2]} tokens and k with {k.shape[2]}; they share it")
         cu_seqlens = check_cu_seqlens(cu_seqlens, q.shape[2], q.shape[0])
 
+    state, tracks = begun(state)
     with full_precision(q):
         dtype, logs = q.dtype, isinstance(phi, LogFeatures)
         q, k = _featured(q, k, phi, cu_seqlens)
@@ -103,7 +105,8 @@ def linear_attention(
         def one(
             q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: State | None, cu: Tensor | None = None
         ) -> tuple[Tensor, State]:
-            o, after = _dense(q, k, v, g, state, logs, policy, causal, scale, scan, return_state, cu)
+            track = return_state and tracks
+            o, after = _dense(q, k, v, g, state, logs, policy, causal, scale, scan, track, cu)
             return o.to(dtype), after
 
         # The scale of logarithmic features runs on over the sequences, so those are taken one by one.
@@ -139,7 +142,7 @@ def _featured(
 def full_precision(like: Tensor) -> contextlib.AbstractContextManager:
     """A context in which autocast leaves matrix products on the device of `like` alone."""
     device = like.device.type
-    if torch.amp.is_autocast_available(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 
@@ -192,15 +195,16 @@ def check_log_decay(log_decay: Tensor, rows: tuple[int, int, int], groups: int, 
 
 
 def initial_memory(state: State | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """The memory of `state` in the dtype of `like` after a check of its shape; zeros when there is none."""
+    """The memory of `state` in the working dtype of `like` after a check of its shape; zeros when there is none."""
+    dtype = working_dtype(like)
     if state is None:
-        return like.new_zeros(shape)
+        return like.new_zeros(shape, dtype=dtype)
     if tuple(state.memory.shape) != shape:
         raise ValueError(
             f"state: got a memory {tuple(state.memory.shape)}, these inputs and options keep one of {shape}; "
             "pass a state that a call with the same options returned"
         )
-    return state.memory.to(like.dtype)
+    return state.memory.to(dtype)
 
 
 def _check_policy(policy: Normalizer | None, phi: tuple[Map, Map] | LogFeatures, log_decay: Tensor | None) -> None:
@@ -305,12 +309,12 @@ def _dense(
     causal: bool,
     scale: float | None,
     scan: Pass | None,
-    keep: bool,
+    track: bool,
     cu: Tensor | None,
 ) -> tuple[Tensor, State]:
     """`linear_attention` of features, or their logarithms, of sequences of one length or of packed ones.
 
-    scan: None for the kernel of one token. keep: the state after the last token is wanted, so its transition is too.
+    scan: None for the kernel of one token. track: the transition after the last token is wanted.
     """
     (batch, heads), groups, features = q.shape[:2], k.shape[1], k.shape[-1]
     real, sequences = working_dtype(v), batch if cu is None else cu.shape[0] - 1
@@ -327,12 +331,12 @@ def _dense(
     mass, counts = policy is not None, policy is not None and policy.counts
     shape = (sequences, kept, features + counts, v.shape[-1] + mass)
     nothing = scan is None and state is None  # which that kernel need not read
-    given = None if nothing else initial_memory(state, shape, v.new_empty(0, dtype=real))
-    past = None if state is None else state.transition
+    given = None if nothing else initial_memory(state, shape, v)
+    past: Transition = UNTRACKED if not track else None if state is None else state.transition
     kind = (batch, kept, features if log_decay is not None and log_decay.ndim == 4 else 1, 1)
     # The kernel of one token adds up decays of one shape itself, but for those of a log scale.
-    adds = scan is None and keep and g is not None and not logs and (past is None or _is_decay(past, kind))
-    if keep and g is not None and not adds:
+    adds = scan is None and track and g is not None and not logs and (past is None or _is_decay(past, kind))
+    if track and g is not None and not adds:
         past = chain(past, _total(g.to(real), batch, q.shape[2], cu))
 
     undo, shift = None, None
@@ -357,8 +361,13 @@ def _dense(
             q, k = F.pad(q, (0, 1)), F.pad(k, (0, 1), value=1.0)
         if scan is None:
             old = cast("Tensor | None", past) if adds else None
-            o, found, memory, added = step.linear(q, k, v, g, given, old, scale, mass, adds)
+            ratio = step.Ratio.of(policy if undo is None or (policy is not None and policy.scale_free) else None)
+            divided = ratio.kind > 0
+            wide = undo is not None or (policy is not None and not divided)
+            o, found, memory, added = step.linear(q, k, v, g, given, old, scale, mass, wide, adds, ratio)
             past = added if adds else past
+            if divided:
+                return o, State(memory, past, shift)
         else:
             begin = cast(Tensor, given)
             o, found, memory = scan(q, k, v, g, begin[:, :, : k.shape[3]], cu, scale, mass)
@@ -381,6 +390,7 @@ def _dense(
         after = State(memory, None, shift)
         if state is not None:
             after = State(cast(Tensor, given), state.transition, state.shift).compose(after)
+        after = after if track else after.untracked()
         q = q if scale == 1 else q * scale
         o = grouped(q.unflatten(1, (groups, -1)), after.memory[:, :, None, :features]).flatten(1, 2)
         o, found = o.split([v.shape[-1] - 1, 1], -1) if mass else (o, None)
@@ -395,7 +405,7 @@ def _dense(
     return o, after
 
 
-def _is_decay(transition: Tensor | Matrix, shape: tuple[int, ...]) -> bool:
+def _is_decay(transition: Transition, shape: tuple[int, ...]) -> bool:
     """Whether it is one log decay a state, or one a row of it, as `shape` says."""
     return isinstance(transition, Tensor) and transition.dtype == torch.float32 and tuple(transition.shape) == shape
 

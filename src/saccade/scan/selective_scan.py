@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from saccade.errors import known, positive
 from saccade.scan import kernels
 from saccade.scan.kernels import step as one_step
-from saccade.scan.state import Matrix, State, chain
+from saccade.scan.state import UNTRACKED, State, Untracked, begun, chain
 
 BACKENDS = ("auto", "chunked", "triton")
 
@@ -28,7 +28,7 @@ def selective_scan(
     z: Tensor | None = None,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
-    state: State | None = None,
+    state: State | Untracked | None = None,
     return_state: bool = False,
     chunk: int = 64,
     backend: str = "auto",
@@ -46,12 +46,13 @@ def selective_scan(
     complex. B, C: (batch, N, S), or (batch, N, G, S) in G groups, channel c reading group c // (channels // G); real or
     complex. D: (channels,), the direct term (default None). z: like x, a gate (default None). delta_bias: (channels,),
     added to delta (default None). delta_softplus: delta becomes softplus(delta) (default False). state: what earlier
-    tokens left, memory (batch, channels, S, 1) (default None: zero). return_state: also return the `State` after the
-    last token (default False). chunk: tokens expanded at a time (default 64); changes cost, not values. backend:
-    "chunked", "triton" (one kernel that expands nothing, real states, differentiable once), or "auto": triton on a GPU
-    where it can, otherwise chunked. One token of which no gradient is asked has a kernel of its own in "triton", real
-    states too, which "auto" takes on a GPU: it reads memory and transition once and writes them once, and where a state
-    is given it takes A as it is.
+    tokens left, memory (batch, channels, S, 1) (default None: zero); `UNTRACKED` is zero too, and then, as from any
+    untracked state, the one that is returned has no transition, which is as large as the memory: so a decoder begins.
+    return_state: also return the `State` after the last token (default False). chunk: tokens expanded at a time
+    (default 64); changes cost, not values. backend: "chunked", "triton" (one kernel that expands nothing, real states,
+    differentiable once), or "auto": triton on a GPU where it can, otherwise chunked. One token of which no gradient is
+    asked has a kernel of its own in "triton", real states too, which "auto" takes on a GPU: it reads memory and, where
+    it is tracked, transition once and writes them once, and where a state is given it takes A as it is.
 
     Returns y like x, or (y, state). Half precision is computed in float32, and the state is kept there. Costs
     N channels S steps; expands to (batch, chunk, channels, S) at most, in the backward pass too, which recomputes each
@@ -64,6 +65,7 @@ def selective_scan(
     >>> [round(v, 3) for v in y.flatten().tolist()], tuple(state.memory.shape)
     ([1.0, 1.607, 1.974], (1, 1, 1, 1))
     """
+    state, tracks = begun(state)
     groups = _check(x, delta, A, B, C, D, z, delta_bias, state)
     positive("chunk", chunk)
     known("backend", backend, BACKENDS)
@@ -74,7 +76,9 @@ def selective_scan(
     real = torch.float64 if wide in (torch.float64, torch.complex128) else torch.float32
     before = None if state is None else _memory(state)
     if wide == torch.float32 and one_step.takes(backend, length, state, x, delta, A, B, C, D, z, delta_bias):
-        return _once(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, before, return_state)
+        given = x, delta, A, B, C, D, z, delta_bias
+        y, after = _once(*given, delta_softplus, state, before, return_state and tracks)
+        return (y, after) if return_state else y
     step = delta.to(real)
     if delta_bias is not None:
         step = step + delta_bias.to(real)
@@ -103,6 +107,8 @@ def selective_scan(
     y = y.to(x.dtype)
     if not return_state:
         return y
+    if not tracks:
+        return y, State(h.flatten(1, 2).unsqueeze(-1), UNTRACKED)
     decay = (step.sum(1).unsqueeze(-1) * rate).unsqueeze(-1)
     return y, State(h.flatten(1, 2).unsqueeze(-1), chain(None if state is None else state.transition, decay))
 
@@ -119,20 +125,16 @@ def _once(
     softplus: bool,
     state: State | None,
     before: Tensor | None,
-    return_state: bool,
-) -> Any:
+    track: bool,
+) -> tuple[Tensor, State]:
     """`selective_scan` of one token by its kernel, which adds up decays itself where they are what it keeps."""
     memory = None if before is None else before.squeeze(-1)
-    past = None if state is None else state.transition
-    adds = past is None or not (isinstance(past, Matrix) or before is None or past.shape != before.shape)
+    past = state.transition if state is not None and track else None
+    adds = past is None or (isinstance(past, Tensor) and before is not None and past.shape == before.shape)
     old = past.squeeze(-1) if isinstance(past, Tensor) and adds else None
     write, read = (t if t.ndim == 4 else t.unsqueeze(2) for t in (B, C))
-    y, h, decay = one_step.selective(
-        x, delta, A, write, read, bias, softplus, D, z, memory, old, return_state
-    )  # fmt: skip
-    if decay is None:
-        return y
-    moved = decay.unsqueeze(-1)
+    y, h, decay = one_step.selective(x, delta, A, write, read, bias, softplus, D, z, memory, old, track)
+    moved = UNTRACKED if decay is None else decay.unsqueeze(-1)
     return y, State(h.unsqueeze(-1), moved if adds else chain(past, moved))
 
 

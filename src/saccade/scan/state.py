@@ -27,14 +27,29 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class Untracked:
+    """A transition that nobody keeps, for states that are gone on from and never put after another stretch.
+
+    A decoder's states are of this kind: where the transition is as large as the memory, they are half as large, and a
+    step moves half as many bytes. `UNTRACKED` is one: as the transition of a `State`, and as the `state` that a scan
+    begins with, which is nothing, its transition not to be kept. What goes on from an untracked state is untracked.
+    """
+
+
+UNTRACKED = Untracked()
+Transition = Tensor | Matrix | Untracked | None
+
+
+@dataclass(frozen=True)
 class State:
     """A stretch of tokens as a linear recurrence sees it: what it adds, and what it does to what came before.
 
         S_after = T(S_before) + memory
 
-    memory: (..., D, Dv), float32 or wider, real or complex.
+    memory: (..., D, Dv), float32 or wider, real or complex; its strides are whatever suits who made it.
     transition: the map T. None is the identity; a tensor is a log decay that broadcasts against the memory, (..., 1, 1)
-    or (..., D, 1), applied as exp(transition) * S; a `Matrix` (..., D, D) is applied as value @ S.
+    or (..., D, 1), applied as exp(transition) * S; a `Matrix` (..., D, D) is applied as value @ S; `UNTRACKED` says
+    that it was not kept.
     shift: log scale of the memory, broadcastable against it; the true memory is exp(shift) * memory (default None: 1).
 
     `compose` is associative with `identity` as its unit, so prefix caches, decoding, ragged batches and scans over
@@ -47,7 +62,7 @@ class State:
     """
 
     memory: Tensor
-    transition: Tensor | Matrix | None = None
+    transition: Transition = None
     shift: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -60,7 +75,7 @@ class State:
             fits = self.transition.value.shape[-2:] == (shape[-2], shape[-2])
             fits = fits and _broadcasts(self.transition.value.shape[:-2], shape[:-2])
         else:
-            fits = self.transition is None or _broadcasts(self.transition.shape, shape)
+            fits = not isinstance(self.transition, Tensor) or _broadcasts(self.transition.shape, shape)
         if not fits:
             value = self.transition.value if isinstance(self.transition, Matrix) else self.transition
             raise ValueError(
@@ -75,13 +90,28 @@ class State:
         shift = None if self.shift is None else torch.full_like(self.shift, -torch.inf)
         return State(torch.zeros_like(self.memory), shift=shift)
 
+    @property
+    def tracked(self) -> bool:
+        """Whether it has its transition, so that it can be put after another stretch."""
+        return not isinstance(self.transition, Untracked)
+
+    def untracked(self) -> State:
+        """The same memory without its transition: what a decoder goes on from."""
+        return State(self.memory, UNTRACKED, self.shift)
+
     def compose(self, later: State) -> State:
         """The two stretches as one, this one first.
 
             memory = T_later(memory) + later.memory,   T = T_later . T_self
 
-        With shifts the sum is taken relative to the larger one. Errors: ValueError when the memories differ in shape.
+        With shifts the sum is taken relative to the larger one; untracked where this one is.
+        Errors: ValueError when the memories differ in shape, or the later stretch is untracked.
         """
+        if not later.tracked:
+            raise ValueError(
+                "later: got an untracked state, which does not say what its tokens do to what came before; read them "
+                "with state=None for a state that can, or with this one as `state`"
+            )
         if self.memory.shape != later.memory.shape:
             raise ValueError(
                 f"later: got a memory {tuple(later.memory.shape)} after {tuple(self.memory.shape)}; "
@@ -109,13 +139,14 @@ class State:
             raise ValueError(
                 f"states: got {len(states)} with parts of {len(kinds)} kinds; pass states that one call made"
             )
-        transitions = [s.transition for s in states if s.transition is not None]
         shifts = [s.shift for s in states if s.shift is not None]
-        transition: Tensor | Matrix | None = None
-        if transitions:
-            parts = [t.value if isinstance(t, Matrix) else t for t in transitions]
-            transition = Matrix(torch.cat(parts)) if isinstance(transitions[0], Matrix) else torch.cat(parts)
-        return State(torch.cat([s.memory for s in states]), transition, torch.cat(shifts) if shifts else None)
+        memory, shift = torch.cat([s.memory for s in states]), torch.cat(shifts) if shifts else None
+        parts = [t.value if isinstance(t, Matrix) else t for t in (s.transition for s in states)]
+        tensors = [t for t in parts if isinstance(t, Tensor)]
+        if not tensors:
+            return State(memory, states[0].transition, shift)
+        transition = torch.cat(tensors)
+        return State(memory, Matrix(transition) if isinstance(states[0].transition, Matrix) else transition, shift)
 
     def unbind(self) -> tuple[State, ...]:
         """One state a sequence of the batch, each with a first dim of 1; `cat` puts them together again.
@@ -167,16 +198,26 @@ def _broadcasts(shape: torch.Size, onto: torch.Size) -> bool:
     return len(shape) <= len(onto) and all(a in (1, b) for a, b in zip(shape, tail, strict=True))
 
 
-def _apply(transition: Tensor | Matrix | None, memory: Tensor) -> Tensor:
+def begun(state: State | Untracked | None) -> tuple[State | None, bool]:
+    """What a scan begins with, None for nothing, and whether it keeps the transition."""
+    if isinstance(state, Untracked):
+        return None, False
+    return state, state is None or state.tracked
+
+
+def _apply(transition: Transition, memory: Tensor) -> Tensor:
     if transition is None:
         return memory
+    assert not isinstance(transition, Untracked)
     if isinstance(transition, Matrix):
         return transition.value @ memory
     return transition.exp() * memory
 
 
-def chain(first: Tensor | Matrix | None, then: Tensor | Matrix | None) -> Tensor | Matrix | None:
+def chain(first: Transition, then: Transition) -> Transition:
     """The transition of two stretches in a row."""
+    if isinstance(first, Untracked) or isinstance(then, Untracked):
+        return UNTRACKED
     if first is None or then is None:
         return then if first is None else first
     if isinstance(first, Matrix):

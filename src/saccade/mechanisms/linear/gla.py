@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import positive
-from saccade.scan import State, linear_attention
+from saccade.scan import UNTRACKED, State, linear_attention
 from saccade.scan.decays import gate_logsigmoid
 
 
@@ -88,7 +88,7 @@ class GLA(Mixer):
             k,
             v,
             log_decay=decay,
-            state=state,
+            state=state or UNTRACKED,
             return_state=True,
             cu_seqlens=cu_seqlens,
             chunk=self.chunk,

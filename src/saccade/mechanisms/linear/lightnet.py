@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import positive
-from saccade.scan import State, linear_attention
+from saccade.scan import UNTRACKED, State, linear_attention
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class LightNet(Mixer):
         before = torch.full_like(k[:, :, :1], -torch.inf) if state is None else state.mass
         z = torch.cat([before, k], 2).logcumsumexp(2)
         decay = z[:, :, :-1] - z[:, :, 1:]
-        held = None if state is None else state.memory
+        held = UNTRACKED if state is None else state.memory
         o, memory = self._attend(q, (k - z[:, :, 1:]).exp(), v, log_decay=decay, state=held, chunk=self.chunk)
         return o, LightNetState(z[:, :, -1:], memory)
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import known, positive
-from saccade.scan import State, decays, linear_attention
+from saccade.scan import UNTRACKED, State, decays, linear_attention
 
 EPS = 1e-6
 
@@ -85,7 +85,7 @@ class LightningAttention(Mixer):
             k,
             v,
             log_decay=self.log_decay.to(x.device),
-            state=state,
+            state=state or UNTRACKED,
             return_state=True,
             cu_seqlens=cu_seqlens,
             chunk=self.block,

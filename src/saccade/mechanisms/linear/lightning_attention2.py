@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saccade.contract import Attention, Case, Dims, Finding, Spec, claim
 from saccade.errors import positive
-from saccade.scan import State, decays, linear_attention
+from saccade.scan import UNTRACKED, State, decays, linear_attention
 
 
 class LightningAttention2(Attention):
@@ -71,7 +71,7 @@ class LightningAttention2(Attention):
             k,
             v,
             log_decay=self.log_decay.to(q.device),
-            state=state,
+            state=state or UNTRACKED,
             return_state=True,
             cu_seqlens=cu_seqlens,
             chunk=self.block,

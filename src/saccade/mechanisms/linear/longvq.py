@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from saccade import attend, merge
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import positive
-from saccade.scan import State, linear_attention, selective_scan
+from saccade.scan import UNTRACKED, State, linear_attention, selective_scan
 from saccade.softmax.bias import RelativeTable
 from saccade.where import Causal, Window
 
@@ -92,7 +92,7 @@ class LongVQ(Mixer):
         write = alpha.expand(*x.shape[:2], -1, -1)
         read = self.eta.to(wide).expand_as(write)
         rate = torch.log1p(-alpha * delta)
-        found = selective_scan(x, torch.ones_like(x), rate, write, read, state=state, return_state=True)
+        found = selective_scan(x, torch.ones_like(x), rate, write, read, state=state or UNTRACKED, return_state=True)
         return cast(tuple[Tensor, State], found)
 
     def tokens(self, u: Tensor) -> Tokens:

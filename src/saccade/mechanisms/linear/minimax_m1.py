@@ -14,7 +14,7 @@ from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import known, positive
 from saccade.hosts.stack import Stack, SwiGLU, interleave
 from saccade.mix import rotary_rates, turn_halves
-from saccade.scan import State, linear_attention
+from saccade.scan import UNTRACKED, State, linear_attention
 from saccade.where import Causal
 
 
@@ -41,7 +41,7 @@ class Lightning(nn.Module):
         q, k, v = F.silu(self.qkv(x)).unflatten(2, (3 * self.num_heads, -1)).transpose(1, 2).chunk(3, 1)
         # Not a buffer: the slowest decays would be lost in half precision.
         decay = -torch.tensor(self.slopes, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        options: Any = {"log_decay": decay, "state": state, "return_state": True}
+        options: Any = {"log_decay": decay, "state": state or UNTRACKED, "return_state": True}
         return cast(tuple[Tensor, State], linear_attention(q, k, v, chunk=self.chunk, backend=backend, **options))
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:

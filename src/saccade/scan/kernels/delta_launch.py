@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from saccade.scan.kernels.delta import delta_gradients, delta_prepare, delta_walk, delta_walk_back
-from saccade.scan.kernels.launch import Problem, Sizes, Tile, multiprocessors, padded, shared
+from saccade.scan.kernels.launch import Problem, Sizes, Tile, padded, shared
 from saccade.scan.kernels.tiles import Cuts, Heads
 
+ROOM = 200 * 1024  # bytes of shared memory for what is loaded ahead; what is moved between warps needs some besides
+RUN_AHEAD = 3  # chunks whose loads are under way, or at hand
 WIDEST = 64  # channels that a program without a walk takes at a time
 
 
 def delta_heads(k: Tensor, beta: Tensor, g: Tensor | None) -> int:
     """How many memories a sequence has."""
     return max(k.shape[1], beta.shape[1], 0 if g is None else g.shape[1])
+
+
+class Solved(NamedTuple):
+    """What chunks of C tokens have that depends on no state.
+
+    t (B, heads, N, C): the inverse of the system, times beta. scores (B, H, N, C): the products of q and k, decayed and
+    scaled. edges (2, B, heads, N), float32, of which there are none without a gate: what is left of the start at each
+    token, and of each token at the end.
+    """
+
+    t: Tensor
+    scores: Tensor
+    edges: Tensor
 
 
 @dataclass(frozen=True)
@@ -35,34 +50,32 @@ class DeltaLaunch(Problem):
     def sizes(self) -> Sizes:
         """Those of linear attention, with what the walk holds besides in mind.
 
-        In bfloat16 never fewer than 64 channels of values a program: with 16 or 32, products that take the state from
-        shared memory are compiled wrongly for capability 9.0 (Triton 3.6): they read beyond it. Loads run ahead where a
-        multiprocessor has one program; two hide each other's, and leave no room for it.
+        In bfloat16 never fewer than 64 channels of values a program, the rows that a product has at least where its
+        first factor comes from registers. Loads run as far ahead as shared memory has room.
         """
         d, dv = self.q.shape[3], self.v.shape[3]
         chunk, tile = Sizes.of(d, dv, self.q.dtype, 1)
         if self.kind != torch.bfloat16:
             return Sizes(chunk, Tile(min(tile.values, 32), 8, 1))
-        programs = triton.cdiv(dv, 64) * self.sequences * self.memories
-        alone = d <= 128 and programs < 2 * multiprocessors(self.q.device)
-        return Sizes(chunk, Tile(64, tile.warps, tile.stages if alone else 1))
+        wide = padded(d)
+        held = 2 * chunk * (wide + chunk + self.fan * (wide + chunk + 64))  # k, t; q, scores and do of each query head
+        return Sizes(chunk, Tile(64, tile.warps, max(1, min(RUN_AHEAD, ROOM // held))))
 
-    def forward(self, memory: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, memory: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Solved]:
         """o in `dtype`, the memory after the last token, and what `solved` found.
 
         memory: (sequences, heads, D, Dv), float32.
         """
         cuts = self.cuts
-        gates = self.prepared(cuts).gates
-        t = self.solved(gates, cuts)
+        found = self.solved(self.prepared(cuts).gates, cuts)
         q, v = self.q, self.v
         o = q.new_empty(*q.shape[:3], v.shape[3], dtype=dtype)
         last = torch.empty_like(memory)
-        self.walk_forward(gates, t, memory, cuts, o=o, last=last)
-        return o, last, t
+        self.walk_forward(found, memory, cuts, o=o, last=last)
+        return o, last, found
 
     def backward(
-        self, do: Tensor, dafter: Tensor, memory: Tensor, t: Tensor
+        self, do: Tensor, dafter: Tensor, memory: Tensor, found: Solved
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
         """Gradients of q, k, v, beta, g, and of the memory before the first token."""
         q, k, v, g, heads = self.q, self.k, self.v, self.g, self.memories
@@ -70,60 +83,64 @@ class DeltaLaunch(Problem):
         dv_width = v.shape[3]
         do = do.to(q.dtype)
         cuts, chunks = self.cuts, self.chunks
-        gates = self.prepared(cuts).gates
-        u, x = (q.new_empty(batch, heads, length, dv_width, dtype=self.kind) for _ in range(2))
-        states = q.new_empty(chunks + self.sequences, heads, d, dv_width, dtype=self.kind)
-        self.walk_forward(gates, t, memory, cuts, u=u, states=states)
-
-        tiles = triton.cdiv(dv_width, self.sizes.tile.values)
-        dstates = q.new_empty(chunks, heads, d, dv_width, dtype=self.kind)
-        past = self.single(chunks, heads, tiles) if self.gate else None
+        u, y = (q.new_empty(batch, heads, length, dv_width, dtype=self.kind) for _ in range(2))
+        states, dstates = (q.new_empty(chunks, heads, dv_width, d, dtype=self.kind) for _ in range(2))
+        self.walk_forward(found, memory, cuts, u=u, states=states)
         before = torch.empty_like(memory)
-        delta_walk_back[(tiles * self.sequences, heads)](
-            *self.of(q, k, do, self.beta, gates, t), dafter, states, *self.of(x), dstates, past, before, cuts,
+        delta_walk_back[(self.tiles * self.sequences, heads)](
+            *self.of(q, k, do, found.t, found.scores), self.edges(found), dafter, *self.of(y), dstates, before, cuts,
             self.scale, **self.walk_constants,
         )  # fmt: skip
 
         # Of each memory its own; those that share a key are added up afterwards, in float32 and in order.
-        whole = heads == k.shape[1]
         dq = q.new_empty(q.shape)
-        dk, dv = (y.new_empty(batch, heads, *y.shape[2:], dtype=y.dtype if whole else torch.float32) for y in (k, v))
+        dk = k.new_empty(batch, heads, length, d, dtype=k.dtype if heads == k.shape[1] else torch.float32)
         dbeta = self.single(batch, heads, length)
         dg = self.single(batch, heads, length) if self.gate else None
-        narrow = min(WIDEST, 32 if self.kind == torch.float32 else 64)
-        constants = self.constants | {"BK": min(padded(d), narrow), "BV": min(padded(dv_width), narrow)}
+        gates = self.prepared(cuts).gates
+        widest = min(WIDEST, 32) if self.kind == torch.float32 else WIDEST
         delta_gradients[(chunks, heads)](
-            *self.of(q, k, v, self.beta, gates, do, u, x), states, dstates, past, *self.of(dq, dk, dv, dbeta, dg), cuts,
-            self.scale, FAN=self.fan, TILES=tiles, V=dv_width, num_warps=8, num_stages=1, **constants,
+            *self.of(q, k, v, self.beta, gates, do, u, y), self.edges(found), states, dstates,
+            *self.of(dq, dk, dbeta, dg), cuts, self.scale, BK=min(padded(d), widest),
+            BV=min(padded(dv_width), widest), V=dv_width, SUMS=not self.exact, num_warps=8,
+            num_stages=self.ahead, **self.constants,
         )  # fmt: skip
-        dk, dv = (shared(y, k.shape[1]).to(q.dtype) for y in (dk, dv))
+        dk, dv = (shared(z, k.shape[1]).to(q.dtype) for z in (dk, y))
         dbeta = shared(dbeta, self.beta.shape[1]).to(self.beta.dtype)
         if g is not None and dg is not None:
             dg = shared(dg, g.shape[1]).to(g.dtype)
         return dq, dk, dv, dbeta, dg, before
 
-    def solved(self, gates: Tensor | None, cuts: Cuts) -> Tensor:
-        """The inverse of the system of every chunk, a row a token: (B, heads, N, C); gates as the walks take them.
+    def solved(self, gates: Tensor | None, cuts: Cuts) -> Solved:
+        """What all chunks have that depends on no state; gates as `prepared` leaves them.
 
-        It is rounded to the dtype of its products in the end, so that in bfloat16 11 bits are enough on the way.
+        The inverse is rounded to the dtype of its products in the end, so that in bfloat16 11 bits are enough on the
+        way.
         """
-        t = self.q.new_empty(self.system, dtype=self.kind)
+        found = self.room
         delta_prepare[(self.chunks, self.memories)](
-            *self.of(self.k, self.beta, gates, t), cuts, BK=min(padded(self.q.shape[3]), WIDEST),
-            LEVELS=self.sizes.chunk.bit_length() - 1, EXACTLY="ieee" if self.exact else "tf32", num_warps=4,
-            num_stages=1, **self.constants,
+            *self.of(self.q, self.k, self.beta, gates, found.t, found.scores), self.edges(found), cuts, self.scale,
+            BK=min(padded(self.q.shape[3]), WIDEST), SUMS=not self.exact, LEVELS=self.sizes.chunk.bit_length() - 1,
+            EXACTLY=self.inverses, num_warps=4, num_stages=self.ahead, **self.packed, **self.constants,
         )  # fmt: skip
-        return t
+        return found
 
     @property
-    def system(self) -> tuple[int, int, int, int]:
-        """The shape of what `solved` finds."""
-        return self.q.shape[0], self.memories, self.q.shape[2], self.sizes.chunk
+    def room(self) -> Solved:
+        """For that."""
+        batch, heads, length, _ = self.q.shape
+        t, scores = (
+            self.q.new_empty(batch, n, length, self.sizes.chunk, dtype=self.kind) for n in (self.memories, heads)
+        )
+        return Solved(t, scores, self.single(2 if self.gate else 0, batch, self.memories, length))
+
+    def edges(self, found: Solved) -> tuple[Heads | None, ...] | None:
+        """The same for the kernels."""
+        return tuple(self.of(*found.edges)) if self.gate else None
 
     def walk_forward(
         self,
-        gates: Tensor | None,
-        t: Tensor,
+        found: Solved,
         memory: Tensor,
         cuts: Cuts,
         *,
@@ -133,10 +150,9 @@ class DeltaLaunch(Problem):
         states: Tensor | None = None,
     ) -> None:
         """`delta_walk` over all sequences and memories."""
-        tiles = triton.cdiv(self.v.shape[3], self.sizes.tile.values)
-        delta_walk[(tiles * self.sequences, self.memories)](
-            *self.of(self.q, self.k, self.v, self.beta, gates, t), memory, last, *self.of(o, u), states, cuts,
-            self.scale, **self.walk_constants,
+        delta_walk[(self.tiles * self.sequences, self.memories)](
+            *self.of(self.q, self.k, self.v, found.t, found.scores), self.edges(found), memory, last, *self.of(o, u),
+            states, cuts, self.scale, **self.walk_constants,
         )  # fmt: skip
 
     def of(self, *tensors: Tensor | None) -> list[Heads | None]:
@@ -144,12 +160,37 @@ class DeltaLaunch(Problem):
         return [None if x is None else Heads.of(x, max(self.memories, x.shape[1])) for x in tensors]
 
     @property
+    def tiles(self) -> int:
+        """Programs that share a memory in a walk."""
+        return triton.cdiv(self.v.shape[3], self.sizes.tile.values)
+
+    @property
+    def inverses(self) -> str:
+        """How factors of inverses are multiplied, see `delta_prepare`."""
+        return "ieee" if self.exact else "half" if self.kind == torch.bfloat16 else "tf32"
+
+    @property
+    def packed(self) -> dict[str, int]:
+        """For `delta_prepare`: registers that leave room for three programs a multiprocessor, and spill little."""
+        return {"maxnreg": 168} if self.kind == torch.bfloat16 else {}
+
+    @property
+    def ahead(self) -> int:
+        """Stages of kernels of a chunk a program."""
+        return RUN_AHEAD if self.kind == torch.bfloat16 else 1
+
+    @property
+    def whole(self) -> bool:
+        """Whether no sequence ends within a chunk."""
+        return self.cu is None and self.q.shape[2] % self.sizes.chunk == 0
+
+    @property
     def constants(self) -> dict[str, Any]:
-        d, chunk = self.q.shape[3], self.sizes.chunk
-        return {"K": d, "C": chunk, "GATE": self.gate, "SUMS": not self.exact, **self.products}
+        return {"K": self.q.shape[3], "C": self.sizes.chunk, "GATE": self.gate, "FAN": self.fan, **self.products}
 
     @property
     def walk_constants(self) -> dict[str, Any]:
-        tile, dv = self.sizes.tile, self.v.shape[3]
-        own = {"V": dv, "BK": padded(self.q.shape[3]), "BV": tile.values, "FAN": self.fan}
+        tile = self.sizes.tile
+        own = {"V": self.v.shape[3], "BK": padded(self.q.shape[3]), "BV": tile.values}
+        own |= {"UNIT": self.scale == 1, "WHOLE": self.whole}
         return self.constants | own | {"num_warps": tile.warps, "num_stages": tile.stages}

@@ -1,9 +1,9 @@
 """The delta rule's kernels as an operator of PyTorch, as `ops` for linear attention.
 
-    saccade::delta_scan(q, k, v, beta, g, memory, cu, scale) -> (o, memory, t)
+    saccade::delta_scan(q, k, v, beta, g, memory, cu, scale) -> (o, memory, found)
 
-memory: float32, before the first token and after the last. cu: bounds of packed sequences, int32, or None. t, kept for
-the gradients: the inverse of the system of every chunk.
+memory: float32, before the first token and after the last. cu: bounds of packed sequences, int32, or None. found, kept
+for the gradients: what was `Solved` of every chunk.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.scan.kernels.delta_launch import DeltaLaunch
+from saccade.scan.kernels.delta_launch import DeltaLaunch, Solved
 
 
 @torch.library.custom_op("saccade::delta_scan", mutates_args=())
@@ -26,8 +26,9 @@ def delta_scan(
     memory: Tensor,
     cu: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return DeltaLaunch(q, k, v, g, cu, scale, beta).forward(memory, q.dtype)
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    o, after, found = DeltaLaunch(q, k, v, g, cu, scale, beta).forward(memory, q.dtype)
+    return o, after, list(found)
 
 
 @delta_scan.register_fake
@@ -40,10 +41,9 @@ def _(
     memory: Tensor,
     cu: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    launch = DeltaLaunch(q, k, v, g, cu, scale, beta)
-    t = q.new_empty(launch.system, dtype=launch.kind)
-    return q.new_empty(*q.shape[:3], v.shape[3]), memory.new_empty(memory.shape), t
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    found = DeltaLaunch(q, k, v, g, cu, scale, beta).room
+    return q.new_empty(*q.shape[:3], v.shape[3]), memory.new_empty(memory.shape), list(found)
 
 
 @torch.library.custom_op("saccade::delta_scan_backward", mutates_args=())
@@ -57,11 +57,11 @@ def _backward(
     g: Tensor | None,
     memory: Tensor,
     cu: Tensor | None,
-    t: Tensor,
+    found: list[Tensor],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    found = DeltaLaunch(q, k, v, g, cu, scale, beta).backward(do, dafter, memory, t)
-    dq, dk, dv, dbeta, dg, dmemory = found
+    launch = DeltaLaunch(q, k, v, g, cu, scale, beta)
+    dq, dk, dv, dbeta, dg, dmemory = launch.backward(do, dafter, memory, Solved(*found))
     return dq, dk, dv, dbeta, q.new_empty(0, dtype=torch.float32) if dg is None else dg, dmemory
 
 
@@ -76,7 +76,7 @@ def _(
     g: Tensor | None,
     memory: Tensor,
     cu: Tensor | None,
-    t: Tensor,
+    found: list[Tensor],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dg = q.new_empty(0, dtype=torch.float32) if g is None else g.new_empty(g.shape)
@@ -84,17 +84,17 @@ def _(
     return dq, dk, dv, dbeta, dg, dmemory
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, output[2])
+    ctx.save_for_backward(*tensors, *output[2])
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, do: Tensor | None, dafter: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, beta, g, memory, cu, t = ctx.saved_tensors
+def _gradients(ctx: Any, do: Tensor | None, dafter: Tensor | None, _: Any) -> tuple[Any, ...]:
+    q, k, v, beta, g, memory, cu, *found = ctx.saved_tensors
     do = q.new_zeros(*q.shape[:3], v.shape[3]) if do is None else do if do.stride(3) == 1 else do.contiguous()
     dafter = torch.zeros_like(memory) if dafter is None else dafter.contiguous()
-    dq, dk, dv, dbeta, dg, dmemory = _backward(do, dafter, q, k, v, beta, g, memory, cu, t, ctx.scale)
+    dq, dk, dv, dbeta, dg, dmemory = _backward(do, dafter, q, k, v, beta, g, memory, cu, found, ctx.scale)
     return dq, dk, dv, dbeta, None if g is None else dg, dmemory, None, None
 
 

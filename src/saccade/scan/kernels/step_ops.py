@@ -1,15 +1,18 @@
 """The steps as operators of PyTorch, opaque to compilers and traceable by their shapes; sizes and grids.
 
-    saccade::linear_step(q, k, v, g, before, old, scale, mass, wide, track) -> (o, after, grown)
+    saccade::linear_step(q, k, v, g, before, old, scale, mass, wide, track, ratio, least) -> (o, after, grown)
     saccade::delta_step(q, k, v, beta, g, before, old, scale, track) -> (o, after, product)
     saccade::selective_step(x, delta, a, b, c, bias, softplus, direct, z, before, old, track) -> (y, after, grown)
 
-The third result is empty without `track`; `step_kernels` has the shapes. wide: o in float32.
+The third result is empty without `track`; `step_kernels` has the shapes. wide: o in float32. A memory with a mass has
+its columns one after another, each from a multiple of 16 numbers on, so that the mass is a line of its own.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,26 +25,53 @@ from saccade.scan.kernels.step_kernels import linear_step as linear_kernel
 from saccade.scan.kernels.step_kernels import selective_step as selective_kernel
 from saccade.scan.kernels.tiles import Heads
 
-ENTRIES = 4096  # of a state that a program holds; twice as many for whole lines
-PER_WARP = 1024  # of them
-LINE = 32  # columns in a line of the cache
+COLUMNS = 64  # of a memory that a program takes at most
+ENTRIES = 16384  # of it that a program holds
+ROWS = 256  # of a memory with that many features at a time
+FEW = 1024  # entries of a program of many small states
+PER_WARP = 128  # of those: 16 bytes a thread, or the compiler puts the loads of some after what it makes of others
+EVEN = 16  # numbers, a multiple of which a column begins at: the compiler tells no smaller one from an odd number
 
 
 class Band(NamedTuple):
-    """Rows at a time, columns and warps of a program."""
+    """Columns and warps of a program that holds so many rows at once, a power of two.
 
-    rows: int
+    With more threads than rows, a vector of them is loaded by each thread that needs it, and not handed around, which
+    would make every thread wait for it before the next load. Where several queries read a memory, each is a sum over
+    all rows, for which the warps of a program would wait for each other: there a program is one warp, and narrow.
+    """
+
     columns: int
     warps: int
 
     @classmethod
-    def of(cls, rows: int, columns: int, most: int = 1 << 30) -> Band:
-        """For a memory of that size; all rows at a time up to `most`."""
-        high = min(padded(rows), most)
-        wide = min(padded(columns), max(ENTRIES // high, min(LINE, max(1, 2 * ENTRIES // high))))
-        # Where rows do not begin on 16 bytes, each entry needs an address of its own.
-        warps = high * wide // (PER_WARP if columns % 4 == 0 else PER_WARP // 2)
-        return cls(high, wide, max(1, min(8, warps)))
+    def of(cls, high: int, columns: int, queries: int = 1) -> Band:
+        if queries > 1:
+            return cls(16, max(1, high // 128))
+        return cls(min(padded(columns), max(16, min(COLUMNS, ENTRIES // high))), max(1, min(8, high // 16)))
+
+
+class Plan(NamedTuple):
+    """Programs a memory, or a state, and what the compiler is told."""
+
+    programs: int
+    options: dict[str, Any]
+
+
+def operator(results: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """An operator of PyTorch that computes what `results`, of the same arguments, has room for.
+
+    A decoder waits for its host, so it has none of what `custom_op` puts around one for the sake of gradients.
+    """
+
+    def register(run: Callable[..., Any]) -> Any:
+        name = f"saccade::{run.__name__}"
+        torch.library.define(name, torch.library.infer_schema(run, mutates_args=()))
+        torch.library.impl(name, "default")(run)
+        torch.library.register_fake(name)(results)
+        return getattr(torch.ops.saccade, run.__name__).default
+
+    return register
 
 
 def gate_of(g: Tensor | None) -> int:
@@ -50,34 +80,40 @@ def gate_of(g: Tensor | None) -> int:
 
 def heads(x: Tensor | None, count: int) -> Heads | None:
     """For programs of `count` memories each sequence; a tensor with more heads tells them apart itself."""
-    return None if x is None else Heads.of(x, max(count, x.shape[1]))
+    if x is None:
+        return None
+    batch, head, token = x.stride()[:3]
+    return Heads(x, batch, head, token, max(1, count // x.shape[1]))
 
 
-@torch.library.custom_op("saccade::linear_step", mutates_args=())
-def linear_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    before: Tensor | None,
-    old: Tensor | None,
-    scale: float,
-    mass: bool,
-    wide: bool,
-    track: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    o, after, grown = _linear_results(q, k, v, g, before, old, scale, mass, wide, track)
-    (batch, kept, features, width), dv = after.shape, v.shape[3]
-    band, fan = Band.of(features, width, 256), q.shape[1] // kept
-    linear_kernel[(triton.cdiv(width, band.columns) * batch, kept)](
-        *(heads(x, kept) for x in (q, k, v, g, before, after, o)), old, grown if track else None, scale,
-        K=features, V=dv, W=width, BK=band.rows, BV=band.columns, GATE=gate_of(g), FAN=fan,
-        FANS=triton.next_power_of_2(fan), num_warps=band.warps,
+def lines(x: Tensor | None, count: int, turned: bool) -> Heads | None:
+    """A memory by its columns (turned) or rows."""
+    return heads(x.mT if turned and x is not None else x, count)
+
+
+def is_turned(memory: Tensor | None) -> bool:
+    return memory is not None and memory.stride(-1) != 1
+
+
+def up_to(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+@lru_cache
+def linear_plan(features: int, dv: int, mass: bool, ratio: int, gate: int, fan: int, turned: bool) -> Plan:
+    at_once = min(ROWS, 1 << (features.bit_length() - 1))
+    room, band = up_to(features, EVEN) if mass else features, Band.of(at_once, dv, fan)
+    rest = room - features // at_once * at_once
+    return Plan(
+        triton.cdiv(dv, band.columns),
+        {
+            "K": features, "V": dv, "MASS": mass, "PAD": room, "BK": at_once,
+            "REST": triton.next_power_of_2(rest) if rest else 0, "BV": band.columns, "GATE": gate, "FAN": fan,
+            "RATIO": ratio, "TURNED": turned, "num_warps": band.warps,
+        },
     )  # fmt: skip
-    return o, after, grown
 
 
-@linear_step.register_fake
 def _linear_results(
     q: Tensor,
     k: Tensor,
@@ -89,40 +125,58 @@ def _linear_results(
     mass: bool,
     wide: bool,
     track: bool,
+    ratio: int,
+    least: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Where the results go."""
-    (batch, count, _, features), width, kept = q.shape, v.shape[3] + mass, state_heads(k, g)
-    o = q.new_empty(batch, count, 1, width, dtype=torch.float32 if wide else v.dtype)
-    after = q.new_empty(batch, kept, features, width, dtype=torch.float32)
+    (batch, count, _, features), dv, kept = q.shape, v.shape[3], state_heads(k, g)
+    o = q.new_empty(batch, count, 1, dv + (mass and not ratio), dtype=torch.float32 if wide else v.dtype)
+    if mass:
+        room = q.new_empty(batch, kept, dv + 1, up_to(features, EVEN), dtype=torch.float32)
+        after = (room if room.shape[3] == features else room[..., :features]).mT
+    else:
+        after = q.new_empty(batch, kept, features, dv, dtype=torch.float32)
     total = (batch, kept, features if gate_of(g) == 2 else 1, 1) if track else (0,)
     return o, after, q.new_empty(total, dtype=torch.float32)
 
 
-@torch.library.custom_op("saccade::delta_step", mutates_args=())
-def delta_step(
+@operator(_linear_results)
+def linear_step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    beta: Tensor,
     g: Tensor | None,
     before: Tensor | None,
     old: Tensor | None,
     scale: float,
+    mass: bool,
+    wide: bool,
     track: bool,
+    ratio: int,
+    least: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    o, after, product = _delta_results(q, k, v, beta, g, before, old, scale, track)
-    batch, kept, dim, width = after.shape
-    band, fan = Band.of(dim, width), q.shape[1] // kept
-    bands = triton.cdiv(width, band.columns) + (triton.cdiv(dim, band.columns) if track else 0)
-    delta_kernel[(bands * batch, kept)](
-        *(heads(x, kept) for x in (q, k, v, beta, g, before, after, o, old)), heads(product, kept) if track else None,
-        scale, K=dim, V=width, BK=band.rows, BV=band.columns, GATE=gate_of(g), FAN=fan,
-        FANS=triton.next_power_of_2(fan), num_warps=band.warps,
+    o, after, grown = _linear_results(q, k, v, g, before, old, scale, mass, wide, track, ratio, least)
+    (batch, kept, features, _), turned = after.shape, is_turned(before)
+    programs, options = linear_plan(features, v.shape[3], mass, ratio, gate_of(g), q.shape[1] // kept, turned)
+    linear_kernel[(programs * batch, kept)](
+        heads(q, kept), heads(k, kept), heads(v, kept), heads(g, kept), lines(before, kept, turned),
+        lines(after, kept, mass), heads(o, kept), old, grown if track else None, scale, least, **options,
     )  # fmt: skip
-    return o, after, product
+    return o, after, grown
 
 
-@delta_step.register_fake
+@lru_cache
+def delta_plan(dim: int, dv: int, track: bool, gate: int, fan: int) -> Plan:
+    high = padded(dim)
+    band = Band.of(high, dv, fan)
+    return Plan(
+        triton.cdiv(dv, band.columns) + (triton.cdiv(dim, band.columns) if track else 0),
+        {
+            "K": dim, "V": dv, "BK": high, "BV": band.columns, "GATE": gate, "FAN": fan, "num_warps": band.warps,
+        },
+    )  # fmt: skip
+
+
 def _delta_results(
     q: Tensor,
     k: Tensor,
@@ -141,34 +195,43 @@ def _delta_results(
     return q.new_empty(batch, count, 1, width), after, product
 
 
-@torch.library.custom_op("saccade::selective_step", mutates_args=())
-def selective_step(
-    x: Tensor,
-    delta: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    bias: Tensor | None,
-    softplus: bool,
-    direct: Tensor | None,
-    z: Tensor | None,
+@operator(_delta_results)
+def delta_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
     before: Tensor | None,
     old: Tensor | None,
+    scale: float,
     track: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, after, grown = _selective_results(x, delta, a, b, c, bias, softplus, direct, z, before, old, track)
-    batch, width, states = after.shape
-    wide = triton.next_power_of_2(states)
-    block = min(triton.next_power_of_2(width), max(1, ENTRIES // wide))
-    selective_kernel[(triton.cdiv(width, block), batch)](
-        x, delta, bias, a, b, c, direct, z, before, after, y, old, grown if track else None, width,
-        width // b.shape[2], x.stride(0), delta.stride(0), 0 if z is None else z.stride(0), b.stride(0), c.stride(0),
-        S=states, BC=block, BS=wide, SOFTPLUS=softplus, num_warps=max(1, min(8, block * wide // PER_WARP)),
+    o, after, product = _delta_results(q, k, v, beta, g, before, old, scale, track)
+    batch, kept, dim, width = after.shape
+    programs, options = delta_plan(dim, width, track, gate_of(g), q.shape[1] // kept)
+    delta_kernel[(programs * batch, kept)](
+        heads(q, kept), heads(k, kept), heads(v, kept), heads(beta, kept), heads(g, kept), heads(before, kept),
+        heads(after, kept), heads(o, kept), heads(old, kept), heads(product, kept) if track else None, scale,
+        **options,
     )  # fmt: skip
-    return y, after, grown
+    return o, after, product
 
 
-@selective_step.register_fake
+@lru_cache
+def selective_plan(width: int, states: int, groups: int, softplus: bool) -> Plan:
+    wide = triton.next_power_of_2(states)
+    block = min(triton.next_power_of_2(width), max(1, FEW // wide))
+    return Plan(
+        triton.cdiv(width, block),
+        {
+            "S": states, "BC": block, "BS": wide, "SOFTPLUS": softplus,
+            "ALIKE": width // groups % block == 0,
+            "num_warps": max(1, min(8, block * wide // PER_WARP)),
+        },
+    )  # fmt: skip
+
+
 def _selective_results(
     x: Tensor,
     delta: Tensor,
@@ -188,3 +251,29 @@ def _selective_results(
     after = x.new_empty(batch, width, a.shape[1], dtype=torch.float32)
     grown = x.new_empty((batch, width, a.shape[1]) if track else (0,), dtype=torch.float32)
     return x.new_empty(batch, 1, width), after, grown
+
+
+@operator(_selective_results)
+def selective_step(
+    x: Tensor,
+    delta: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    softplus: bool,
+    direct: Tensor | None,
+    z: Tensor | None,
+    before: Tensor | None,
+    old: Tensor | None,
+    track: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, after, grown = _selective_results(x, delta, a, b, c, bias, softplus, direct, z, before, old, track)
+    batch, width, states = after.shape
+    programs, options = selective_plan(width, states, b.shape[2], softplus)
+    selective_kernel[(programs, batch)](
+        x, delta, bias, a, b, c, direct, z, before, after, y, old, grown if track else None, width,
+        width // b.shape[2], x.stride(0), delta.stride(0), 0 if z is None else z.stride(0), b.stride(0), c.stride(0),
+        **options,
+    )  # fmt: skip
+    return y, after, grown

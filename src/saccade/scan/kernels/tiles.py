@@ -148,6 +148,12 @@ def read_across(x, batch, head, start, rows, inside, channel, LIMIT: tl.constexp
 
 
 @triton.jit
+def write_across(x, batch, head, start, rows, inside, channel, values, LIMIT: tl.constexpr):
+    at = place(x, batch, head, start) + (rows[None, :] * x.stride_n + channel[:, None])
+    tl.store(at, values.to(x.x.dtype.element_ty), mask=inside[None, :] & (channel < LIMIT)[:, None])
+
+
+@triton.jit
 def read_row(x, batch, head, start, rows, inside):
     """One number a token, float32."""
     return tl.load(place(x, batch, head, start) + rows * x.stride_n, mask=inside, other=0.0).to(tl.float32)

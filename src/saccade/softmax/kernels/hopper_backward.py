@@ -38,6 +38,7 @@ from saccade.softmax.kernels.hopper_walk import (
     RESIDENT,
     ROWS,
     Walk,
+    apart,
     copyable,
     described,
     in_order,
@@ -385,7 +386,7 @@ def key_items(plan: Plan, batch: int, kv_heads: int, read: int) -> tuple[Tensor,
         union = plan.union_of[group].expand_as(start)
         lists = torch.stack([start, count, by_key.num_full[at], union], -1).flatten(0, 2)
         work = torch.stack([b, h, c * bk, count.sum(-1) * (bq // ROWS)], -1).flatten(0, 2)
-        order = in_order(work[:, 3], work[:, 0] * kv_heads + work[:, 1], batch * kv_heads, read)
+        order = in_order(work[:, 3], work[:, 0] * kv_heads + work[:, 1], batch * kv_heads, read, apart(by_key))
         plan.derived[kind] = work[order].int().contiguous(), lists[order].int().contiguous()
     return plan.derived[kind]  # type: ignore[return-value]
 

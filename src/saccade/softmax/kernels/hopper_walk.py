@@ -6,7 +6,7 @@ The order of work, boxes with room to read past their ends, tensors as the copy 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,15 +73,27 @@ class Boxed(NamedTuple):
         return cls(lo, hi, coord, far)
 
 
-def in_order(steps: Tensor, head: Tensor, heads: int, read: int) -> Tensor:
+def in_order(steps: Tensor, head: Tensor, heads: int, read: int, apart: Tensor | None) -> Tensor:
     """The order in which programs draw work items: long ones first, those of a head together as far as that goes.
 
-    steps, head: (items,) int. read: bytes that all heads read; more than the cache keeps is better read head by head.
+    steps, head: (items,) int. read: bytes that all heads read; more than the cache keeps is better read head by head,
+    and altogether so where the tiles of lists lie `apart`, as then a list shares few with the one before it.
     """
     most = steps.amax().clamp(min=1)
-    classes = 4 if read > RESIDENT else 64
+    classes: Any = 4 if read > RESIDENT else 64
+    if apart is not None and read > RESIDENT:
+        classes = torch.where(apart, 1, classes)
     shorter = classes - 1 - steps * classes // (most + 1)
     return torch.argsort((shorter * heads + head) * (most + 1) + most - steps, stable=True)
+
+
+def apart(plan: Plan) -> Tensor | None:
+    """Whether the tiles of its lists are fewer than half of those from the first to the last; None without any."""
+    if not len(plan.indices):
+        return None
+    start, end = plan.indptr[:-1], plan.indptr[1:]
+    first, last = (plan.indices[at.clamp(0, len(plan.indices) - 1).long()] for at in (start, end - 1))
+    return 2 * (end - start).sum() < (((last - first).abs() + 1) * (end > start)).sum()
 
 
 def work_items(plan: Plan, batch: int, keys: int, read: int) -> Tensor:
@@ -100,7 +112,7 @@ def work_items(plan: Plan, batch: int, keys: int, read: int) -> Tensor:
         unmasked = torch.minimum(plan.num_full[at] * pieces // parts, steps - 1)  # the first step always masks
         union = plan.union_of[group].expand_as(b)
         work = torch.stack([b, h, r * bq, start, count, steps, unmasked, union], -1).flatten(0, 2)
-        order = in_order(work[:, 5], work[:, 0] * heads + work[:, 1], batch * heads, read)
+        order = in_order(work[:, 5], work[:, 0] * heads + work[:, 1], batch * heads, read, apart(plan))
         plan.derived[kind] = work[order].int().contiguous()
     return plan.derived[kind]  # type: ignore[return-value]
 
