@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import inspect
 import statistics
 import time
 from collections.abc import Callable
@@ -34,7 +33,7 @@ from saccade.cache import Policy, Quest, snapkv
 from saccade.catalogue import mechanism
 from saccade.contract import Dims
 from saccade.hf import apply
-from saccade.hf.caching import CACHES
+from saccade.hf.caching import cache_name
 from saccade.hf.interface import Tokens
 
 STEPS, DEVICE, LAYERS, HEADS, KV_HEADS, DIM = 24, "cuda", 32, 32, 8, 128
@@ -85,11 +84,6 @@ def model_of(compiled: bool) -> LlamaForCausalLM:
                 part.compile()
         modeling_llama.apply_rotary_pos_emb = torch.compile(modeling_llama.apply_rotary_pos_emb)
     return model
-
-
-def cache_name(module: Any) -> str:
-    """What this version of transformers calls the argument."""
-    return next(name for name in CACHES if name in inspect.signature(module.forward).parameters)
 
 
 def read_prompt(model: LlamaForCausalLM, cache: DynamicCache, batch: int, tokens: int) -> None:

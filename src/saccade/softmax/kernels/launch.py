@@ -204,7 +204,7 @@ def forward_sizes(block: tuple[int, int], pack: int, width: int, dtype: torch.dt
     if dtype == torch.float32:
         return _single(rows, cols, width)
     if rows < 64:
-        return Sizes(rows, min(cols, 1024 // rows), 1, 3)
+        return Sizes(rows, min(cols, 1024 // rows), 1, 2 if rows == 32 else 3)
     wide = width > 128
     return Sizes(min(rows, 64 if wide else 128), min(cols, 32 if wide else 64), 4, 2)
 
