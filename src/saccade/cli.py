@@ -220,9 +220,17 @@ def tune(
     id: Annotated[
         str,
         typer.Argument(
-            metavar="ID|RECIPE", help="A mechanism whose heads have rules to choose from, or a recipe of conversion."
+            metavar="ID|RECIPE",
+            help="A mechanism whose heads have rules to choose from, whose gates learn or whose profile is searched "
+            "(those with parameters or without: 'duo_attention(share=0.25)'), or a recipe of conversion.",
         ),
     ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Of gates and profiles: bundled (default), or a transformers model: an id or a path."
+        ),
+    ] = None,
     density: Annotated[
         float | None, typer.Option(help="Most attended pairs, as a share of the admissible ones (default 0.5).")
     ] = None,
@@ -232,7 +240,8 @@ def tune(
     lengths: Annotated[
         str | None,
         typer.Option(
-            metavar="N,N,...", help="Tokens at which the model is profiled (default 512,1024; a recipe: 256)."
+            metavar="N,N,...",
+            help="Tokens at which the model is profiled (default 512,1024; a recipe: 256; gates and profiles: 1024).",
         ),
     ] = None,
     beyond: Annotated[
@@ -240,42 +249,62 @@ def tune(
         typer.Option(
             metavar="N",
             help="An unseen length, under the budget too, at which the choice is made (default 2048); "
-            "a recipe is measured there too (1024).",
+            "a recipe (1024), gates and profiles (2048) are measured there too.",
         ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Samples a length (default 4; a recipe: 8).")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Samples a length (default 4; a recipe, gates and profiles: 8).")
+    ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Of a recipe: steps in which the feature maps are fitted (default 100).")
+        int | None, typer.Option(help="In which a recipe's feature maps are fitted, or gates learn (default 100).")
+    ] = None,
+    recovery: Annotated[
+        float | None, typer.Option(help="Of a profile: the part of attention to recover (default 0.95).")
+    ] = None,
+    cost: Annotated[
+        float | None,
+        typer.Option(help="Instead: the most that it may hold or read, as a share of dense attention's."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of gates and profiles: of the prompts and what is random (default 0).")
     ] = None,
     finetune: Annotated[
         int | None, typer.Option(help="Of a recipe: steps of training the whole afterwards (default 60; 0: none).")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Of a recipe: cpu, cuda or cuda:N, where it runs (default cpu).")
+        str | None, typer.Option(help="Of all but rules: cpu, cuda or cuda:N, where it runs (default cpu).")
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="A .json for compare --config.")] = Path("tuned.json"),
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="A .json for compare --config and saccade.hf.apply.")
+    ] = Path("tuned.json"),
 ) -> None:
-    """Fit a mechanism to a small language model, then write what was found.
+    """Fit a mechanism to a language model, then write what was found.
 
-    Choose parameters head by head and layer by layer under a budget, or make the model's softmax attention linear.
+    Choose parameters head by head and layer by layer under a budget; make the model's softmax attention linear; let
+    gates learn which heads, blocks or tokens matter; or search what each head may leave out. While gates learn or a
+    profile is searched, Ctrl-C, or a request to end, stops that, and what was found until then is written.
     """
     from saccade.bench.tune import tuner
 
     with _refusing(ValueError, TypeError):
         tokens = _numbers("lengths", lengths) if lengths else None
         if out.suffix == ".safetensors":
-            raise ValueError(f"out: got {str(out)!r}, where the tensors of a recipe go; pass a .json")
+            raise ValueError(f"out: got {str(out)!r}, where the tensors go; pass a .json")
     given = {
+        "model": model,
         "density": density,
         "time": time,
         "lengths": tokens,
         "beyond": beyond,
         "count": samples,
         "steps": steps,
+        "recovery": recovery,
+        "cost": cost,
+        "seed": seed,
         "finetune": finetune,
         "device": device,
     }
-    with _refusing(ValueError, TypeError, FileNotFoundError, ModuleNotFoundError), _bar() as progress:
+    with _refusing(ValueError, TypeError, FileNotFoundError, ImportError), _bar() as progress, _ended_gently():
         run = tuner(id, **{name: value for name, value in given.items() if value is not None})
         if device is not None:
             _check_device(device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -278,6 +278,7 @@ class CachePolicy(Attention):
 
 
 Held = list[list[int]]
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def replay(
@@ -321,6 +322,43 @@ def replay(
             tokens.append(torch.stack(each))
         sequences.append(torch.stack(tokens, 1))
     return torch.stack(sequences)
+
+
+def rotated(x: Tensor, at: Tensor, theta: float) -> Tensor:
+    """Rotary positions by the book, for oracles: channels i and i + D / 2 are turned by the angle t theta^(-2 i / D).
+
+    x (..., N, D), D even; at: the positions t, (N,) or what broadcasts to (..., N). At least float32 in between.
+
+    >>> rotated(torch.tensor([[1.0, 2.0], [1.0, 2.0]]), torch.tensor([0.0, torch.pi / 2]), 100.0).round().tolist()
+    [[1.0, 2.0], [-2.0, 1.0]]
+    """
+    half, wide = x.shape[-1] // 2, torch.promote_types(x.dtype, torch.float32)
+    pairs = torch.arange(half, dtype=torch.float64, device=x.device)
+    angles = at.to(x.device, torch.float64)[..., None] * theta ** (-pairs / half)
+    cos, sin = angles.cos().to(wide), angles.sin().to(wide)
+    one, two = x[..., :half].to(wide), x[..., half:].to(wide)
+    return torch.cat([one * cos - two * sin, one * sin + two * cos], -1).to(x.dtype)
+
+
+def apart(found: Tensor, exact: Tensor) -> float:
+    """How far a result is off, for claims: the largest difference, as a part of the largest number of the exact one.
+
+    >>> apart(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 4.0]))
+    0.25
+    """
+    return float((found - exact).detach().abs().max() / exact.detach().abs().max())
+
+
+def sample(make: Callable[[], Layer], *shape: int) -> tuple[Layer, Tensor]:
+    """A module and random inputs for claims, the same ones at each call: in double, to be read and not trained.
+
+    >>> layer, x = sample(lambda: nn.Linear(3, 4), 2, 3)
+    >>> layer.weight.dtype, x.shape, layer.training
+    (torch.float64, torch.Size([2, 3]), False)
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make().double().eval().requires_grad_(False), torch.randn(*shape, dtype=torch.float64)
 
 
 class Mixer(Mechanism):

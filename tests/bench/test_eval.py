@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from saccade.bench import eval_reader
-from saccade.bench.eval import Contestant, Evaluation, evaluate
+from saccade.bench.eval import Contestant, Evaluation, at_budgets, evaluate
 from saccade.bench.eval_reader import Reader, agnostic, aware, decides_early, dense, either, kept_bytes, load, reads_on
 from saccade.bench.eval_records import Cell, Protocol, append_cell, read_cells, wilson
 from saccade.bench.eval_summary import by_contestant, by_task, dropped, lines, markdown, notes, uninformative, verdict
@@ -163,6 +163,7 @@ def test_the_copy_of_a_compressed_cache_is_read_by_the_same_policy(small):
         ("mobi", "what: got 'mobi'; choose one of dense, "),
         ("a.b", "what: got 'a.b'; pass dense"),
         ("snapkv(budget=2.0)", "budget: got 2.0; pass a float in"),
+        ("gone.json", r"what: no file 'gone\.json'; pass one that saccade tune wrote, or moba\("),
     ],
 )
 def test_contestants_refused(text, message):
@@ -175,6 +176,19 @@ def test_parameters_reach_every_layer(small):
         assert [(m.block, m.top_k) for m in handle.mechanisms] == [(16, 2)] * 2
     with Contestant.of("mine", ["moba", None]).enter(small.model) as handle:
         assert handle.mechanisms[1] is None
+
+
+def test_a_file_that_was_tuned_is_a_contestant_at_every_budget_once(small, tmp_path):
+    path = tmp_path / "tuned.json"
+    dims = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
+    layers = [{"block": 16, "top_k": 1}, {"block": 32, "top_k": 3}]
+    path.write_text(json.dumps({"mechanism": "moba", "dims": dims, "layers": layers}))
+    one, *others = at_budgets([str(path), "knorm"], [0.25, 0.5])
+    assert [one.name, *(each.name for each in others)] == [str(path), "knorm(budget=0.25)", "knorm(budget=0.5)"]
+    with one.enter(small.model) as handle:
+        assert [(m.block, m.top_k) for m in handle.mechanisms] == [(16, 1), (32, 3)]
+    cells = evaluate([str(path)], small, tasks=["passkey"], lengths=[128], count=1, questions=1).cells
+    assert [(cell.what, cell.status) for cell in cells] == [("dense", Status.OK), (str(path), Status.OK)]
 
 
 # Records.

@@ -91,7 +91,8 @@ class Window(Rule):
                 for j, p in self.mean(b, g, i, [j for j in row if j <= i]).items():
                     raw[j] += p
             near = [row[max(0, at - self.pool // 2) : at + self.pool // 2 + 1] for at in range(len(row))]
-            found.append({j: sum(raw[n] for n in ns) / len(ns) for j, ns in zip(row, near, strict=True)})
+            near = [[n for n in ns if n <= t - window] for ns in near]
+            found.append({j: sum(raw[n] for n in ns) / max(1, len(ns)) for j, ns in zip(row, near, strict=True)})
         return found
 
 
@@ -133,17 +134,39 @@ class Unlike(Rule):
         return found
 
 
+def turned(i, rates, scale, d):
+    """The matrix by which a token at place i is turned, (D, D): q before, turned @ q behind."""
+    found = torch.eye(d, dtype=torch.float64)
+    for c, rate in enumerate(rates):
+        cos, sin = scale * math.cos(i * rate), scale * math.sin(i * rate)
+        one, two = c, c + len(rates)
+        found[one, one], found[one, two], found[two, one], found[two, two] = cos, -sin, sin, cos
+    return found
+
+
 class Gaussian(Rule):
+    """Expected Attention, of a host that turns by `rates`, times `scale`; none by default."""
+
+    rates, scale, ahead = (), 1.0, 512
+
+    def mean_turn(self, t):
+        """Over the next places, the mean of their matrices."""
+        places = range(t + 1, t + 1 + self.ahead if self.rates else t + 2)
+        return sum(turned(i, self.rates, self.scale, self.q.shape[3]) for i in places) / len(places)
+
+    def before(self, b, h, i):
+        return torch.linalg.inv(turned(i, self.rates, self.scale, self.q.shape[3])) @ self.q[b, h, i]
+
     def scores(self, b, t, held):
-        found, d = [], self.q.shape[3]
+        found, d, mean = [], self.q.shape[3], self.mean_turn(t)
         for g, row in enumerate(held):
-            total = dict.fromkeys(row, 0.0)
+            total, far = dict.fromkeys(row, 0.0), [j for j in row if j >= self.sinks]
             for h in self.heads(g):
-                q = self.q[b, h, : t + 1]
-                mu = q.mean(0)
-                spread = sum(torch.outer(x - mu, x - mu) for x in q) / (t + 1)
-                z = torch.stack([mu @ x / d**0.5 + x @ spread @ x / (2 * d) for x in self.k[b, g, row]])
-                for j, p in zip(row, z.softmax(0).tolist(), strict=True):
+                q = [self.before(b, h, i) for i in range(self.sinks, t + 1)]
+                mu = sum(q) / len(q)
+                spread = mean @ (sum(torch.outer(x - mu, x - mu) for x in q) / len(q)) @ mean.T
+                z = torch.stack([mean @ mu @ x / d**0.5 + x @ spread @ x / (2 * d) for x in self.k[b, g, far]])
+                for j, p in zip(far, z.softmax(0).tolist(), strict=True):
                     total[j] += p / self.group
             found.append({j: total[j] * float(self.v[b, g, j].square().sum().sqrt()) for j in row})
         return found

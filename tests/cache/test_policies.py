@@ -8,7 +8,20 @@ import rules
 import torch
 
 from saccade import cache
-from saccade.cache import AcrossLayers, Evict, KeyNorm, Policy, Pyramid, Quest, Reader, Session, Tokens, Uniform
+from saccade.cache import (
+    AcrossLayers,
+    Evict,
+    Expected,
+    KeyNorm,
+    Policy,
+    Pyramid,
+    Quest,
+    Reader,
+    Rotation,
+    Session,
+    Tokens,
+    Uniform,
+)
 from saccade.contract import replay
 from saccade.testing.budget import assert_close
 from saccade.testing.oracles import dense_attention
@@ -21,9 +34,9 @@ def drawn(batch=2, heads=4, kv_heads=2, n=N, dtype=torch.float64):
     return tuple(torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes)
 
 
-def run(policy, q, k, v, pieces=(PROMPT,), num_layers=1):
+def run(policy, q, k, v, pieces=(PROMPT,), num_layers=1, rotations=None):
     """(o, session): pieces, then the rest one token at a time; all layers read the same."""
-    session, ends = Session(policy, num_layers), [0]
+    session, ends = Session(policy, num_layers, rotations=rotations), [0]
     for piece in (*pieces, *[1] * (q.shape[2] - sum(pieces))):
         ends.append(ends[-1] + piece)
     rows = []
@@ -42,10 +55,12 @@ CASES = {
     "knorm": (cache.knorm, rules.Norm, {}, {}),
     "expected_attention": (cache.expected_attention, rules.Gaussian, {"sinks": 2}, {"sinks": 2}),
     "keydiff": (cache.keydiff, rules.Unlike, {}, {}),
+    "keydiff_recent": (cache.keydiff, rules.Unlike, {"recent": 5}, {"recent": 5}),
+    "knorm_recent": (cache.knorm, rules.Norm, {"recent": 5}, {"recent": 5}),
 }
 
 
-def kept_and_attended(policy, rule, q, k, v):
+def kept_and_attended(policy, rule, q, k, v, rotations=None):
     """The policy's sets and outputs are the rule's."""
     held = {}
 
@@ -54,7 +69,7 @@ def kept_and_attended(policy, rule, q, k, v):
         return held[b]
 
     truth = replay(q, k, v, PROMPT, keep)
-    found, session = run(policy, q, k, v)
+    found, session = run(policy, q, k, v, rotations=rotations)
     marks = session.held()
     for b in range(len(q)):
         for g in range(k.shape[1]):
@@ -80,6 +95,83 @@ def test_eviction_every_few_steps(name, every):
     policy = make(0.4, **own)
     policy.every = every
     kept_and_attended(policy, rule(q, k, v, PROMPT, 0.4, **{**of_rule, "every": every}), q, k, v)
+
+
+class Turning(rules.Gaussian):
+    """Three of four pairs of channels turn, the last stays; scaled, as in YaRN."""
+
+    rates, scale, ahead = (1.0, 0.3, 0.01), 1.2, 7
+
+
+class AsTheyCame(Turning):
+    """A twin: the queries as they came."""
+
+    def before(self, b, h, i):
+        return self.q[b, h, i]
+
+    def mean_turn(self, t):
+        return torch.eye(self.q.shape[3], dtype=torch.float64)
+
+
+class NextAlone(Turning):
+    """A twin: turned as the next token alone."""
+
+    ahead = 1
+
+
+class NoSpread(Turning):
+    """A twin: every query is the first one."""
+
+    def before(self, b, h, i):
+        return super().before(b, h, self.sinks)
+
+
+class SinksToo(Turning):
+    """A twin: the first tokens count."""
+
+    def scores(self, b, t, held):
+        self.sinks, sinks = 0, self.sinks
+        found = super().scores(b, t, held)
+        self.sinks = sinks
+        return found
+
+
+def expects(rule, seed=0):
+    """Expected Attention of a host that turns its queries keeps what a rule says."""
+    torch.manual_seed(seed)
+    q, k, v = drawn()
+    rotation = Rotation(torch.tensor(Turning.rates, dtype=torch.float64), Turning.scale)
+    q, k = (rotation.turn(x, torch.arange(N)) for x in (q, k))
+    policy = Evict(Expected(sinks=2, ahead=Turning.ahead), 9, sinks=2)
+    kept_and_attended(policy, rule(q, k, v, PROMPT, 9, sinks=2), q, k, v, rotations={0: rotation})
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_expected_attention_is_of_queries_at_the_next_positions(seed):
+    expects(Turning, seed)
+
+
+@pytest.mark.parametrize("broken", [AsTheyCame, NextAlone, NoSpread, SinksToo])
+def test_other_expectations_are_noticed(broken):
+    with pytest.raises(AssertionError, match="key head"):
+        expects(broken)
+
+
+def test_a_prompt_of_sinks_alone_has_scores():
+    """Without a query or a token to speak of, scores are numbers, and later tokens are read."""
+    q, k, v = drawn(n=6)
+    _, session = run(Evict(Expected(sinks=4), 4, sinks=4), q, k, v, pieces=(3,))
+    assert session.held().sum(-1).tolist() == [[6, 6]] * 2
+
+
+def test_a_rotation_is_turned_back():
+    rotation, x, at = Rotation(torch.rand(3).double(), 1.3), torch.randn(2, 9, 8).double(), torch.arange(5, 14)
+    truth = torch.stack([x[:, i] @ rules.turned(5 + i, rotation.rates.tolist(), 1.3, 8).T for i in range(9)], 1)
+    assert_close(rotation.turn(x, at), truth, truth, terms=8)
+    back = rotation.back(truth, at)
+    assert_close(back, x, x, terms=8, scale=float(truth.abs().max()))
+    mean = sum(rules.turned(i, rotation.rates.tolist(), 1.3, 8) for i in range(5, 14)) / 9
+    assert_close(rotation.mean(x, at), x @ mean.T, x @ mean.T, terms=8, scale=float(x.abs().max()))
 
 
 class NoSinks(rules.Recent):

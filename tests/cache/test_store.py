@@ -1,12 +1,14 @@
 """The ragged store against lists of positions, in every kind of pool, and the pool against counting."""
 
 import random
+import weakref
 
 import pools
 import pytest
 import torch
 
 from saccade.cache import PagePool, Store, Tokens
+from saccade.cache.frames import Frames
 from saccade.testing.budget import assert_close
 from saccade.testing.oracles import dense_attention
 
@@ -273,3 +275,40 @@ def test_a_pool_grows_by_what_is_needed():
     assert pool.in_use == 11
     with pytest.raises(ValueError, match="page: got 0"):
         PagePool(D, page=0)
+
+
+def test_frames_come_in_order_and_grow_one_tensor_after_another(monkeypatch):
+    frames = Frames({"a": torch.zeros(0, 1000), "b": torch.zeros(0, 1000)})
+    ids = torch.cat([frames.take(2), frames.take(1), frames.take(64)])
+    frames.grow(9)
+    ids = torch.cat([ids, frames.take(3), frames.take(6)])
+    assert ids.tolist() == list(range(76))
+    kept = [weakref.ref(frames[name]) for name in "ab"]
+    longer, seen = Frames._longer, []
+    monkeypatch.setattr(
+        Frames, "_longer", lambda *args: seen.append([each() is not None for each in kept]) or longer(*args)
+    )
+    frames.grow(1)
+    assert seen == [[True, True], [False, True]]  # the old of the first is gone when the second grows
+
+
+def test_frames_for_which_there_is_no_memory(monkeypatch):
+    frames = Frames({"a": torch.zeros(0, 3), "b": torch.zeros(0, 5)})
+    ids = frames.take(4)
+    frames["b"][ids] = torch.arange(20.0).view(4, 5)
+    longer, calls = Frames._longer, []
+
+    def short(self, x, count):
+        calls.append(count)
+        if len(calls) == 2:
+            raise MemoryError("no more")
+        return longer(self, x, count)
+
+    monkeypatch.setattr(Frames, "_longer", short)
+    with pytest.raises(MemoryError):
+        frames.take(2)
+    assert [len(frames[name]) for name in "ab"] == [4, 4]
+    assert (len(frames), frames.in_use) == (4, 4)
+    assert frames.take(2).tolist() == [4, 5]
+    assert [len(frames[name]) for name in "ab"] == [6, 6]
+    assert frames["b"][:4].flatten().tolist() == list(range(20))

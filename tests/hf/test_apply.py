@@ -53,7 +53,7 @@ def test_dense_on_a_padded_batch(shape, side):
 
 
 def test_a_mask_that_is_ignored_is_caught(monkeypatch):
-    monkeypatch.setattr(interface, "group", lambda real, num_queries: (None, False))
+    monkeypatch.setattr(interface, "group", lambda real, num_queries, before: (before, None, False))
     with pytest.raises(AssertionError, match="logits"):
         dense_on_padding(made("llama"), *padded("left"))
 

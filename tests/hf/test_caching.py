@@ -261,11 +261,6 @@ def filled(model, policy, read):
     return held
 
 
-def refused_static(model, read):
-    with apply(model, cache.knorm(3)):
-        model.generate(read, max_new_tokens=2, cache_implementation="static")
-
-
 def refused_foreign(model, read):
     held = DynamicCache()
     model(read, cache=held)
@@ -282,7 +277,6 @@ def refused_other(model, read):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (refused_static, "cache: got"),
         (refused_foreign, "cache: layer 0 holds 9 tokens that were read without the policy"),
         (refused_other, "cache: it was filled under another policy"),
         (lambda model, read: filled(model, Policy(), read).crop(-2), "crop: got -2, but tokens that were dropped"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saccade.softmax import Pages, attend, attend_cascade, attend_pages
+from saccade.softmax import Pages, attend, attend_cascade, attend_pages, page_rows
 from saccade.testing.budget import assert_close
 from saccade.testing.subject import widen
 from saccade.where import Causal
@@ -122,12 +123,15 @@ def make(
     *,
     shared: int = 0,
     dtype: torch.dtype = torch.float64,
+    lie: str = "anywhere",
+    equal: bool = False,
     **options: Any,
 ) -> Case:
-    """Ragged lengths (the first full, the last 0 where there are several), scattered pages, NaN in what is unused."""
+    """Ragged lengths (the first full, the last 0 where there are several; or all full), NaN in what is unused."""
     lengths = torch.randint(0, most + 1, (batch,), dtype=torch.int32)
     lengths[-1], lengths[0] = 0, most
-    pages = scattered(lengths, kv_heads, d, dv, page)
+    lengths = lengths.fill_(most) if equal else lengths
+    pages = scattered(lengths, kv_heads, d, dv, page, lie)
     count = pages.table.shape[1]
     lists = [
         [torch.randperm(count)[: int(torch.randint(0, count + 1, ()))].tolist() for _ in range(kv_heads)]
@@ -159,11 +163,18 @@ def make(
     return Case(q, pages, lists, chosen, options, prefix).to(dtype)
 
 
-def scattered(lengths: Tensor, kv_heads: int, d: int, dv: int, page: int) -> Pages:
+def scattered(lengths: Tensor, kv_heads: int, d: int, dv: int, page: int, lie: str = "anywhere") -> Pages:
+    """lie: anywhere; in order; or a run at the start of each sequence, and the later pages in turns."""
     batch, most = len(lengths), max(1, int(lengths.max()))
     k, v = (torch.randn(batch, kv_heads, most, width, dtype=torch.float64) for width in (d, dv))
     pages = Pages.of(k, v, page, lengths)
     order = torch.randperm(len(pages.k) + 2)  # two pages that nobody owns
+    if lie != "anywhere":
+        count = pages.table.shape[1]
+        run = count if lie == "in order" else count * 2 // 3
+        first = torch.arange(batch * run).view(batch, run)
+        later = torch.arange(batch * run, batch * count).view(count - run, batch).T
+        order = torch.cat([first, later], 1).flatten()
     at = torch.arange(pages.table.shape[1] * page).view(-1, page)
     unused = (at >= lengths[:, None, None]).flatten(0, 1)[:, None, :, None]
 
@@ -175,6 +186,7 @@ def scattered(lengths: Tensor, kv_heads: int, d: int, dv: int, page: int) -> Pag
     return Pages(spread(pages.k), spread(pages.v), order[pages.table.long()].int(), lengths)
 
 
+LIES = ("anywhere", "in order", "in part")
 RATIOS = ((1, 1), (3, 1), (4, 1), (6, 2), (8, 1), (4, 4))  # (query heads, key heads)
 KINDS = ("all", "slots", "same", "lists")
 
@@ -200,16 +212,76 @@ def cases(draw: st.DrawFn) -> Case:
         draw(st.integers(1, 20)),
         draw(st.sampled_from(KINDS)),
         shared=shared,
+        lie=draw(st.sampled_from(LIES)),
+        equal=draw(st.booleans()),
         **options,
     )
 
 
-@given(cases())
-@settings(max_examples=60)
-def test_torch(case):
-    judge(case, case.run("torch"))
+@given(cases(), st.sampled_from([0, 1024]))
+@settings(max_examples=120)
+def test_torch(case, short):
+    with mock.patch.object(page_rows, "SHORT", short):  # many products, or one
+        judge(case, case.run("torch"))
     if case.q.shape[2] == 1:
         judge(case.to(torch.float32), case.to(torch.float32).run("auto"))
+
+
+IN_PLACE = [  # (heads, batch, page, tokens, n)
+    (4, 3, 16, 400, 1),
+    (3, 1, 5, 93, 1),
+    (2, 4, 1, 61, 1),
+    (2, 2, 4, 75, 3),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", IN_PLACE, ids=str)
+def test_runs_of_pages_are_read_where_they_lie(shape, dtype, monkeypatch):
+    heads, batch, page, tokens, n = shape
+    monkeypatch.setattr(page_rows, "SHORT", 0)
+    case = make(batch, heads, 1, n, 8, 8, page, tokens, "all", lie="in order", equal=True, dtype=dtype)
+    copied = []
+    whole = page_rows.Rows._copied
+    monkeypatch.setattr(page_rows.Rows, "_copied", lambda *a, **b: copied.append(a[4]) or whole(*a, **b))
+    found = case.run("torch")
+    judge(case, found)
+    assert sum(copied) <= (0 if n == 1 else tokens // 2)  # of several queries, what not all of them see is copied
+    order = torch.randperm(len(case.pages.k))
+    moved = Pages(
+        case.pages.k[order], case.pages.v[order], order.argsort()[case.pages.table.long()].int(), case.pages.lengths
+    )
+    again = replace(case, pages=moved).run("torch")
+    assert len(copied) > 1
+    assert found[0].equal(again[0])  # to the last bit
+    assert found[1].equal(again[1])
+
+
+def test_a_row_that_begins_elsewhere_is_noticed(monkeypatch):
+    """The broken twin of reading in place: the second row from a page too far."""
+    case = make(3, 2, 1, 1, 8, 8, 4, 64, "all", lie="in order", equal=True)
+    chunks = page_rows.Rows.chunks
+    monkeypatch.setattr(page_rows.Rows, "chunks", lambda rows: (replace(c, step=c.step - 1) for c in chunks(rows)))
+    with pytest.raises(AssertionError):
+        judge(case, case.run("torch"))
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_scores_without_an_end(lie):
+    """Keys that are infinitely far give nothing; one that is not a number gives none to those who see it."""
+    case = make(2, 2, 1, 1, 4, 4, 4, 24, "all", lie=lie, equal=True)
+    case = replace(case, q=case.q.abs())
+    case.pages.k.fill_(-torch.inf)
+    o, lse = case.run("torch")
+    assert o.eq(0).all()
+    assert lse.isneginf().all()
+    case.pages.k.fill_(0.5)
+    case.pages.v.fill_(1.0)
+    case.pages.k[int(case.pages.table[1, 2]), 0, 1] = torch.nan
+    o, lse = case.run("torch")
+    assert o[0].isfinite().all()
+    assert o[1].isnan().all()
+    assert lse[1].isnan().all()
 
 
 # (batch, heads, key heads, queries, D, Dv, page, most tokens, kind of lists, options)
@@ -319,6 +391,13 @@ def test_pages_are_attend():
     kept = [*range(5), *range(10, 15)]
     true_o = attend(q[:, :, -1:], k[:, :, kept], v[:, :, kept], backend="reference")
     assert_close(o, true_o, true_o, terms=21)
+
+
+def test_queries_whose_channels_lie_apart():
+    k, v = torch.randn(2, 1, 2, 40, 8, dtype=torch.float64)
+    pages, q = Pages.of(k, v, page=8), torch.full((1, 4, 1, 8, 2), torch.nan, dtype=torch.float64)
+    q[..., 0] = torch.randn(1, 4, 1, 8)
+    assert torch.equal(attend_pages(q[..., 0], pages), attend_pages(q[..., 0].contiguous(), pages))
 
 
 def test_append_writes_where_the_table_says():

@@ -36,6 +36,7 @@ from saccade.catalogue import mechanism, mechanisms
 from saccade.contract import Attention, Dims, Mechanism
 from saccade.errors import known, positive
 from saccade.hf import apply
+from saccade.hf.tuned import is_file
 from saccade.tasks.prompts import Example, Task, task_named, tasks
 
 LENGTHS = (1024, 2048)
@@ -65,13 +66,18 @@ class Contestant:
 
     @classmethod
     def parse(cls, text: str) -> Contestant:
-        """A contestant as one writes it: `dense`, an id, or an id with parameters, `moba(block=64, top_k=4)`.
+        """A contestant as one writes it: `dense`, an id, or an id with parameters, `moba(block=64, top_k=4)`; or a JSON
+        file that `saccade tune` wrote, under the name of the file.
 
-        Errors: ValueError for text that is no such thing, an unknown id or parameter.
+        Errors: ValueError for text that is no such thing, an unknown id or parameter, or a file that is not there.
 
         >>> Contestant.parse("moba( top_k = 4 )").name
         'moba(top_k=4)'
         """
+        if is_file(text):
+            if not Path(text).is_file():
+                raise ValueError(f"what: no file {text!r}; pass one that saccade tune wrote, or {EXAMPLE}")
+            return cls.of(text, text)
         id, params = spelt(text)
         return cls.made(id, params)
 
@@ -121,7 +127,8 @@ def parameters(id: str) -> dict[str, bool]:
 
 
 def at_budgets(texts: Iterable[str] | None = None, budgets: Iterable[float] = BUDGETS) -> list[Contestant]:
-    """Contestants at every budget, those that have a parameter `budget` which is not given; the others as they are.
+    """Contestants at every budget, those that have a parameter `budget` which is not given; the others, and files that
+    `saccade tune` wrote, as they are.
 
     By budgets, all contestants at the first one first, so that what is stopped early has all of them. texts: as
     `Contestant.parse` takes them (default: every policy of `saccade.cache`). budgets: shares in (0, 1], in any order.
@@ -133,13 +140,16 @@ def at_budgets(texts: Iterable[str] | None = None, budgets: Iterable[float] = BU
     shares = sorted(set(budgets))
     if not shares or not all(0 < share <= 1 for share in shares):
         raise ValueError(f"budgets: got {shares or 'none'}; pass shares in (0, 1], like 0.1,0.25,0.5")
-    named = [spelt(text) for text in (sorted(_policies()) if texts is None else texts)]
-    found = [
-        Contestant.made(id, params | {"budget": share} if "budget" in {*parameters(id)} - {*params} else params)
-        for share in shares
-        for id, params in named
-    ]
+    named = sorted(_policies()) if texts is None else list(texts)
+    found = [_with(text, share) for share in shares for text in named]
     return list({one.name: one for one in found}.values())
+
+
+def _with(text: str, share: float) -> Contestant:
+    if is_file(text):
+        return Contestant.parse(text)
+    id, params = spelt(text)
+    return Contestant.made(id, params | {"budget": share} if "budget" in {*parameters(id)} - {*params} else params)
 
 
 def _policies() -> dict[str, Any]:

@@ -59,8 +59,11 @@ class Reader:
         """Logits (keep, vocab) of the last tokens, and the cache with all of them."""
         ids = torch.tensor([list(tokens)], device=self.model.device)
         options = {"logits_to_keep": keep} if self.model._supports_logits_to_keep() else {}
-        out = self.model(ids, cache=cache, use_cache=use_cache, **options)
-        return out.logits[0, -keep:], out.cache
+        from saccade.hf.caching import cache_name  # which imports transformers
+
+        name = cache_name(self.model)
+        out = self.model(ids, use_cache=use_cache, **{name: cache}, **options)
+        return out.logits[0, -keep:], out.get(name)
 
 
 @dataclass

@@ -19,6 +19,7 @@ from saccade.cache.policy import Evict, Policy
 from saccade.cache.pool import PagePool
 from saccade.cache.readers import Quest, Reader
 from saccade.cache.recorded import CudaGraph, Recorded
+from saccade.cache.rotation import Rotation
 from saccade.cache.scorers import (
     Expected,
     KeyDifference,
@@ -60,6 +61,7 @@ __all__ = [
     "Received",
     "Recency",
     "Recorded",
+    "Rotation",
     "Scorer",
     "Session",
     "SimulatedDriver",

@@ -42,16 +42,18 @@ def adakv(budget: Share = 0.25, *, window: int = 32, pool: int = 5, floor: float
     return Evict(Observed(window, pool), AcrossHeads(budget, floor), recent=window)
 
 
-def knorm(budget: Share = 0.25) -> Evict:
-    """Keys of the smallest norms (arXiv 2406.11430)."""
-    return Evict(KeyNorm(), budget)
+def knorm(budget: Share = 0.25, *, recent: int = 0) -> Evict:
+    """Keys of the smallest norms (arXiv 2406.11430). recent: tokens that stay besides, a question at the end say."""
+    return Evict(KeyNorm(), budget, recent=recent)
 
 
-def expected_attention(budget: Share = 0.25, *, sinks: int = 4) -> Evict:
-    """What Gaussian queries would attend to (arXiv 2510.00636)."""
-    return Evict(Expected(), budget, sinks=sinks)
+def expected_attention(budget: Share = 0.25, *, sinks: int = 4, recent: int = 0) -> Evict:
+    """What the queries of the next 512 positions would attend to, taken as Gaussian (arXiv 2510.00636). recent: see
+    `knorm`.
+    """
+    return Evict(Expected(sinks), budget, sinks=sinks, recent=recent)
 
 
-def keydiff(budget: Share = 0.25) -> Evict:
-    """Keys unlike the others (arXiv 2504.15364)."""
-    return Evict(KeyDifference(), budget)
+def keydiff(budget: Share = 0.25, *, recent: int = 0) -> Evict:
+    """Keys unlike the others (arXiv 2504.15364). recent: see `knorm`."""
+    return Evict(KeyDifference(), budget, recent=recent)

@@ -24,7 +24,7 @@ class Frames:
     """
 
     def __init__(self, tensors: dict[str, Tensor], *, on_host: bool = False, pinned: bool = False) -> None:
-        self.tensors, self.pinned = tensors, pinned
+        self.tensors, self.pinned = dict(tensors), pinned
         device = torch.device("cpu") if on_host else next(iter(tensors.values())).device
         self.free = torch.zeros(0, dtype=torch.int64, device=device)
         self.num_free = 0
@@ -50,11 +50,13 @@ class Frames:
         return self.nbytes * self.in_use // max(1, len(self))
 
     def take(self, count: int) -> Tensor:
-        """`count` frames, int64 (count,); what they hold is undefined."""
+        """`count` frames, int64 (count,); what they hold is undefined. New ones are taken in their order, so that what
+        is taken one after another may be read as one.
+        """
         if count > self.num_free:
             self.grow(max(count - self.num_free, len(self) // SPARE))
         self.num_free -= count
-        return self.free[self.num_free : self.num_free + count].clone()
+        return self.free[self.num_free : self.num_free + count].flip(0)
 
     def release(self, ids: Tensor) -> None:
         """Frames in use that are free from now on, each named once."""
@@ -62,17 +64,25 @@ class Frames:
         self.num_free += len(ids)
 
     def grow(self, count: int) -> None:
-        """Memory for `count` frames more."""
+        """Memory for `count` frames more. One tensor after another, so that the old and the new of only one lie there
+        at once; where there is no memory for one, all are as long as before.
+        """
         first = len(self)
         self.moves += 1
-        self.tensors = {name: self._longer(x, count) for name, x in self.tensors.items()}
+        try:
+            for name in self.tensors:
+                self.tensors[name] = self._longer(self.tensors[name], count)
+        except (RuntimeError, MemoryError):
+            self.tensors = {name: x[:first] for name, x in self.tensors.items()}
+            raise
         self.free = torch.cat([self.free, self.free.new_zeros(count)])
-        self.release(torch.arange(first, first + count, device=self.free.device))
+        self.release(torch.arange(first + count - 1, first - 1, -1, device=self.free.device))
 
     def shrink(self, ids: Tensor) -> None:
         """Keep the memory of these frames alone, which are 0, 1, ... from now on, in this order."""
         self.moves += 1
-        self.tensors = {name: x[ids] for name, x in self.tensors.items()}
+        for name in self.tensors:
+            self.tensors[name] = self.tensors[name][ids]
         self.free, self.num_free = self.free.new_zeros(len(ids)), 0
 
     def _longer(self, x: Tensor, count: int) -> Tensor:

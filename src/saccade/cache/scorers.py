@@ -46,8 +46,9 @@ class Observed(Scorer):
     (arXiv 2404.14469, section 4.1).
 
     The authors' code sums over the queries, which ranks alike, and takes average or maximum pooling; the mean here, of
-    those neighbours that exist. The keys of the window are to be kept (`Evict(recent=window)`). Of a step there is one
-    query, which is its window. window: 32. pool: 5, odd.
+    those neighbours that exist. Only tokens before the window are voted for, and are neighbours; the keys of the window
+    are to be kept (`Evict(recent=window)`). Of a step there is one query, which is its window. window: 32. pool: 5,
+    odd.
     """
 
     def __init__(self, window: int = 32, pool: int = 5) -> None:
@@ -59,8 +60,9 @@ class Observed(Scorer):
         window = min(self.window, view.q.shape[2])
         scores = view.pooled(view.received(window)) / window
         half = self.pool // 2
-        # Divided by those that exist, or the ends of the text would count for less.
-        both = torch.stack([scores, view.there.to(scores)]).flatten(0, 2)
+        before = view.there & (view.positions < view.ends[:, None, None] - window)
+        # Divided by those that exist, or the ends of what is voted for would count for less.
+        both = torch.stack([scores * before, before.to(scores)]).flatten(0, 2)
         mean, count = F.avg_pool1d(both[:, None], self.pool, 1, half).view(2, *scores.shape)
         return mean / count.clamp(min=torch.finfo(count.dtype).tiny)
 
@@ -95,24 +97,38 @@ class KeyDifference(Scorer):
 
 
 class Expected(Scorer):
-    """What future queries will give a token, taken as Gaussian: Expected Attention (arXiv 2510.00636).
+    """What future queries will give a token, taken as Gaussian: Expected Attention (arXiv 2510.00636, section 3).
 
         s_j = (softmax_j(mu . k_j / sqrt(D) + k_j' Sigma k_j / (2 D)) + eps) ||v_j||,   the mean over a group
+        mu = R m,   Sigma = R C R',   R = mean of R_t over the next `ahead` positions t
 
-    mu (D,), Sigma (D, D): mean and covariance of a head's queries. Deviation: theirs are of queries before the rotary
-    embedding, turned by the mean of the next 512 rotations; here those of the queries that came, as they came. eps: 0.
+    m (D,), C (D, D): mean and covariance of a head's queries before their rotary turn R_t. As in the authors' code,
+    neither counts the first `sinks` tokens, nor are these among the tokens j: they are to be kept (`Evict(sinks=4)`).
+    Where no rotation is known (`View.rotation`), R_t is taken for 1: right for a host that turns nothing, while of
+    another's the queries count as they came. The queries are those of the newest piece. Deviation: the paper scales by
+    the norm of what a token adds to the layer's output, ||W_o v_j||; here ||v_j||, as in the authors' code. sinks: 4.
+    ahead: 512. eps: 0.
     """
 
-    def __init__(self, eps: float = 0.0) -> None:
+    def __init__(self, sinks: int = 4, ahead: int = 512, eps: float = 0.0) -> None:
+        self.sinks, self.ahead = positive("sinks", sinks, least=0), positive("ahead", ahead)
         self.eps = eps
 
     def __call__(self, view: View) -> Tensor:
         dtype = torch.promote_types(view.q.dtype, torch.float32)
-        q, k = view.q.to(dtype), view.k.to(dtype).masked_fill(~view.there[..., None], 0)
-        mu = q.mean(2, keepdim=True)
-        spread = torch.einsum("bhnd,bhne->bhde", q - mu, q - mu) / q.shape[2]
+        there = view.there & (view.positions >= self.sinks)
+        q, k = view.q.to(dtype), view.k.to(dtype).masked_fill(~there[..., None], 0)
+        at = view.ends[:, None] - q.shape[2] + torch.arange(q.shape[2], device=q.device)
+        if view.rotation is not None:
+            ahead = view.ends[:, None] + torch.arange(self.ahead, device=q.device)
+            q = view.rotation.mean(view.rotation.back(q, at[:, None]), ahead[:, None])
+        counted = (at >= self.sinks)[:, None, :, None].to(dtype)
+        number = counted.sum(2, keepdim=True).clamp(min=1)  # a prompt of sinks alone has no scores to tell apart
+        mu = (q * counted).sum(2, keepdim=True) / number
+        off = (q - mu) * counted
+        spread = torch.einsum("bhnd,bhne->bhde", off, off) / number
         mu, spread = (x.unflatten(1, (-1, view.group)) for x in (mu[:, :, 0], spread))
         z = torch.einsum("bhgd,bhmd->bhgm", mu, k) * view.scale
         z = z + torch.einsum("bhmd,bhgde,bhme->bhgm", k, spread, k) * view.scale**2 / 2
-        share = z.masked_fill(~view.there[:, :, None], -torch.inf).softmax(-1).mean(2)
+        share = z.masked_fill(~there[:, :, None], -torch.inf).softmax(-1).nan_to_num(0).mean(2)
         return (share + self.eps) * view.v.to(dtype).norm(dim=-1)

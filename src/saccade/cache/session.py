@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saccade.cache.policy import Policy
 from saccade.cache.pool import PagePool
+from saccade.cache.rotation import Rotation
 from saccade.cache.store import Store, sent
 from saccade.cache.view import Place, Stored, View
 
@@ -22,7 +23,8 @@ class Session:
     makes of it; a step what it reads. Steps of uniform budgets wait for no device.
 
     policy: see `Policy`. num_layers: that share it (1). pools: where the pages of several sessions lie, one pool for
-    each kind of page; it is filled as they read (default: a pool a layer, of this session alone). shared: tensors of
+    each kind of page; it is filled as they read (default: a pool a layer, of this session alone). rotations: how the
+    host turns q and k of a layer by their positions, by its index (default: of none is it known). shared: tensors of
     the policy that are of no one layer, the batch their first axis; steps: how many there were since the last piece,
     None where the sequences differ in that. Errors: ValueError for a batch of another size than before.
 
@@ -31,8 +33,15 @@ class Session:
     torch.Size([1, 4, 9, 8])
     """
 
-    def __init__(self, policy: Policy, num_layers: int = 1, pools: dict[Any, PagePool] | None = None) -> None:
-        self.policy, self.num_layers, self.pools = policy, num_layers, pools
+    def __init__(
+        self,
+        policy: Policy,
+        num_layers: int = 1,
+        pools: dict[Any, PagePool] | None = None,
+        *,
+        rotations: Mapping[int, Rotation] | None = None,
+    ) -> None:
+        self.policy, self.num_layers, self.pools, self.rotations = policy, num_layers, pools, rotations or {}
         self.stores: list[Store | None] = [None] * num_layers
         self.shared: dict[str, Tensor] = {}
         self.steps: int | None = 0
@@ -53,7 +62,7 @@ class Session:
 
     def _place(self, index: int, scale: float | None, rows: Sequence[int] | None) -> Place:
         later = self.stores[index + 1] if index + 1 < self.num_layers else None
-        return Place(index, self.num_layers, rows, scale, self.shared, self.steps, later)
+        return Place(index, self.num_layers, rows, scale, self.shared, self.steps, later, self.rotations.get(index))
 
     def tell(self, ids: Tensor, rows: Sequence[int] | None = None, batch: int | None = None) -> None:
         """Ids (G, N) of the tokens that layer 0 reads next; policies find them as `shared["token_ids"]`."""
@@ -176,7 +185,7 @@ class Session:
 
     def fork(self) -> Session:
         """Another session that has read the same, sharing the pages until one of them writes."""
-        other = Session(self.policy, self.num_layers, self.pools)
+        other = Session(self.policy, self.num_layers, self.pools, rotations=self.rotations)
         other.stores = [None if store is None else store.fork() for store in self.stores]
         other.shared, other.steps = {name: x.clone() for name, x in self.shared.items()}, self.steps
         return other

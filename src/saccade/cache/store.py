@@ -235,8 +235,12 @@ class Store:
         keep: bool (G, Hkv, n), which of them to store (default: all); counts: how many those are, (G, Hkv) on the host,
         for which the device is asked when it is not given. columns: (G, Hkv, n, C), zeros by default.
         """
-        (batch, _, n), which = k.shape[:3], self._rows(rows)
+        batch, _, n = k.shape[:3]
         self.moves += 1
+        if n == 1 and rows is None and keep is None and columns is None:
+            self._step(k, v)
+            return
+        which = self._rows(rows)
         if keep is not None:
             counts = (keep.sum(-1) if counts is None else counts).cpu()
             order = (~keep).int().argsort(dim=-1, stable=True).flatten(0, 1)
@@ -246,12 +250,6 @@ class Store:
             source = torch.arange(n, device=k.device).expand(batch * self.kv_heads, -1)
         before = self.counts if rows is None else self.counts[list(rows)]
         self._make_room(before.flatten(), counts.flatten(), which, rows)
-        if n == 1 and rows is None and keep is None and columns is None:
-            self.pool.put(k, v, self.table, self.lengths, self.ends)
-            self.lengths += 1
-            self.ends += 1
-            self.count(counts)
-            return
         if keep is None or int(counts.min()) == int(counts.max()):
             row = torch.arange(len(which), device=k.device)[:, None]
             col = torch.arange(source.shape[1], device=k.device)
@@ -279,7 +277,18 @@ class Store:
             self.seen = self.seen.index_add(0, torch.tensor(rows), torch.full((batch,), n))
             self.ends = sent(self.seen, self.ends)
 
-    def count(self, counts: Tensor, n: int = 1) -> None:
+    def _step(self, k: Tensor, v: Tensor) -> None:
+        """`append` of one token to every row."""
+        some_full = not bool((self.counts % self.page).all())
+        if some_full or self.owned is not None or self.pool.shared:
+            counts = self.counts.flatten()
+            self._make_room(counts, torch.ones_like(counts), self._rows(None), None)
+        self.pool.put(k, v, self.table, self.lengths, self.ends)
+        self.lengths += 1
+        self.ends += 1
+        self.count(1)
+
+    def count(self, counts: Tensor | int, n: int = 1) -> None:
         """What the host knows of `n` more tokens of each sequence, `counts` more of which are held."""
         self.counts, self.seen = self.counts + counts, self.seen + n
 

@@ -9,16 +9,41 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from saccade.cache.rotation import Rotation
 from saccade.cache.store import ABSENT, Store, Tokens
 
 BLOCK = 128  # queries whose weights are held at once
+
+
+def usual(q: Tensor, scale: float | None) -> Tensor:
+    """q (..., D) for attention that knows the usual scale alone: q / sqrt(D) is then what q times `scale` is.
+
+    >>> usual(torch.ones(4), 1.0).tolist(), usual(torch.ones(4), None).tolist()
+    ([2.0, 2.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0])
+    """
+    plain = q.shape[-1] ** -0.5
+    return q if scale in (None, plain) else q * (scale / plain)
+
+
+def attention_at(q: Tensor, k: Tensor, at: Tensor) -> Tensor:
+    """Causal attention of the queries at positions at (n,), rows of sum 1: (B, Hkv, H / Hkv, n, N), at least float32.
+
+    q (B, H, N, D), k (B, Hkv, N, D), of the same tokens. Costs n N D a query head.
+
+    >>> attention_at(torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.tensor([8, 2])).shape
+    torch.Size([1, 2, 2, 2, 9])
+    """
+    rows = q[:, :, at].unflatten(1, (k.shape[1], -1))
+    scores = torch.einsum("bhgnd,bhmd->bhgnm", rows, k) / q.shape[3] ** 0.5
+    later = torch.arange(k.shape[2], device=k.device) > at[:, None]
+    return scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(later, -torch.inf).softmax(-1)
 
 
 @dataclass(frozen=True)
 class Place:
     """Where in a session a view is taken: layer `index` of `num_layers`, sequences `rows`, None for all; scale of the
     scores, None for D**-0.5; what the layers share; steps since the last piece, None where the sequences differ in
-    that; the store of the next layer, None where there is none or it has read nothing.
+    that; the store of the next layer, None where there is none or it has read nothing; how the host turns q and k.
     """
 
     index: int = 0
@@ -28,6 +53,7 @@ class Place:
     shared: dict[str, Tensor] = field(default_factory=dict)
     steps: int | None = 0
     later: Store | None = None
+    rotation: Rotation | None = None
 
 
 class View:
@@ -38,7 +64,7 @@ class View:
     C): the policy's own numbers, which it changes in place. counts (G, Hkv), seen (G,): tokens held and seen, on the
     host. scale: of the scores. rows: which sequences of the batch these are, or None for all. index: the layer, of
     `num_layers`. shared: the session's, with `token_ids` (B, most seen) where they are known, -1 behind an end. steps:
-    since the last piece.
+    since the last piece. rotation: by which q and k were turned, None where the host turns none or it is not known.
     """
 
     def __init__(self, store: Store, place: Place, q: Tensor, k: Tensor, v: Tensor, columns: int = 0) -> None:
@@ -53,7 +79,7 @@ class View:
     def _begin(self, store: Store, place: Place, q: Tensor) -> None:
         self._store, self.q, self.rows, self.index = store, q, place.rows, place.index
         self.num_layers, self.shared, self._steps = place.num_layers, place.shared, place.steps
-        self.later = place.later
+        self.later, self.rotation = place.later, place.rotation
         self.scale = q.shape[3] ** -0.5 if place.scale is None else place.scale
 
     @property
@@ -101,6 +127,16 @@ class View:
     def ends(self) -> Tensor:
         """seen (G,) on the device."""
         return self.seen.to(self.q.device)
+
+    @cached_property
+    def ids(self) -> Tensor | None:
+        """Ids of the tokens (G, Hkv, M) int64, -1 for padding; None where they are not known."""
+        told = self.shared.get("token_ids")
+        if told is None:
+            return None
+        told = told if self.rows is None else told[list(self.rows)]
+        at = self.positions.clamp(max=told.shape[1] - 1)
+        return told[:, None].expand(*at.shape[:2], -1).gather(2, at).masked_fill(~self.there, -1)
 
     def pooled(self, x: Tensor) -> Tensor:
         """Mean over the query heads of each key head: (G, H, ...) -> (G, Hkv, ...)."""

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
-from saccade.cache import Session
+from saccade.cache import Rotation, Session
 from saccade.hf.interface import NAME
 from saccade.hf.serving import Caching
 
 CACHES = ("cache", "past_key_values")  # what transformers calls the argument, from new to old
+
+
+def cache_name(module: Any) -> str:
+    """What this version of transformers calls the cache of a module's forward."""
+    names = inspect.signature(module.forward).parameters
+    return next(name for name in CACHES if name in names)
 
 
 @dataclass(frozen=True)
@@ -34,13 +42,17 @@ class Memory:
 
 
 class Ragged(CacheLayerMixin):
-    """A layer of a `DynamicCache` whose tokens lie in a session: it hands new keys on, and says how many there were."""
+    """A layer of a cache whose tokens lie in a session: it hands new keys on, and says how many there were.
+
+    room: tokens that a static layer was made for, of which this takes the place; 0 for a dynamic one. Nothing is
+    allocated for them here, and more may come; other layers of the same cache have them, so that masks are told.
+    """
 
     is_sliding = False
 
-    def __init__(self, session: Session, index: int) -> None:
+    def __init__(self, session: Session, index: int, room: int = 0) -> None:
         super().__init__()
-        self.session, self.index = session, index
+        self.session, self.index, self.room = session, index, room
         self.length = 0  # columns of the batch, padding included: what positions and masks go by
         self.bytes_a_token = 0
         self.announced = False
@@ -66,7 +78,7 @@ class Ragged(CacheLayerMixin):
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        return max(self.room, self.length + query_length), 0
 
     def get_seq_length(self) -> int:
         return self.length
@@ -113,14 +125,18 @@ class Ragged(CacheLayerMixin):
 def dense_bytes(layer: Any) -> int:
     """Bytes that transformers' own layer would hold."""
     if isinstance(layer, Ragged):
-        return layer.length * layer.bytes_a_token
+        return max(layer.room, layer.length) * layer.bytes_a_token
     return sum(x.nbytes for x in (layer.keys, layer.values) if x is not None)
 
 
 class Swap:
-    """Before an attention runs, its layer of the cache is a `Ragged` one: a hook of each module that is served."""
+    """Before an attention runs, its layer of the cache is a `Ragged` one: a hook of each module that is served.
 
-    def __init__(self) -> None:
+    rotations: by the id of a policy, those of its sessions.
+    """
+
+    def __init__(self, rotations: Mapping[int, Mapping[int, Rotation]] | None = None) -> None:
+        self.rotations = rotations or {}
         self.ids: Tensor | None = None
         self.sessions: weakref.WeakKeyDictionary[Cache, dict[int, Session]] = weakref.WeakKeyDictionary()
 
@@ -134,9 +150,12 @@ class Swap:
         if isinstance(served, Caching):
             layer = self._layer(cache, module.layer_idx)
             if not isinstance(layer, Ragged):
-                if id(served.policy) not in sessions:
-                    sessions[id(served.policy)] = Session(served.policy, served.num_layers)
-                layer = cache.layers[module.layer_idx] = Ragged(sessions[id(served.policy)], served.index)
+                of = id(served.policy)
+                if of not in sessions:
+                    turned = self.rotations.get(of)
+                    sessions[of] = Session(served.policy, served.num_layers, rotations=turned)
+                room = layer.get_max_length() if isinstance(layer, StaticLayer) else 0
+                layer = cache.layers[module.layer_idx] = Ragged(sessions[of], served.index, room)
             if layer.session.policy is not served.policy:
                 raise ValueError("cache: it was filled under another policy; start from an empty cache")
             layer.announced, layer.ids = True, self.ids
@@ -147,20 +166,20 @@ class Swap:
 
     def _layer(self, cache: Any, index: int) -> Any:
         if not isinstance(cache, Cache):
-            raise ValueError(f"cache: got {type(cache).__name__}; pass a DynamicCache")
+            raise ValueError(f"cache: got {type(cache).__name__}; pass a DynamicCache or a StaticCache")
         while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
             cache.layers.append(cache.layer_class_to_replicate())
         layer = cache.layers[index]
         if isinstance(layer, Ragged):
             return layer
-        if type(layer) is not DynamicLayer or cache.offloading:
+        if type(layer) not in (DynamicLayer, StaticLayer) or cache.offloading:
             kind = "one that is offloaded" if cache.offloading else f"a {type(layer).__name__}"
             raise ValueError(f"cache: layer {index} is {kind}, which a policy cannot take the place of; pass a "
-                             "DynamicCache")  # fmt: skip
-        if layer.get_seq_length():
+                             "DynamicCache or a StaticCache")  # fmt: skip
+        if length := int(cache.get_seq_length(index)):  # of a static layer that was written to, a tensor
             raise ValueError(
-                f"cache: layer {index} holds {layer.get_seq_length()} tokens that were read without the policy; start "
-                "from an empty cache"
+                f"cache: layer {index} holds {length} tokens that were read without the policy, which has seen none of "
+                "their queries; start from an empty cache"
             )
         return layer
 

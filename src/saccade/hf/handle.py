@@ -14,6 +14,7 @@ from saccade.contract import Attention
 from saccade.hf.interface import NAME, attention, mask
 from saccade.hf.layers import Layer, layers_of
 from saccade.hf.serving import Caching, Serving, serving
+from saccade.hf.turned import rotations_of
 
 if TYPE_CHECKING:
     from saccade.hf.caching import Memory, Swap
@@ -42,13 +43,16 @@ def apply(model: Any, what: What | Sequence[What] = None) -> Handle:
 
     Applications nest, and the last is restored first. `with apply(model, ...):` restores at the end of the block.
     Costs what the mechanism costs; of a batch with padding, one call for each length in it, and one wait for the GPU a
-    forward pass that has an `attention_mask`.
+    forward pass that has an `attention_mask` or a static cache. Of a static cache what was read is attended to, and not
+    its room behind that; a policy takes the place of its layers as of others, before they hold tokens: the room that
+    they reserve is neither used nor held, and `generate` does not compile the steps, as it does of static caches else.
 
     Errors: ImportError without transformers. ValueError or TypeError, before anything is changed, for a model that
     cannot be reached, and for a mechanism that is not causal, works on a grid, has projections or a decoding state of
     its own, was built or tuned for other sizes, or is put where the model has a sliding window or a softcap. ValueError
-    in the forward pass for a cache with a mechanism that takes as many queries as keys, for static caches, masks of
-    four axes, packed sequences, dropout, and attention weights; in continuous batching.
+    in the forward pass for a cache with a mechanism that takes as many queries as keys, for one that holds tokens which
+    were read without the policy, or is full; for masks of four axes, packed sequences, dropout, and attention weights;
+    in continuous batching.
 
     >>> from saccade.hosts.lm import LM, LMConfig
     >>> model, tokens = LM(LMConfig(num_layers=2)).to_llama(), torch.arange(40)[None]
@@ -79,6 +83,11 @@ def _no_continuous_batching(*_: Any, **__: Any) -> None:
     )
 
 
+def _not_compiled(*_: Any, **__: Any) -> bool:
+    # transformers asks before the prompt is read, and would compile every step again as lengths grow.
+    return False
+
+
 class Handle:
     """What `apply` changed in a model, and the way back.
 
@@ -100,7 +109,8 @@ class Handle:
         if any(isinstance(each, Caching) for each in served):
             from saccade.hf.caching import Swap  # which imports transformers
 
-            self._swap = Swap()
+            self._swap = Swap(rotations_of(model, layers, served))
+            self._changed.append(_Change(model, "_valid_auto_compile_criteria", _not_compiled))
             hook = torch.compiler.disable(self._swap.hook)  # a compiler leaves it as it is, and goes on behind it
             self._hooks = [layer.module.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
             embedding = model.get_input_embeddings()

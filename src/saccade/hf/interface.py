@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,13 +32,21 @@ class Tokens:
     """What there is to attend to in one forward pass, in place of a mask: made once, read by every layer.
 
     num_queries, num_keys: N, the last of M. window: keys that a query sees, or None when it sees all before it. groups:
-    the real tokens, or None when nothing is padding.
+    the real tokens, or None when nothing is padding. room: keys that the cache hands over, the first M of which were
+    read; more than M where it is static.
     """
 
     num_queries: int
     num_keys: int
     window: int | None = None
     groups: tuple[Group, ...] | None = None
+    room: int | None = None
+    # transformers asks every mask for its axes: these are no (batch, tokens), and are handed on as they are.
+    ndim: ClassVar[int] = 0
+
+    def read_of(self, *held: Tensor) -> tuple[Tensor, ...]:
+        """What was read (B, Hkv, M, D) of what a cache hands over, keys or values (B, Hkv, room, D)."""
+        return tuple(x[:, :, : self.num_keys] if x.shape[2] == self.room != self.num_keys else x for x in held)
 
     def attend(self, call: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Call with real tokens only; rows of padding come back as zeros."""
@@ -77,21 +85,25 @@ class Tokens:
         return out
 
 
-def group(real: Tensor, num_queries: int) -> tuple[tuple[Group, ...] | None, bool]:
-    """Rows by their numbers of real queries and keys, None when all is real; and whether padding lies between tokens.
+def group(real: Tensor, num_queries: int, before: int | Tensor) -> tuple[int, tuple[Group, ...] | None, bool]:
+    """Tokens in the cache, now on the host; rows by their numbers of real queries and keys, None when all is real; and
+    whether padding lies between tokens.
 
-    real: bool (B, M), the last `num_queries` of which are queries. Waits for the device once.
+    real: bool (B, M or more), of which what is behind the queries counts for nothing. before: tokens in the cache, on
+    the host or the device: M - N. Waits for the device once.
     """
     place = torch.arange(real.shape[1], device=real.device)
+    real = real & (place < before + num_queries)
     last = torch.where(real, place, -1).amax(1)
     first = torch.where(real, place, real.shape[1]).amin(1)
-    sums = torch.stack([real[:, -num_queries:].sum(1), real.sum(1), last - first + 1], 1).tolist()
+    sums = torch.stack([(real & (place >= before)).sum(1), real.sum(1), last - first + 1], 1)
+    start, *flat = torch.cat([sums.new_zeros(1) + before, sums.flatten()]).tolist()
     rows_of: dict[tuple[int, int], list[int]] = {}
-    for row, (n, m, _) in enumerate(sums):
+    spans = list(zip(*[iter(flat)] * 3, strict=True))
+    for row, (n, m, _) in enumerate(spans):
         rows_of.setdefault((n, m), []).append(row)
-    if list(rows_of) == [(num_queries, real.shape[1])]:
-        return None, False
-    start = real.shape[1] - num_queries
+    if list(rows_of) == [(num_queries, start + num_queries)]:
+        return start, None, False
     found = []
     for (n, m), members in rows_of.items():
         if n:
@@ -99,10 +111,10 @@ def group(real: Tensor, num_queries: int) -> tuple[tuple[Group, ...] | None, boo
             # Stable, so that real tokens come first and in their order; unlike nonzero it does not wait for the device.
             queries, keys = (
                 part.int().argsort(dim=1, descending=True, stable=True)[:, :count]
-                for part, count in ((real[rows, start:], n), (real[rows], m))
+                for part, count in ((real[rows, start : start + num_queries], n), (real[rows], m))
             )
             found.append(Group(tuple(members), rows, queries, keys))
-    return tuple(found), any(m and m != span for _, m, span in sums)
+    return start, tuple(found), any(m and m != span for _, m, span in spans)
 
 
 @torch.compiler.disable
@@ -112,7 +124,7 @@ def mask(
     kv_length: int,
     q_offset: Any = 0,
     kv_offset: int = 0,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | Tokens | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool | None = None,
     use_vmap: bool = False,
@@ -120,34 +132,44 @@ def mask(
 ) -> Tokens:
     """The mask function of transformers' AttentionMaskInterface: `Tokens` instead of a tensor.
 
-    attention_mask: bool (B, tokens so far), False for padding, or None. local_size: sliding window. The other names are
-    transformers' own. Errors: ValueError for what is no causal attention over a cache that grows.
+    attention_mask: bool (B, tokens so far, or more), False for padding; what this function made before, as `generate`
+    does for a static cache; or None. q_offset: tokens before the first query, of a static cache a tensor, for which the
+    host waits once. local_size: sliding window. The other names are transformers' own. Errors: ValueError for what is
+    no causal attention over a cache.
     """
-    if isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length:
+    if isinstance(attention_mask, Tokens):
+        return attention_mask
+    # transformers takes this back for all that is not plainly causal, and for every step over a static cache; one token
+    # attends to all before it.
+    if use_vmap or not (allow_is_causal_skip or q_length == 1):
         raise ValueError(
-            f"cache: got {kv_length} keys for {q_length} new tokens after {q_offset}; static caches hold room for more "
-            "than was read, and are not served: leave out cache_implementation, or pass a DynamicCache"
+            "attention_mask: the model asks for more than causal attention (packed sequences, or a mask function of "
+            "its own); pass sequences one a row, and an attention_mask of zeros for padding"
         )
-    if use_vmap or not allow_is_causal_skip:  # transformers takes this back for all that is not plainly causal
+    before, groups, holes = q_offset - kv_offset, None, False
+    if attention_mask is None:
+        before = int(before)
+    else:
+        before, groups, holes = group(attention_mask[:, kv_offset : kv_offset + kv_length].bool(), q_length, before)
+    num_keys = before + q_length
+    if num_keys > kv_length:
         raise ValueError(
-            "attention_mask: the model asks for more than causal attention (packed sequences, a mask function of its "
-            "own, a cache that compiles); pass sequences one a row, an attention_mask of zeros for padding, and a "
+            f"cache: got {num_keys} tokens for a cache that holds {kv_length}; pass a StaticCache with more room, or a "
             "DynamicCache"
         )
-    window = local_size if local_size is not None and local_size < kv_length else None
-    if attention_mask is None:
-        return Tokens(q_length, kv_length, window)
-    if attention_mask.shape[0] != batch_size or attention_mask.shape[1] < kv_offset + kv_length:
+    if attention_mask is not None and (
+        attention_mask.shape[0] != batch_size or attention_mask.shape[1] < kv_offset + num_keys
+    ):
         raise ValueError(
             f"attention_mask: got shape {tuple(attention_mask.shape)} for a batch of {batch_size} that has read "
-            f"{kv_offset + kv_length} tokens; pass one number for each, those in the cache too"
+            f"{kv_offset + num_keys} tokens; pass one number for each, those in the cache too"
         )
-    groups, holes = group(attention_mask[:, kv_offset : kv_offset + kv_length].bool(), q_length)
+    window = local_size if local_size is not None and local_size < num_keys else None
     if window is not None and holes:
         raise ValueError(
             f"attention_mask: padding lies between tokens, and a sliding window of {window} counts it; pad on the left"
         )
-    return Tokens(q_length, kv_length, window, groups)
+    return Tokens(q_length, num_keys, window, groups, kv_length)
 
 
 CHANGES = ("position_bias", "cu_seq_lens_q", "cu_seq_lens_k", "output_attentions")
@@ -196,10 +218,11 @@ def attention(
     held = vars(key).get(NAME)
     if held is not None:  # keys and values lie in pages; these are the new ones
         return served.read(held, tokens, query, key, value, asked).transpose(1, 2).contiguous(), None
+    key, value = tokens.read_of(key, value)
     if (query.shape[2], key.shape[2]) != (tokens.num_queries, tokens.num_keys):
         raise ValueError(
             f"cache: got {key.shape[2]} keys for {query.shape[2]} queries, {tokens.num_keys} for {tokens.num_queries} "
-            "were announced; pass a DynamicCache"
+            "were announced; pass a cache that was made for this model"
         )
     out = tokens.attend(lambda q, k, v: served(q, k, v, asked), query, key, value)
     return out.transpose(1, 2).contiguous(), None

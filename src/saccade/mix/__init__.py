@@ -4,7 +4,7 @@ tokens of a grid."""
 from saccade.mix.conv import DepthwiseConv, depthwise_conv
 from saccade.mix.gate import gate_axes
 from saccade.mix.pool import pool_axis, pool_tokens
-from saccade.mix.rotary import grid_angles, rotary_rates, turn_halves, turn_pairs
+from saccade.mix.rotary import grid_angles, rotary_rates, turn_at, turn_halves, turn_pairs
 from saccade.mix.tokens import to_map, to_tokens
 from saccade.mix.windows import RegionBias, Windowed, cut_windows, join_windows, window_regions
 
@@ -22,6 +22,7 @@ __all__ = [
     "rotary_rates",
     "to_map",
     "to_tokens",
+    "turn_at",
     "turn_halves",
     "turn_pairs",
     "window_regions",

@@ -61,6 +61,22 @@ def turn_halves(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([*_turned(one.to(wide), two.to(wide), angles), rest], -1).to(x.dtype)
 
 
+def turn_at(x: Tensor, at: Tensor | int, theta: float = 10000.0, channels: int | None = None) -> Tensor:
+    """`turn_halves` by places in a sequence: the angles are places times `rotary_rates`.
+
+    x (..., N, D). at: places, (N,) or what broadcasts to (..., N), negative to turn back; or the first of N in a row.
+    theta: of the rates (10000). channels: 2 P, as many of the first are turned (default: all). -> (..., N, D) in x's
+    dtype. Costs and errors as `turn_halves`.
+
+    >>> x = torch.randn(5, 8)
+    >>> torch.allclose(turn_at(turn_at(x, 3), -torch.arange(3, 8)), x, atol=1e-5)
+    True
+    """
+    places = torch.arange(at, at + x.shape[-2], device=x.device) if isinstance(at, int) else at
+    pairs = (x.shape[-1] if channels is None else channels) // 2
+    return turn_halves(x, places[..., None] * rotary_rates(pairs, theta, device=x.device))
+
+
 def turn_pairs(x: Tensor, angles: Tensor) -> Tensor:
     """Channels 2 i and 2 i + 1 turned by angle i, the convention of the paper; channels from 2 P on stay.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from saccade.cache import Policy, Session
+from saccade.hf.caching import cache_name
 from saccade.hf.handle import Handle
 from saccade.hf.interface import NAME, Tokens
 from saccade.hf.layers import layers_of
@@ -96,8 +97,8 @@ class Reader:
         out = self.model(
             ids,
             position_ids=begin[:, None] + torch.arange(ids.shape[1], device=ids.device),
-            cache=Cache(layers=[Passing(told) for _ in range(self.num_layers)]),
             use_cache=True,
+            **{cache_name(self.model): Cache(layers=[Passing(told) for _ in range(self.num_layers)])},
             **self._short,
         )
         return out.logits[:, -1]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saccade.errors import known, positive
 from saccade.softmax.merge import absorb, merge
+from saccade.softmax.page_rows import attend_rows
 from saccade.softmax.problem import Problem
 
 Chosen = Tensor | tuple[Tensor, Tensor]
@@ -120,18 +121,21 @@ class Pages:
 
         The host waits for the device: for doubt, and done at every call on a CPU.
         """
-        lengths = self.lengths
-        if len(lengths) and not (int(lengths.min()) >= 0 and int(lengths.max()) <= self.capacity):
+        lengths, count = self.lengths, len(self.k)
+        low, high = (int(end) for end in lengths.aminmax()) if len(lengths) else (0, 0)
+        if low < 0 or high > self.capacity:
             raise ValueError(
                 f"lengths: got {lengths.tolist()} beside a table of {self.table.shape[1]} pages of {self.page} tokens; "
                 f"each must be in 0 .. {self.capacity}"
             )
-        used = torch.arange(self.table.shape[1], device=lengths.device) * self.page < lengths[:, None]
-        named = self.table[used]
-        if bool(((named < 0) | (named >= len(self.k))).any()):
-            raise ValueError(
-                f"table: got pages {int(named.min())} .. {int(named.max())} in use; there are 0 .. {len(self.k) - 1}"
-            )
+        low, high = (int(end) for end in self.table.aminmax()) if self.table.numel() else (0, -1)
+        if low < 0 or high >= count:  # perhaps only behind the ends of sequences
+            used = torch.arange(self.table.shape[1], device=lengths.device) * self.page < lengths[:, None]
+            named = self.table[used]
+            if bool(((named < 0) | (named >= count)).any()):
+                raise ValueError(
+                    f"table: got pages {int(named.min())} .. {int(named.max())} in use; there are 0 .. {count - 1}"
+                )
         if chosen is None:
             return self
         indices = chosen if isinstance(chosen, Tensor) else chosen[1]
@@ -202,10 +206,11 @@ def attend_pages(
     over the device and merge, see `softmax.kernels.decode`; any lengths and lists in one captured graph; no gradients),
     "torch" (any device), or "auto".
 
-    Cost: the bytes of the chosen pages, once a key head. In lists with -1 the empty slots are shared out like pages,
-    though nothing is read for them. Errors: ValueError or TypeError that names the argument; indices out of range only
-    on a CPU, elsewhere by `Pages.verify`. With the kernels and N > 1, NaN or infinity in the values of the last N - 1
-    tokens may reach every query of its sequence.
+    Cost: the bytes of the chosen pages, once a key head; "torch" copies them first, but for those that on a CPU, with
+    one key head, lie one after another. In lists with -1 the empty slots are shared out like pages, though nothing is
+    read for them. Errors: ValueError or TypeError that names the argument; indices out of range only on a CPU,
+    elsewhere by `Pages.verify`. With the kernels and N > 1, NaN or infinity in the values of the last N - 1 tokens may
+    reach every query of its sequence.
 
     >>> k, v = torch.randn(2, 2, 3, 50, 8)
     >>> pages = Pages.of(k, v, page=16)
@@ -221,7 +226,7 @@ def attend_pages(
 
         found = decode.attend(problem, pages, chosen)
     else:
-        found = _sunk(problem, *_gather(problem, pages, chosen, causal=True))
+        found = _sunk(problem, *attend_rows(problem, pages, chosen, causal=True))
     return _answer(*found, q.dtype, return_lse)
 
 
@@ -266,8 +271,8 @@ def attend_cascade(
 
         found = decode.attend(problem, pages, chosen, prefix)
     else:
-        shared = _gather(problem, prefix, None, causal=False)
-        found = _sunk(problem, *merge([shared, _gather(problem, pages, chosen, causal=True)]))
+        shared = attend_rows(problem, prefix, None, causal=False)
+        found = _sunk(problem, *merge([shared, attend_rows(problem, pages, chosen, causal=True)]))
     return _answer(*found, q.dtype, return_lse)
 
 
@@ -355,59 +360,8 @@ def _choose(backend: str, problem: Problem, *stores: Pages) -> str:
     return backend
 
 
-def _gather(problem: Problem, pages: Pages, chosen: Chosen | None, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """(o, lse) in float32 at least, without sinks, from a copy of the chosen pages.
-
-    The B sequences of q share the S of pages; causal: their queries are the last tokens there, else they see them all.
-    """
-    q, page = problem.q, pages.page
-    (batch, heads, n, _), kv_heads, own = q.shape, pages.k.shape[1], len(pages.table)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    logical = _slots(pages, chosen)
-    lengths = pages.lengths[:, None, None].long()
-    position = (logical[..., None] * page + torch.arange(page, device=q.device)).flatten(2)
-    there = (logical >= 0)[..., None].expand(*logical.shape, page).flatten(2) & (position < lengths)
-    used = there.unflatten(2, (-1, page)).any(3)
-    table = pages.table[:, None].expand(-1, kv_heads, -1).long()
-    physical = table.gather(2, torch.where(used, logical, 0)).masked_fill(~used, 0)
-    head = torch.arange(kv_heads, device=q.device)[:, None]
-    k, v = (torch.where(there[..., None], x[physical, head].flatten(2, 3), 0).to(dtype) for x in (pages.k, pages.v))
-    # Rows of one key head: the sequences of a prefix, the heads of its group, their queries.
-    rows = q.to(dtype).view(own, batch // own, kv_heads, heads // kv_heads, n, -1).transpose(1, 2)
-    scores = torch.einsum("xhbgnd,xhtd->xhbgnt", rows, k) * problem.scale
-    if problem.softcap is not None:
-        scores = problem.softcap * torch.tanh(scores / problem.softcap)
-    ends = lengths + torch.arange(1 - n, 1, device=q.device)[:, None] * causal
-    seen = there[:, :, None] & (position[:, :, None] < ends[:, None])
-    scores = torch.where(seen[:, :, None, None], scores, -torch.inf)
-    top = scores.amax(-1, keepdim=True)
-    top = top.masked_fill(top == -torch.inf, 0)
-    total = (scores - top).exp().sum(-1, keepdim=True)
-    weights = (scores - top).exp() / total.masked_fill(total == 0, 1)
-    # A value that is not finite reaches only the rows that see it.
-    o = [weights[..., i, :].flatten(2, 3) @ torch.where(seen[:, :, i, :, None], v, 0) for i in range(n)]
-    o = torch.stack(o, 3).unflatten(2, (batch // own, -1)).transpose(1, 2).reshape(batch, heads, n, -1)
-    return o, (top + total.log())[..., 0].transpose(1, 2).reshape(batch, heads, n)
-
-
 def _sunk(problem: Problem, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return (o, lse) if problem.sink is None else absorb(o, lse, problem.sink)
-
-
-def _slots(pages: Pages, chosen: Chosen | None) -> Tensor:
-    """Logical pages, int64 (B, Hkv, K) with K >= 1, -1 for none."""
-    batch, kv_heads = len(pages.table), pages.k.shape[1]
-    if chosen is None:
-        return torch.arange(pages.table.shape[1], device=pages.k.device).expand(batch, kv_heads, -1)
-    if isinstance(chosen, Tensor):
-        slots = chosen.long().expand(batch, kv_heads, -1)
-        return slots if slots.shape[2] else slots.new_full((batch, kv_heads, 1), -1)
-    indptr, indices = chosen
-    counts = indptr.diff()
-    listed = torch.arange(max(1, int(counts.max())), device=counts.device) < counts[:, None]
-    slots = torch.full(listed.shape, -1, dtype=torch.int64, device=counts.device)
-    slots[listed] = indices.long()
-    return slots.view(batch, kv_heads, -1)
 
 
 def _check_pair(k: Tensor, v: Tensor) -> None:

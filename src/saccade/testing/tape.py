@@ -17,11 +17,14 @@ class Tape(TorchDispatchMode):
     stay what they were, and a tensor that was rebound since is not found. Unlike there, operations take effect while
     they are recorded, so that the first replay is left out.
 
+    >>> import torch
     >>> x = torch.zeros(3)
     >>> tape = Tape(lambda: x.add_(1).sum())
     >>> tape.replay(), tape.replay(), x.tolist(), tape.result.item()
     (None, None, [2.0, 2.0, 2.0], 6.0)
     """
+
+    records = True  # what the host reads meanwhile would be read once for all
 
     def __init__(self, run: Callable[[], Any]) -> None:
         super().__init__()

@@ -1,4 +1,8 @@
-"""Tune: fit a mechanism to the bundled language model, by a search over its heads' rules or by a conversion recipe."""
+"""Tune: fit a mechanism to a language model, in one of four ways that mechanisms offer.
+
+Rules a head, chosen under a budget (`Tunable`), or a conversion of softmax attention (`Convertible`), for the bundled
+model; gates that learn in place (`Taught`), or a profile that is searched (`Searched`), for any model of transformers.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from saccade.bench.tune.adjusted import Adjusted
 from saccade.bench.tune.conversion import Converted, convert
 from saccade.bench.tune.measure import Sample, layered, loss, measured, samples
 from saccade.bench.tune.recipes import recipe, recipes
 from saccade.bench.tune.rules import Tunable, Tuned, densities, front, profile, solve, tunable, tune
+from saccade.bench.tune.searched import Searched, search, searchable
+from saccade.bench.tune.taught import Taught, teach, teachable
+
+Found = Tuned | Converted | Adjusted
 
 __all__ = [
+    "Adjusted",
     "Converted",
     "Sample",
+    "Searched",
+    "Taught",
     "Tunable",
     "Tuned",
     "convert",
@@ -30,28 +42,44 @@ __all__ = [
     "recipe",
     "recipes",
     "samples",
+    "search",
+    "searchable",
     "solve",
+    "teach",
+    "teachable",
     "tunable",
     "tune",
     "tuner",
 ]
 
 
-def tuner(id: str, **options: Any) -> Callable[..., Tuned | Converted]:
-    """What tunes `id`, a recipe or a mechanism with rules, with these options; it takes `progress`.
+def tuner(what: str, **options: Any) -> Callable[..., Found]:
+    """What tunes `what` with these options; it takes `progress`.
 
-    Errors: ValueError for an unknown id, and for an option that this kind of tuning does not take.
+    what: a recipe, or a mechanism's id, with parameters where its gates learn or its profile is searched:
+    "duo_attention(share=0.25)". Errors: ValueError for an unknown id, and for an option that this kind of tuning does
+    not take.
     """
+    from saccade.bench.eval import spelt
     from saccade.catalogue import mechanism, mechanisms
+    from saccade.hf.tuned import serves
 
-    run: Callable[..., Tuned | Converted]
-    first: Any
+    id, params = spelt(what)
+    run: Callable[..., Found]
+    first: Any = id
     if id in recipes():
-        run, first = convert, id
-    elif id in {spec.id for spec in mechanisms()}:
-        run, first = tune, mechanism(id)
+        run = convert
+    elif id not in {spec.id for spec in mechanisms()}:
+        every = [*recipes(), *tunable(), *teachable(), *searchable()]
+        raise ValueError(f"id: got {id!r}; choose one of {', '.join(every)}")
+    elif isinstance(serves(id), Taught):
+        run = teach
+    elif isinstance(serves(id), Searched):
+        run = search
     else:
-        raise ValueError(f"id: got {id!r}; choose one of {', '.join([*recipes(), *tunable()])}")
+        run, first = tune, mechanism(id)
+    if params:
+        options["params"] = params
     takes = inspect.signature(run).parameters
     for name, value in options.items():
         if name not in takes:
@@ -59,10 +87,12 @@ def tuner(id: str, **options: Any) -> Callable[..., Tuned | Converted]:
     return partial(run, first, **options)
 
 
-def load(path: Path) -> Tuned | Converted:
-    """What `save` of either wrote."""
+def load(path: Path) -> Found:
+    """What `save` of any of them wrote."""
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         said = None  # for `Tuned.load` to say
-    return (Converted if isinstance(said, dict) and "recipe" in said else Tuned).load(path)
+    kinds: dict[str, type[Converted | Adjusted]] = {"recipe": Converted, "held_out": Adjusted}
+    kind = next((kind for key, kind in kinds.items() if isinstance(said, dict) and key in said), Tuned)
+    return kind.load(path)

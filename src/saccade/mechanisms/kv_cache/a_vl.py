@@ -53,12 +53,8 @@ class ByModality(Policy):
                 return view.columns[..., 1] > TEXT
             start, stop, _ = slice(*image).indices(view.q.shape[2])
             return (view.positions >= start) & (view.positions < stop)
-        told = view.shared.get("token_ids")
-        if told is None:
-            return torch.zeros_like(view.there)
-        told = told if view.rows is None else told[list(view.rows)]
-        at = view.positions.clamp(max=told.shape[1] - 1)
-        return view.there & (told[:, None].expand(*at.shape[:2], -1).gather(2, at) == image)
+        told = view.ids
+        return torch.zeros_like(view.there) if told is None else told == image
 
     def rank(self, view: View, image: Tensor, sizes: Tensor) -> None:
         """Say of the tokens of images, the same ones in all key heads, which are core, which secondary, which text."""

@@ -5,14 +5,16 @@ apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from saccade import attend
-from saccade.cache import Policy, Stored, View
+from saccade.cache import Policy, Session, Stored, View
+from saccade.cache.view import usual
 from saccade.contract import CachePolicy, Case, Dims, Finding, Spec, claim
 from saccade.errors import positive
 from saccade.where import Causal, Pattern, PerHead, Plan, Sinks, Window
@@ -41,22 +43,29 @@ class Streams(Policy):
         self.duo = duo
 
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        plain = q.shape[3] ** -0.5
-        return self.duo.compute(q if scale in (None, plain) else q * (scale / plain), k, v)
+        return self.duo.compute(usual(q, scale), k, v)
 
     def piece(self, view: View) -> Tensor:
-        full = torch.tensor(self.duo.full_heads())
+        duo, ends = self.duo, view.ends
+        full = torch.tensor(duo.full_heads())
         view.note("full", full.expand(len(view.q), -1))  # on the host, for steps that ask no device
-        near = (view.positions < self.duo.sink) | (view.positions >= view.ends[:, None, None] - self.duo.recent)
+        # Behind the sinks lie the recent tokens in order. From then on each leaves its place to the newest, so that
+        # the places are taken in turns: the first is that of the token which leaves when one more has come.
+        view.note("turn", ends.clamp(min=duo.sink + duo.recent) + 1)
+        near = (view.positions < duo.sink) | (view.positions >= ends[:, None, None] - duo.recent)
         return near | full.to(near.device)[:, None]
 
     def select(self, step: Stored) -> None:
         duo = self.duo
         over = (step.counts > duo.sink + duo.recent) & ~step.notes("full").bool()
         if bool(over.any()):
-            leaves = step.ends[:, None, None] - 1 - duo.recent
-            place = (step.positions == leaves).int().argmax(-1, keepdim=True)
-            step.stored.drop(step.slots.gather(2, place), step.rows, over)
+            slot = duo.sink + (step.ends - step.notes("turn")) % duo.recent
+            step.stored.drop(slot[:, None].expand(-1, over.shape[1]), step.rows, over)
+
+    def steady(self, session: Session) -> bool:
+        """Once streaming heads hold all that they ever will, in pages of their own: what leaves is written over."""
+        store = session.store(0)
+        return int(store.seen.min()) >= self.duo.sink + self.duo.recent and not store.pool.guarded
 
 
 class DuoAttention(CachePolicy):
@@ -69,12 +78,12 @@ class DuoAttention(CachePolicy):
     q (B, H, N, D), k, v (B, Hkv, N, D) -> o (B, H, N, D). The query heads of a key head share its gate. Paper: arXiv
     2410.10819, sections 2.2 and 2.3; the form of the gate and its start at 1 follow the authors' code. Their loss is
     the squared distance of the last hidden states from the full model's plus 0.05 mean |alpha| over all layers.
-    Deviations: the authors pick heads by one quantile over all layers; here `share` is that of one layer, which a
-    caller may set a layer. Their decoder reads the current token on top of sink + recent cached ones; here the window
-    counts it, as in training, so that prefill in any pieces and decode agree. share: part of the key heads that is
-    full, rounded (default 0.5); None trains the gates. sink: 64. recent: 256, the query included. Costs N^2 / 2 pairs
-    on a full head, N (sink + recent) on another; share L + (1 - share) (sink + recent) cached tokens. Errors:
-    ValueError for a share outside [0, 1].
+    Deviations: `share` is that of one layer; `chosen` sets each layer's by the authors' one quantile over all layers.
+    They clamp the gates after each step, here `mixed` does. Their decoder reads the current token on top of sink +
+    recent cached ones; here the window counts it, as in training, so that prefill in any pieces and decode agree.
+    share: part of the key heads that is full, rounded (default 0.5); None trains the gates. sink: 64. recent: 256, the
+    query included. Costs N^2 / 2 pairs on a full head, N (sink + recent) on another; share L + (1 - share) (sink +
+    recent) cached tokens. Errors: ValueError for a share outside [0, 1].
 
     >>> duo, x = DuoAttention(Dims(4, 8), sink=2, recent=6), torch.randn(1, 4, 32, 8)
     >>> duo(x, x, x).shape, duo.kept(32).sum(1).tolist()
@@ -92,6 +101,7 @@ class DuoAttention(CachePolicy):
     )
     causal = True
     per_head = True
+    learning: ClassVar[Mapping[str, float]] = {"lr": 0.02, "weight_decay": 0.0}
 
     def __init__(self, dims: Dims, *, share: float | None = 0.5, sink: int = 64, recent: int = 256) -> None:
         super().__init__(dims)
@@ -104,6 +114,25 @@ class DuoAttention(CachePolicy):
     def policy(self) -> Policy | None:
         """What a pretrained model's cache is served by; None while the gates are trained."""
         return None if self.share is None else Streams(self)
+
+    @classmethod
+    def learner(cls, dims: Dims, *, share: float = 0.5, **params: Any) -> DuoAttention:
+        """A layer whose gates are to be trained: all of them 1, so that every head is full."""
+        return cls(dims, share=None, **params)
+
+    @classmethod
+    def objective(cls, layers: Sequence[DuoAttention], lesson: Any) -> Tensor:
+        """The squared distance of the last hidden states on what is asked, and 0.05 mean |alpha| over all layers."""
+        distance: Tensor = lesson.distance()
+        return distance + 0.05 * torch.stack([layer.alpha.abs() for layer in layers]).mean()
+
+    @classmethod
+    def chosen(cls, layers: Sequence[DuoAttention], *, share: float = 0.5, **params: Any) -> list[dict[str, Any]]:
+        """Parameters of every layer once deployed: full are the key heads of the largest gates of all layers."""
+        gates = torch.stack([layer.alpha.detach().float() for layer in layers])
+        best = gates.flatten().argsort(descending=True, stable=True)[: math.floor(share * gates.numel() + 0.5)]
+        full = (best // gates.shape[1]).bincount(minlength=len(layers)) / gates.shape[1]
+        return [params | {"share": each} for each in full.tolist()]
 
     @property
     def stream(self) -> Pattern:

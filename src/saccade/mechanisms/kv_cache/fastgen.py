@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from saccade.cache import Cached, Policy, Session, Stored, View, top
+from saccade.cache.view import Place, attention_at
 from saccade.contract import Case, Dims, Finding, Held, Spec, claim, replay
 from saccade.errors import positive
 
@@ -31,69 +32,80 @@ class Profiled(Policy):
     def tokens(self, seen: int, index: int = 0, num_layers: int = 1) -> None:
         return None
 
-    def named(self, view: View, positions: Tensor, ids: Sequence[int]) -> Tensor:
-        """Which tokens at positions (G, Hkv, M) have one of the ids."""
-        told = view.shared.get("token_ids")
-        if told is None or not ids:
-            return torch.zeros_like(positions, dtype=torch.bool)
-        told = told if view.rows is None else told[list(view.rows)]
-        at = positions.clamp(max=told.shape[1] - 1)
-        return torch.isin(told[:, None].expand(*at.shape[:2], -1).gather(2, at), told.new_tensor(ids))
+    def named(self, view: View, ids: Sequence[int]) -> Tensor:
+        """Which tokens have one of the ids, (G, Hkv, M)."""
+        told = view.ids if ids else None
+        return torch.zeros_like(view.there) if told is None else torch.isin(told, told.new_tensor(ids))
+
+    def sets(self, view: View, sums: Tensor) -> Tensor:
+        """The five sets of every key head, (5, G, Hkv, M). sums (G, Hkv, M): attention that each token received."""
+        there, positions, device = view.there, view.positions, sums.device
+        near = torch.tensor(self.widths(view), device=device)
+        rare = torch.tensor([[math.ceil(r * n) for r in self.rule.frequent] for n in view.seen.tolist()], device=device)
+        special = (there & (positions < self.rule.sinks)) | self.named(view, self.rule.special)
+        kind = special | self.named(view, self.rule.punctuation)
+        frequent = kind | (there & top(sums.masked_fill(kind | ~there, -torch.inf), rare))
+        local = frequent | (there & (positions >= view.ends[:, None, None] - near[..., None]))
+        return torch.stack([special, kind, frequent, local, there])
+
+    def widths(self, view: View) -> list[list[int]]:
+        """How many of the newest tokens are local, of each sequence and key head."""
+        return [[max(1, int(r * seen)) for r in self.rule.local] for seen in view.seen.tolist()]
+
+    def missing(self, view: View, received: Tensor, sets: Tensor) -> Tensor:
+        """Attention that the first four sets miss, the most of a key head's query heads, as a part: (4, G, Hkv).
+
+        received (G, H, M): what each token got of the queries.
+        """
+        each = received.unflatten(1, (-1, view.group))
+        beside = [(each * ~marks[:, :, None]).sum(-1) for marks in sets[:LOCAL]]
+        near = torch.tensor(self.widths(view), device=sets.device)
+        return torch.stack([*beside, self.far(view, sets[FREQUENT], near)]).amax(3) / view.q.shape[2]
 
     def piece(self, view: View) -> Tensor:
-        there, positions, device = view.there, view.positions, view.q.device
-        widths = [max(1, int(self.rule.local * seen)) for seen in view.seen.tolist()]
-        near = torch.tensor(widths, device=device)
-        rare = torch.tensor([[math.ceil(self.rule.frequent * seen)] for seen in view.seen.tolist()], device=device)
         received = view.received()
         view.columns[..., 0] += view.pooled(received)
+        sets = self.sets(view, view.columns[..., 0])
+        view.columns[..., 1] = sets[PUNCTUATION].to(view.columns)
+        if self.rule.heads is None:
+            enough = self.missing(view, received, sets) < 1 - self.rule.recovery
+            head = torch.cat([enough, torch.ones_like(enough[:1])]).int().argmax(0)
+        else:
+            head = torch.tensor(self.rule.heads, device=sets.device).expand(sets.shape[1:3])
+        keep = sets.gather(0, head[None, ..., None].expand(1, *sets.shape[1:]))[0]
 
-        special = there & ((positions < self.rule.sinks) | self.named(view, positions, self.rule.special))
-        kind = special | (there & self.named(view, positions, self.rule.punctuation))
-        view.columns[..., 1] = kind.to(view.columns)
-        free = view.columns[..., 0].masked_fill(kind | ~there, -torch.inf)
-        frequent = kind | (there & top(free, rare.expand(free.shape[:2])))
-        local = frequent | (there & (positions >= (view.ends - near)[:, None, None]))
-
-        beside = [received.unflatten(1, (-1, view.group)) * ~marks[:, :, None] for marks in (special, kind, frequent)]
-        missing = torch.stack([*[each.sum(-1) for each in beside], self.far(view, frequent, near)])
-        enough = missing.amax(3) < (1 - self.rule.recovery) * view.q.shape[2]
-        head = torch.cat([enough, torch.ones_like(enough[:1])]).int().argmax(0)
-        kept = torch.stack([special, kind, frequent, local, there])
-        keep = kept.gather(0, head[None, ..., None].expand(1, *there.shape))[0]
-
-        view.note("near", torch.where(head == LOCAL, near[:, None], (head > PUNCTUATION).long()))
-        policy, count, most = torch.stack([head, keep.sum(-1), frequent.sum(-1)]).cpu()
-        room = torch.where(policy == LOCAL, most + torch.tensor(widths)[:, None], count)
+        widths = torch.tensor(self.widths(view))
+        view.note("near", torch.where(head == LOCAL, widths.to(head.device), (head > PUNCTUATION).long()))
+        policy, count, most = torch.stack([head, keep.sum(-1), sets[FREQUENT].sum(-1)]).cpu()
+        room = torch.where(policy == LOCAL, most + widths, count)
         view.note("room", room.masked_fill(policy == FULL, torch.iinfo(torch.int64).max))
         view.note("head", policy)
         return keep
 
     def far(self, view: View, kept: Tensor, near: Tensor) -> Tensor:
-        """Attention of all queries, summed, to what is neither kept nor of the `near` (G,) newest: (G, Hkv, group)."""
-        total, at = torch.zeros((), device=near.device), view.ends - view.q.shape[2] - near
+        """Attention of all queries, summed, to what is not kept nor of the `near` (G, Hkv) newest: (G, Hkv, group)."""
+        total, at = torch.zeros((), device=near.device), view.ends[:, None] - view.q.shape[2] - near
         for block in view.blocks():
-            oldest = at[:, None] + torch.arange(block.shape[2], device=at.device)
-            out = ~kept[:, :, None] & (view.positions[:, :, None] <= oldest[:, None, :, None])
+            oldest = at[..., None] + torch.arange(block.shape[2], device=at.device)
+            out = ~kept[:, :, None] & (view.positions[:, :, None] <= oldest[..., None])
             total = total + (block.unflatten(1, (-1, view.group)) * out[:, :, None]).sum((3, 4))
             at = at + block.shape[2]
         return total
 
     def after(self, step: Stored) -> None:
         head, room = step.notes("head"), step.notes("room")
-        newest = step.ends[:, None, None] - 1
+        last = step.positions == step.ends[:, None, None] - 1
         known = "token_ids" in step.shared and bool(self.rule.special + self.rule.punctuation)
         if known:
-            fresh = self.named(step, newest.expand(*head.shape, 1), self.rule.special + self.rule.punctuation)
-            room = room + (fresh[..., 0].cpu() & (head != SPECIAL) & (head != FULL))
+            fresh = last & self.named(step, self.rule.special + self.rule.punctuation)
+            room = room + (fresh.any(-1).cpu() & (head != SPECIAL) & (head != FULL))
             step.note("room", room)
         over = step.counts > room
-        last = step.positions == newest
         place = last.int().argmax(-1)
         if bool(((head == FREQUENT) | (head == LOCAL)).any()):
             step.columns[..., 0] += step.pooled(step.received())
             if known:
-                step.columns[..., 1] += (last & fresh).to(step.columns)
+                step.columns[..., 1] += fresh.to(step.columns)
             step.put_columns()
             near = step.notes("near")
             mean = step.columns[..., 0] / (step.ends[:, None, None] - step.positions)
@@ -122,10 +134,13 @@ class FastGen(Cached):
     cold-compress, to which the authors' repository points, but for heads that no set is enough for: they are full.
     Deviations: a head is a key head; each of its query heads must recover that much, and what it receives is their
     mean. The mean attention counts all queries, not the last 400. With recovery = 1 all heads are full, also where a
-    cheaper set covers a short prompt. Where a model tells no token ids, nothing is punctuation. Each later piece of a
-    prompt is profiled anew. recovery: T (default 0.9). frequent: r_f (0.3). local: r_l (0.3). sinks: first tokens that
-    are special (1). special, punctuation: token ids (none). decoded: tokens that are decoded (16). Costs N^2 / 2 pairs
-    of the prompt, twice more to profile; then what heads hold. Errors: ValueError for shares outside [0, 1].
+    cheaper set covers a short prompt. A search takes the policies once for all prompts, `heads`, and r_f and r_l of
+    each head too, by the mean that they recover of samples. Where a model tells no token ids, nothing is punctuation.
+    Each later piece of a prompt is profiled anew. recovery: T (default 0.9). frequent: r_f (0.3), or one for each key
+    head. local: r_l (0.3), likewise. heads: the policy of each key head, 0 (special) to 4 (full), in place of profiling
+    a prompt (None). sinks: first tokens that are special (1). special, punctuation: token ids (none). decoded: tokens
+    that are decoded (16). Costs N^2 / 2 pairs of the prompt, twice more to profile; then what heads hold. Errors:
+    ValueError for shares outside [0, 1], and for other numbers of heads.
 
     >>> x = torch.randn(1, 2, 40, 8)
     >>> FastGen(Dims(2, 8))(x, x, x).shape
@@ -142,33 +157,96 @@ class FastGen(Cached):
         uses=("Cached", "Policy", "top"),
         discrete=True,
     )
+    policy: Profiled
 
     def __init__(
         self,
         dims: Dims,
         *,
         recovery: float = 0.9,
-        frequent: float = 0.3,
-        local: float = 0.3,
+        frequent: float | Sequence[float] = 0.3,
+        local: float | Sequence[float] = 0.3,
+        heads: Sequence[int] | None = None,
         sinks: int = 1,
         special: Sequence[int] = (),
         punctuation: Sequence[int] = (),
         decoded: int = 16,
     ) -> None:
         super().__init__(dims, decoded=decoded)
-        for name, value in (("recovery", recovery), ("frequent", frequent), ("local", local)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}: got {value}; pass a number from 0 to 1")
-        self.recovery, self.frequent, self.local = recovery, frequent, local
+        self.recovery = self._shares("recovery", recovery)[0]
+        self.frequent, self.local = self._shares("frequent", frequent), self._shares("local", local)
+        if heads is not None and (len(heads) != dims.num_kv_heads or not {*heads} <= {*range(FULL + 1)}):
+            raise ValueError(
+                f"heads: got {list(heads)}; pass one of 0 (special), 1 (punctuation), 2 (frequent), 3 (local) and 4 "
+                f"(full) for each of {dims.num_kv_heads} key heads, or None"
+            )
+        self.heads = None if heads is None else tuple(heads)
+        self.per_head = heads is not None or len({*zip(self.frequent, self.local, strict=True)}) > 1
         self.sinks = positive("sinks", sinks, least=0)
         self.special, self.punctuation = tuple(special), tuple(punctuation)
         self.policy = Profiled(self)
+
+    def _shares(self, name: str, value: float | Sequence[float]) -> tuple[float, ...]:
+        """One for each key head."""
+        heads = self.dims.num_kv_heads
+        found = tuple(value) if isinstance(value, Sequence) else (value,) * heads
+        if len(found) != heads or not all(0 <= each <= 1 for each in found):
+            raise ValueError(f"{name}: got {value}; pass a number from 0 to 1, or one for each of {heads} key heads")
+        return found
+
+    @classmethod
+    def calibrated(cls, dims: Dims, seen: Sequence[Any], **params: Any) -> FastGen:
+        """A layer whose heads are to be given policies: nothing is fitted."""
+        return cls(dims, **params)
+
+    def rules(self) -> list[dict[str, Any]]:
+        """What a key head may keep: each of the five policies, with r_f and r_l of 0.05, 0.1, 0.2 and 0.4."""
+        shares = (0.05, 0.1, 0.2, 0.4)
+        both: list[dict[str, Any]] = [{"heads": LOCAL, "frequent": f, "local": r} for f in shares for r in shares]
+        frequent = [{"heads": FREQUENT, "frequent": f} for f in shares]
+        return [{"heads": SPECIAL}, {"heads": PUNCTUATION}, *frequent, *both, {"heads": FULL}]
+
+    def weighed(self, seen: Any, rules: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
+        """The part of attention that each rule recovers in each key head, and the part of a prompt that it holds, (R,
+        Hkv) both: the less of what queries of the prompt find and of what those find that foretell the answers.
+        """
+        none: Any = None  # of a view that reads nothing from a store
+        n, place = int(seen.asked.int().argmax()), Place(shared={"token_ids": seen.tokens})
+        view = View(none, place, *(x[:, :, :n] for x in (seen.q, seen.k, seen.v)))
+        rows = seen.foretelling
+        late = attention_at(seen.q, seen.k, rows)
+        age = rows[:, None] - torch.arange(n, device=rows.device)
+        own = late.gather(-1, rows[:, None].expand(*late.shape[:-1], 1))[..., 0] * (rows >= n)
+        later = late[..., n:].sum(-1) - own  # (1, Hkv, group, R), which the first two policies drop
+        received, found = view.received(), []
+        for rule in rules:
+            shares = {name: rule.get(name, 0.0) for name in ("frequent", "local")}
+            made = type(self)(self.dims, **shares, sinks=self.sinks, special=self.special, punctuation=self.punctuation)
+            sets, head = made.policy.sets(view, view.pooled(received)), rule["heads"]
+            missing = torch.cat([made.policy.missing(view, received, sets), torch.zeros_like(sets[:1, ..., 0]).float()])
+            out = ~sets[min(head, FREQUENT)][:, :, None, None]
+            if head >= LOCAL:
+                out = out & (age >= made.policy.widths(view)[0][0]) & (head == LOCAL)  # a full head misses nothing
+            lost = (late[..., :n] * out).sum(-1) + later * (head <= PUNCTUATION)
+            lost = torch.maximum(missing[head], lost.mean(-1).amax(-1))
+            found.append(torch.stack([1 - lost[0].double(), sets[head][0].double().mean(-1)]).cpu())
+        recovered, held = torch.stack(found, 1)
+        return recovered, held
+
+    @classmethod
+    def assembled(cls, rules: Sequence[Mapping[str, Any]], **params: Any) -> dict[str, Any]:
+        """Parameters of the layer, from the rule of each key head."""
+        return params | {
+            "heads": [rule["heads"] for rule in rules],
+            "frequent": [rule.get("frequent", 0.0) for rule in rules],
+            "local": [rule.get("local", 0.0) for rule in rules],
+        }
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor, *, ids: Tensor | None = None) -> Tensor:
         """ids: (B, N), of the tokens; unknown by default."""
         (heads, n, d), kv_heads = q.shape[1:], k.shape[1]
         group, prompt = heads // kv_heads, max(1, n - self.decoded)
-        width, rare = max(1, int(self.local * prompt)), math.ceil(self.frequent * prompt)
+        widths, rares = [max(1, int(r * prompt)) for r in self.local], [math.ceil(r * prompt) for r in self.frequent]
         state: dict[tuple[int, int], tuple[int, int, dict[int, float]]] = {}  # policy, room, attention received
 
         def attention(b: int, h: int, t: int, seen: list[int]) -> dict[int, float]:
@@ -181,7 +259,7 @@ class FastGen(Cached):
             return 0 if j < self.sinks or name in self.special else 2 - (name in self.punctuation)
 
         def first(b: int, g: int) -> list[int]:
-            every = range(prompt)
+            every, width, rare = range(prompt), widths[g], rares[g]
             p = [[attention(b, h, i, list(range(i + 1))) for i in every] for h in range(g * group, (g + 1) * group)]
             sums = {j: sum(row[j] for one in p for row in one[j:]) / group for j in every}
             kind = {j for j in every if level(b, j) < 2}
@@ -196,12 +274,13 @@ class FastGen(Cached):
                 )
                 for place, kept in enumerate(fixed)
             ]  # fmt: skip
-            policy = [*enough, True].index(True)
+            policy = [*enough, True].index(True) if self.heads is None else self.heads[g]
             state[b, g] = policy, len(frequent) + width if policy == 3 else len(held[policy]), sums
             return sorted(held[policy])
 
         def later(b: int, g: int, t: int, row: list[int]) -> list[int]:
             policy, room, sums = state[b, g]
+            width = widths[g]
             for h in range(g * group, (g + 1) * group):
                 for j, x in attention(b, h, t, row).items():
                     sums[j] = sums.get(j, 0.0) + x / group
@@ -223,7 +302,7 @@ class FastGen(Cached):
         """Random ones, but that queries favour the first token in one key head, the end of the window in the next."""
         q, k, v = super().inputs(case, generator, dtype)
         one = cls(case.dims, **case.params)
-        near = max(1, int(one.local * one.prompt(case.length))) - 1
+        near = max(1, int(one.local[0] * one.prompt(case.length))) - 1
         for h in range(case.dims.num_heads):
             g = h // case.dims.group
             k_near = torch.cat([k[:, g, :near], k[:, g, : case.length - near]], 1)
@@ -236,6 +315,11 @@ class FastGen(Cached):
             Case(Dims(6, 8, 3), 43, {"recovery": 0.92, "decoded": 15}),
             Case(Dims(6, 4), 37, {"recovery": 0.75, "frequent": 0.3, "local": 0.25, "sinks": 2, "decoded": 19}),
             Case(Dims(4, 8, 4), 31, {"recovery": 0.7, "sinks": 0, "decoded": 7}, batch=1),
+            Case(
+                Dims(10, 4, 5),
+                29,
+                {"heads": [3, 0, 4, 2, 1], "frequent": [0.2, 0, 0, 0.4, 0], "local": [0.3, 0, 0, 0, 0], "decoded": 13},
+            ),
         ]
 
     @classmethod

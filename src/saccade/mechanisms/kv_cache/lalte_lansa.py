@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saccade import attend
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, apart, claim, rotated, sample
 from saccade.errors import known, positive
+from saccade.hosts.delta import GatedDeltaNet
 from saccade.hosts.stack import PreNorm, Stack, SwiGLU, interleave
-from saccade.mix import rotary_rates, turn_halves
-from saccade.scan import State, delta_rule
+from saccade.mix import turn_at
 from saccade.softmax import Pages, attend_lifetimes, attend_pages
 from saccade.softmax.lifetimes import alive
 from saccade.where import Causal, Sinks, Window
@@ -58,42 +57,6 @@ class Scorer(nn.Module):
         return (self.logit(x) + self.bias[:, None]).sigmoid() - 0.5
 
 
-class GatedDeltaNet(nn.Module):
-    """The layers between: S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T, o_t = S_t^T q_t / sqrt(D).
-
-    x (B, N, C) -> (B, N, C). A causal depthwise convolution and silu before, q and k of length 1, RMSNorm and a gate
-    after.
-    """
-
-    def __init__(self, dims: Dims, taps: int = 4) -> None:
-        super().__init__()
-        c, self.heads = dims.dim, dims.num_heads
-        self.qkv, self.rates = nn.Linear(c, 3 * c, bias=False), nn.Linear(c, 2 * dims.num_heads, bias=False)
-        self.conv = nn.Conv1d(3 * c, 3 * c, taps, groups=3 * c, bias=False)
-        self.gate, self.out = nn.Linear(c, c, bias=False), nn.Linear(c, c, bias=False)
-        self.norm = nn.RMSNorm(dims.head_dim, eps=1e-5)
-        # Decays and steps begin as those of Mamba-2.
-        self.log_rate = nn.Parameter(torch.empty(dims.num_heads).uniform_(1, 16).log())
-        step = torch.empty(dims.num_heads).uniform_(math.log(0.001), math.log(0.1)).exp()
-        self.step_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.step(x)[0]
-
-    def step(self, x: Tensor, *, state: tuple[Tensor, State] | None = None) -> tuple[Tensor, tuple[Tensor, State]]:
-        """Any number of tokens more."""
-        width, y, wide = self.conv.kernel_size[0] - 1, self.qkv(x), torch.promote_types(x.dtype, torch.float32)
-        y = torch.cat([y.new_zeros(len(y), width, y.shape[2]) if state is None else state[0], y], 1)
-        q, k, v = F.silu(self.conv(y.mT)).mT.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        write, shut = self.rates(x).mT.to(wide).chunk(2, 1)
-        decay = -self.log_rate.to(wide).exp()[:, None] * F.softplus(shut + self.step_bias.to(wide)[:, None])
-        q, k, write = F.normalize(q, dim=-1), F.normalize(k, dim=-1), write.sigmoid().to(x.dtype)
-        options: Any = {"state": None if state is None else state[1], "return_state": True}
-        o, memory = delta_rule(q * q.shape[3] ** -0.5, k, v, write, log_decay=decay, **options)
-        o = self.norm(o).transpose(1, 2).flatten(2) * F.silu(self.gate(x))
-        return self.out(o), (y[:, y.shape[1] - width :], memory)
-
-
 class LalteLansa(Mixer):
     """Attention with learnable token eviction (LTE), the sparse layer of laLTE; `model` stacks it on gated DeltaNet.
 
@@ -126,7 +89,7 @@ class LalteLansa(Mixer):
         paper="2510.20787",
         year=2025,
         family="kv_cache",
-        uses=("attend_lifetimes", "Pages", "attend_pages", "turn_halves", "delta_rule"),
+        uses=("attend_lifetimes", "Pages", "attend_pages", "turn_at", "delta_rule"),
         discrete=True,
     )
     causal = True
@@ -179,8 +142,7 @@ class LalteLansa(Mixer):
 
     def turned(self, x: Tensor, start: int = 0) -> Tensor:
         """x (B, H, N, D) at positions from `start` on."""
-        at = torch.arange(start, start + x.shape[2], device=x.device)
-        return turn_halves(x, at[:, None] * rotary_rates(x.shape[3] // 2, self.theta, device=x.device))
+        return turn_at(x, start, self.theta)
 
     def chosen(self, r: Tensor) -> Tensor:
         """Which tokens are selected: bool (B, Hkv, N)."""
@@ -250,13 +212,6 @@ class LalteLansa(Mixer):
         w, dims, (batch, n, _) = dict(self.named_parameters()), self.dims, x.shape
         d, kv, heads = dims.head_dim, dims.num_kv_heads, dims.num_heads
         parts = (x @ w["qkv.weight"].T).view(batch, n, -1, d).transpose(1, 2)
-        angles = torch.arange(n).double()[:, None] * self.theta ** (-2 * torch.arange(d // 2).double() / d)
-        spin = torch.polar(torch.ones_like(angles), angles).to(torch.promote_types(x.dtype, torch.complex64))
-
-        def spun(y: Tensor) -> Tensor:
-            pairs = torch.complex(*y.to(spin.real.dtype).chunk(2, -1)) * spin
-            return torch.cat([pairs.real, pairs.imag], -1).to(y.dtype)
-
         outs = []
         for h in range(heads):
             g = h * kv // heads
@@ -273,7 +228,8 @@ class LalteLansa(Mixer):
             r = 1 / (1 + torch.exp(-z)) - 0.5
             i, j = torch.arange(n)[:, None], torch.arange(n)
             seen = (j <= i) & ((i - j <= self.window) | (r > 0)[:, None] | (j < self.sinks))
-            scores = spun(parts[:, h]) @ spun(k).mT / d**0.5
+            q, k = (rotated(y, torch.arange(n), self.theta) for y in (parts[:, h], k))
+            scores = q @ k.mT / d**0.5
             weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
             outs.append(weights @ (v * (1 + r - r.detach())[..., None]))
         return torch.cat(outs, -1) @ w["out.weight"].T
@@ -306,14 +262,14 @@ class LalteLansa(Mixer):
     def ends_of_the_range(cls) -> Finding:
         layer, x = cls._sample()
         q, k, v, _ = layer.scored(x)
-        apart = []
+        off = []
         for bias, where in ((-99.0, Causal() & (Window(13) | Sinks(4))), (99.0, Causal())):
             layer.scorer.bias.fill_(bias)
             dense = attend(layer.turned(q), layer.turned(k), v, where)
             dense = layer.out(dense.transpose(1, 2).flatten(2))
-            apart.append(float((layer(x) - dense).abs().max() / dense.abs().max()))
-        figure = f"largest differences {apart[0]:.1e} and {apart[1]:.1e}"
-        return Finding(max(apart) < x.shape[1] * torch.finfo(x.dtype).eps, figure)
+            off.append(apart(layer(x), dense))
+        figure = f"largest differences {off[0]:.1e} and {off[1]:.1e}"
+        return Finding(max(off) < x.shape[1] * torch.finfo(x.dtype).eps, figure)
 
     @claim("Decoding holds w + 1 + buffer keys, is the parallel form while there is room, and then keeps the best.")
     def decodes(cls) -> Finding:
@@ -322,14 +278,14 @@ class LalteLansa(Mixer):
             rows, state = cls._decoded(layer, x)
             allowed = x.shape[1] * torch.finfo(x.dtype).eps
             if buffer == 300:
-                apart = float((rows - layer(x)).abs().max() / rows.abs().max())
+                whole = apart(rows, layer(x))
         r = layer.scored(x)[3][:, :, :-13]  # of those that have left the window
         r[:, :, :4] = torch.inf
         kept = state.far[2][..., 0].sort(descending=True).values
         off = float((kept[kept < 1] - r.topk(9).values[kept < 1]).abs().max())
         most = state.near[0].shape[2] + int(state.count.max())
-        figure = f"differs by {apart:.1e} with room for all; else {most} of 120 tokens kept, scores off by {off:.1e}"
-        return Finding(apart < allowed and off < allowed and most == 13 + 9, figure)
+        figure = f"differs by {whole:.1e} with room for all; else {most} of 120 tokens kept, scores off by {off:.1e}"
+        return Finding(whole < allowed and off < allowed and most == 13 + 9, figure)
 
     @claim("Little is computed beside what the mask admits, though selected tokens lie scattered among the others.")
     def saves(cls) -> Finding:
@@ -357,13 +313,10 @@ class LalteLansa(Mixer):
 
     @claim("The hybrid decodes token by token what it reads at once.")
     def hybrid(cls) -> Finding:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)
-            model = cls.model(params={"window": 8}, dims=Dims(4, 8), vocab_size=50).double().eval()
-            tokens = torch.randint(50, (1, 40))
-            rows, whole = cls._decoded(model, tokens)[0], model(tokens)
-        apart = float((rows - whole).abs().max() / whole.abs().max())
-        return Finding(apart < 24 * 40 * torch.finfo(whole.dtype).eps, f"largest difference {apart:.1e}")
+        model, x = sample(lambda: cls.model(params={"window": 8}, dims=Dims(4, 8), vocab_size=50), 1, 40, 50)
+        tokens = x.argmax(-1)
+        off = apart(cls._decoded(model, tokens)[0], model(tokens))
+        return Finding(off < 24 * 40 * torch.finfo(x.dtype).eps, f"largest difference {off:.1e}")
 
     @staticmethod
     @torch.no_grad()
@@ -378,8 +331,6 @@ class LalteLansa(Mixer):
     @classmethod
     @torch.no_grad()
     def _sample(cls, **params: Any) -> tuple[LalteLansa, Tensor]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            layer = cls(Dims(4, 8, 2), window=12, **params).double().eval().requires_grad_(False)
-            layer.scorer.bias.zero_()
-            return layer, torch.randn(2, 120, 32, dtype=torch.float64)
+        layer, x = sample(lambda: cls(Dims(4, 8, 2), window=12, **params), 2, 120, 32)
+        layer.scorer.bias.zero_()
+        return layer, x

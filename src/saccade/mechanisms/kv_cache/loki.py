@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from saccade.cache import Cached, Reader, Session, Stored, Tokens, budgeted
-from saccade.cache.view import Place
+from saccade.cache.view import Place, attention_at
 from saccade.contract import Case, Dims, Finding, Spec, claim, replay
 
 
@@ -23,16 +26,16 @@ class Ranked(Reader):
 
     @torch.no_grad()
     def select(self, step: Stored) -> Tokens:
-        count = self._count(step.num_seen)
-        d, q = self.loki.leading, step.q[:, :, 0].unflatten(1, (-1, step.group))
-        leading = step.stored.read(step.stored.pool.k[..., :d], step.slots, step.rows)  # of all keys, nothing else
-        scores = torch.einsum("bhgd,bhmd->bhgm", q[..., :d], leading)
-        best = scores.masked_fill(~step.there[:, :, None], -torch.inf).flatten(1, 2).topk(count, -1).indices
+        count = self._count(step.horizon)
+        best = step.scores(self.loki.leading).topk(count, -1).indices
         if not isinstance(self.budget, float):
             counts = step.ends.clamp(max=count)
         else:  # in double, which rounds as the host does
             counts = (step.ends.double() * self.budget).long().clamp(min=1)
         return Tokens(best.masked_fill(torch.arange(count, device=best.device) >= counts[:, None, None], -1))
+
+    def steady(self, session: Session) -> bool:
+        return True
 
     def _count(self, seen: int) -> int:
         return max(1, int(self.budget * seen)) if isinstance(self.budget, float) else min(seen, self.budget)
@@ -51,9 +54,11 @@ class Loki(Cached):
     Paper: arXiv 2406.02542; where the basis is applied, the rounding and the scale follow the authors'
     code. Deviations: the prompt is read densely, as in their kernels, not in their evaluation of perplexity. Their code
     takes, for a share of the variance, one component fewer than reach it; here `components(share)` do, for all key
-    heads, and `leading` is set to it by hand. budget: k_f, a part of the tokens, or tokens (default 0.25). rank: d_f, a
-    part of the channels, or channels (0.25). decoded: tokens that are decoded (16). Costs N^2 / 2 pairs of the prompt;
-    a step reads d channels of all keys, and K = budget L keys and values: of the cache the part d / 2 D + K / L.
+    heads, and `leading` is set to it by hand; a search takes the cheapest rank and budget that read so much of a
+    layer's attention, where the paper has one of both for all layers. budget: k_f, a part of the tokens, or tokens
+    (default 0.25). rank: d_f, a part of the channels, or channels (0.25). decoded: tokens that are decoded (16). Costs
+    N^2 / 2 pairs of the prompt; a step reads d channels of all keys, and K = budget L keys and values: of the cache the
+    part d / 2 D + K / L.
     Errors: ValueError for a budget or rank of 0, a rank above D, and for keys of other heads.
 
     >>> loki, (q, k) = Loki(Dims(2, 8), budget=6, rank=3, decoded=4), torch.randn(2, 1, 2, 40, 8)
@@ -80,7 +85,7 @@ class Loki(Cached):
     def __init__(self, dims: Dims, *, budget: float | int = 0.25, rank: float | int = 0.25, decoded: int = 16) -> None:
         super().__init__(dims, decoded=decoded)
         d = dims.head_dim
-        self.leading = budgeted("rank", rank) if isinstance(rank, int) else max(1, int(budgeted("rank", rank) * d))
+        self.leading = int(budgeted("rank", rank)) if isinstance(rank, int) else max(1, int(budgeted("rank", rank) * d))
         if self.leading > d:
             raise ValueError(f"rank: got {rank} for head_dim {d}; pass at most {d}, or a float in (0, 1]")
         # In double, so that what is rotated there loses nothing; a cast of the module casts it.
@@ -101,6 +106,56 @@ class Loki(Cached):
         found = torch.linalg.eigh(rows.mT @ rows / max(1, rows.shape[1] - 1))
         self.basis.copy_(found.eigenvectors.flip(-1))
         self.variances.copy_(found.eigenvalues.flip(-1).clamp(min=0))
+
+    @classmethod
+    def calibrated(cls, dims: Dims, seen: Sequence[Any], **params: Any) -> Loki:
+        """A layer with the basis of the keys of all samples."""
+        made = cls(dims, **params)
+        made.fit(torch.cat([one.k[:1] for one in seen], 2).cpu())
+        return made
+
+    def rules(self) -> list[dict[str, float]]:
+        """What a layer may read by: d_f and k_f from 1/16 to 1 each, as far as the channels go."""
+        parts = [0.5**i for i in range(5)]
+        return [{"rank": d, "budget": k} for d in parts if d * self.dims.head_dim >= 1 for k in parts]
+
+    @torch.no_grad()
+    def weighed(self, seen: Any, rules: Sequence[Mapping[str, float]]) -> tuple[Tensor, Tensor]:
+        """The part of attention that each rule reads, (R, 1), a mean over query heads, and the part of the cache that
+        it touches, d_f / 2 + k_f: the less of what queries of a sample's second half read and of what those read that
+        foretell the answers.
+        """
+        n, basis = seen.q.shape[2], self.basis.to(seen.k)
+        q = (seen.q.unflatten(1, (len(basis), -1)) @ basis[:, None]).flatten(1, 2)
+        k, half = seen.k @ basis, torch.arange(n // 2, n, device=seen.q.device)
+        parts = [
+            torch.cat([self._read(q, k, at, rules) for at in rows.split(128)], 2).mean((1, 2))
+            for rows in (half, seen.foretelling)
+        ]
+        cost = torch.tensor([[rule["rank"] / 2 + rule["budget"]] for rule in rules])
+        return torch.minimum(*parts)[:, None].cpu(), cost
+
+    def _read(self, q: Tensor, k: Tensor, at: Tensor, rules: Sequence[Mapping[str, float]]) -> Tensor:
+        """The part of the attention of queries `at` that each rule reads, (R, H, rows), of rotated q and k."""
+        later = torch.arange(k.shape[2], device=k.device) > at[:, None]
+        own, weights, found = q[:, :, at].unflatten(1, (-1, self.dims.group)), attention_at(q, k, at), {}
+        for rank in {rule["rank"] for rule in rules}:
+            d = max(1, int(rank * self.dims.head_dim))
+            scores = torch.einsum("bhgnd,bhmd->bhgnm", own[..., :d], k[..., :d]).masked_fill(later, -torch.inf)
+            found[rank] = weights.gather(-1, scores.argsort(-1, descending=True)).cumsum(-1).mean(0).flatten(0, 1)
+        counts = [((at + 1).double() * rule["budget"]).long().clamp(min=1) - 1 for rule in rules]
+        each = zip(rules, counts, strict=True)
+        return torch.stack(
+            [
+                found[rule["rank"]].gather(2, count[None, :, None].expand(q.shape[1], -1, 1))[..., 0]
+                for rule, count in each
+            ]
+        )
+
+    @classmethod
+    def assembled(cls, rules: Sequence[Mapping[str, float]], **params: Any) -> dict[str, Any]:
+        """Parameters of the layer, from its one rule."""
+        return params | dict(rules[0])
 
     def components(self, share: float) -> int:
         """How many leading components hold this share of the variance, in the key head that needs most."""

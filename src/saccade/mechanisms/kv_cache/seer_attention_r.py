@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saccade.cache import Cached, Reader, Session, Stored
-from saccade.contract import Case, Dims, Finding, Spec, claim, replay
+from saccade.cache.view import attention_at
+from saccade.contract import Case, Dims, Finding, Spec, claim, replay, rotated
 from saccade.errors import positive
-from saccade.mix import rotary_rates, turn_halves
+from saccade.mix import turn_at
 
 EPS = 1e-6
 
@@ -109,10 +111,11 @@ class SeerAttentionR(Cached):
         paper="2506.08889",
         year=2025,
         family="kv_cache",
-        uses=("Cached", "Reader", "turn_halves", "rotary_rates"),
+        uses=("Cached", "Reader", "turn_at"),
         discrete=True,
     )
     per_head = True
+    learning: ClassVar[Mapping[str, float]] = {"lr": 1e-3}
     policy: Gated
 
     def __init__(
@@ -144,10 +147,7 @@ class SeerAttentionR(Cached):
 
     def turned(self, x: Tensor, at: Tensor, back: bool = False) -> Tensor:
         """x (..., N, C), turned by the rotary angles of positions at (..., N), or back."""
-        if self.theta is None:
-            return x
-        angles = at[..., None] * rotary_rates(x.shape[-1] // 2, self.theta, device=x.device)
-        return turn_halves(x, -angles if back else angles)
+        return x if self.theta is None else turn_at(x, -at if back else at, self.theta)
 
     def gate_queries(self, q: Tensor, at: Tensor) -> Tensor:
         """g (B, Hkv, N, E) of q (B, H, N, D) at positions at (N,), or what broadcasts to (B, H, N)."""
@@ -181,11 +181,7 @@ class SeerAttentionR(Cached):
         n, blocks = q.shape[2], q.shape[2] // self.block
         first = torch.arange(blocks, device=q.device) * self.block
         for at in torch.arange(start, n, device=q.device).split(128):
-            rows = q[:, :, at].unflatten(1, (k.shape[1], -1))
-            scores = torch.einsum("bhgnd,bhmd->bhgnm", rows, k) / q.shape[3] ** 0.5
-            later = torch.arange(n, device=q.device) > at[:, None]
-            weights = scores.masked_fill(later, -torch.inf).softmax(-1)[..., : blocks * self.block]
-            weights = weights.unflatten(-1, (blocks, self.block))
+            weights = attention_at(q, k, at)[..., : blocks * self.block].unflatten(-1, (blocks, self.block))
             before = first < (at // self.block * self.block)[:, None]
             most = weights.amax(-1).amax(2) * before
             total = most.sum(-1, keepdim=True).clamp(min=torch.finfo(most.dtype).tiny)
@@ -196,6 +192,23 @@ class SeerAttentionR(Cached):
         start = q.shape[2] // 2
         target = self.target(q, k, start).to(self.query.dtype)
         return 10 * F.kl_div(self.logits(q, k, start).log_softmax(-1), target, reduction="none").mean()
+
+    @classmethod
+    def learner(cls, dims: Dims, **params: Any) -> SeerAttentionR:
+        """A layer whose gates are to be trained."""
+        return cls(dims, **params)
+
+    @classmethod
+    def objective(cls, layers: Sequence[SeerAttentionR], lesson: Any) -> Tensor:
+        """`loss`, the sum over layers, on what dense attention is given."""
+        return torch.stack(
+            [layer.loss(seen.q, seen.k) for layer, seen in zip(layers, lesson.captured(), strict=True)]
+        ).sum()
+
+    @classmethod
+    def chosen(cls, layers: Sequence[SeerAttentionR], **params: Any) -> list[dict[str, Any]]:
+        """Parameters of every layer once trained: those that it was made with."""
+        return [params] * len(layers)
 
     def fit(self, pairs: Iterable[tuple[Tensor, Tensor]], rate: float = 1e-3) -> list[float]:
         """Train the gates by `loss`, a step of AdamW for each (q, k), and return the losses."""
@@ -213,12 +226,7 @@ class SeerAttentionR(Cached):
         prompt, group, size = max(1, n - self.decoded), heads // kv_heads, self.block
 
         def spun(x: Tensor, t: int, sign: int) -> Tensor:
-            if self.theta is None:
-                return x
-            half = len(x) // 2
-            angle = sign * t * self.theta ** (-torch.arange(half, dtype=torch.float64) / half)
-            cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-            return torch.cat([x[:half] * cos - x[half:] * sin, x[half:] * cos + x[:half] * sin])
+            return x if self.theta is None else rotated(x, torch.tensor(sign * t), self.theta)
 
         def normed(x: Tensor, weight: Tensor) -> Tensor:
             return x / (x.square().mean() + 1e-6) ** 0.5 * weight

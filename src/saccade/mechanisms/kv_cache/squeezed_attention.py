@@ -56,11 +56,12 @@ def counted(labels: Tensor, count: int, like: Tensor) -> Tensor:
 
 def estimate(scores: Tensor, sizes: Tensor) -> Tensor:
     """log S_i of clusters of `sizes` (..., K), from the scores (..., K) of their centroids."""
+    scores = scores - scores.amax(-1, keepdim=True)  # small where it counts, so that little is rounded off
     return scores - (scores + sizes.log()).logsumexp(-1, keepdim=True)
 
 
 class Squeezes(Policy):
-    """Keeps all; a step reads the clusters above a threshold, and all that is in none.
+    """Keeps all; a step reads the clusters that reach a threshold, and all that is in none.
 
     Notes of a level, "fine" and "coarse": its centroids (B, Hkv, K, D), sizes (B, Hkv, K) in keys, and labels of keys,
     (B, Hkv, M), -1 for none; of the coarse one also "coarse_of" (B, Hkv, K), the label of each fine centroid.
@@ -132,22 +133,23 @@ class Squeezes(Policy):
         return Tokens(torch.where(kept.gather(2, labels) & step.there, step.slots, -1))
 
     def _kept(self, step: Stored, level: str, alive: Tensor | None) -> Tensor:
-        """Which clusters are worth more than the threshold, of those that are alive: bool (G, Hkv, K)."""
+        """Which clusters are worth the threshold, of those that are alive: bool (G, Hkv, K)."""
         centroids, sizes = step.notes(f"{level}_centroids"), step.notes(f"{level}_sizes")
         q = step.q[:, :, 0].unflatten(1, (-1, step.group)).to(centroids.dtype)
         if alive is not None:
             sizes = sizes * alive
         worth = estimate(q @ centroids.mT * step.scale, sizes[:, :, None]).logsumexp(2) - math.log(step.group)
         limit = step.shared[level] if step.rows is None else step.shared[level][list(step.rows)]
-        kept = worth > limit[:, None, None]
+        # What equals the threshold but for rounding reaches it: all that there is, where all keys are in one cluster.
+        kept = worth >= (limit - torch.finfo(worth.dtype).eps ** 0.75)[:, None, None]
         return kept if alive is None else kept & alive
 
 
 class SqueezedAttention(Cached):
-    """Clusters of the prompt's keys; a step reads those whose keys its query would weigh more than a threshold.
+    """Clusters of the prompt's keys; a step reads those whose keys its query would weigh as much as a threshold.
 
         S_i = exp(q . C_i / sqrt(D)) / sum_j N_j exp(q . C_j / sqrt(D)),   C_i: mean of the N_i keys of cluster i
-        o = attention to the keys of all i with S_i > T, to the last tokens of the prompt, and to what was decoded
+        o = attention to the keys of all i with S_i >= T, to the last tokens of the prompt, and to what was decoded
 
     q (B, H, N, D), k, v (B, Hkv, N, D) -> o (B, H, N, D). Clusters are those of k-means (k-means++, 300 rounds) on keys
     of norm 1, a key head; the last `window` tokens of the prompt are in none. T, one for all heads and layers, is the
@@ -155,9 +157,10 @@ class SqueezedAttention(Cached):
     centroids are clustered again, a centroid then the mean of theirs, N_i still in keys, and tested first, against a
     threshold of their own; the sum over j of the second test goes over centroids that passed the first alone.
     Paper: arXiv 2411.09688; means, counts and quantiles follow the authors' code.
-    Deviations: S is the mean over the query heads of a key head, where their models have one; the seeds of k-means++
-    are no random numbers, see `cluster`; the prefix is the first piece of a prompt, and tokens after it that come in a
-    piece, like theirs of a user, read all, where theirs read what S finds for them on average. budget: the part of the
+    Deviations: S is the mean over the query heads of a key head, where their models have one; the paper has S_i > T,
+    here what equals T in three quarters of the digits is read, or else rounding decides; the seeds of k-means++ are no
+    random numbers, see `cluster`; the prefix is the first piece of a prompt, and tokens after it that come in a piece,
+    like theirs of a user, read all, where theirs read what S finds for them on average. budget: the part of the
     clustered keys above T (default 0.3). clusters: their number, a part of the keys (0.05). window: 100. coarse: the
     number of coarse ones, a part of the keys (None; theirs 0.01). coarse_budget: as budget, for T of these (0.5).
     decoded: tokens that are decoded (16). num_layers: that share T (1). Costs N^2 / 2 pairs of the prompt and 300
@@ -240,6 +243,7 @@ class SqueezedAttention(Cached):
             scores = (asks @ centroids.T / d**0.5).masked_fill(~alive, -torch.inf)
             return scores.softmax(-1).mean(0)
 
+        nearly = 1 - torch.finfo(k.dtype).eps ** 0.75  # what equals a threshold but for rounding reaches it
         every, late = torch.ones(rest, dtype=torch.bool), slice(max(0, prompt - self.window), prompt)
         known = [[levels(b, g) if rest else [] for g in range(kv_heads)] for b in range(batch)]
         limits: list[list[float]] = []
@@ -254,7 +258,7 @@ class SqueezedAttention(Cached):
             for g, of_head in enumerate(known[b]):
                 alive = every
                 for centroids, limit in reversed([*zip(of_head, limits[b], strict=True)]):
-                    alive = alive & (worth(centroids, asks[b, g, :, t : t + 1], alive)[0] > limit)
+                    alive = alive & (worth(centroids, asks[b, g, :, t : t + 1], alive)[0] >= limit * nearly)
                 sets += [[j for j in range(t + 1) if j >= rest or alive[j]]] * group
             return sets
 
@@ -267,6 +271,7 @@ class SqueezedAttention(Cached):
             Case(Dims(4, 8, 2), 37, {"clusters": 0.25, "window": 7, "decoded": 6}),
             Case(Dims(4, 6, 4), 43, {**two, "decoded": 9}),
             Case(Dims(3, 4, 1), 23, {"budget": 0.6, "clusters": 0.5, "window": 40, "decoded": 5}, batch=1),
+            Case(Dims(4, 8, 2), 128, batch=1),  # one cluster, all of whose keys are worth the threshold
         ]
 
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,26 +10,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saccade import attend
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim, rotated
 from saccade.errors import known, positive
-from saccade.mix import rotary_rates, turn_halves
-from saccade.scan import State, affine, associative_scan, delta_rule, linear_attention
+from saccade.hosts.delta import DeltaNet, GatedDeltaNet
+from saccade.mix import turn_at
+from saccade.scan import UNTRACKED, State, affine, associative_scan, delta_rule, linear_attention
 from saccade.scan.decays import gate_bounded, gate_logsigmoid, retention
 from saccade.where import Causal
 
-MIXERS = ("hgrn", "retnet", "gla", "hgrn2", "deltanet", "gated_deltanet")
+DELTA = {"deltanet": DeltaNet, "gated_deltanet": GatedDeltaNet}
+MIXERS = ("hgrn", "retnet", "gla", "hgrn2", *DELTA)
 
 
 @dataclass(frozen=True)
 class Kept:
     """What a decoder keeps: `memory` of a linear layer, (B, C) for hgrn; keys and values (B, Hkv, tokens, D) of a full
-    one; the last projections that a convolution needs, (B, taps - 1, channels); tokens read so far.
+    one; tokens read so far. A delta layer keeps a state of its own.
     """
 
     memory: State | Tensor | None
     keys: Tensor | None
     values: Tensor | None
-    recent: Tensor | None
     length: int
 
 
@@ -85,7 +85,7 @@ class HybridLinearAnalysis(Mixer):
         paper="2507.06457",
         year=2025,
         family="recurrent",
-        uses=("linear_attention", "delta_rule", "associative_scan", "affine", "attend", "Causal", "turn_halves"),
+        uses=("linear_attention", "delta_rule", "associative_scan", "affine", "attend", "Causal", "turn_at"),
     )
     causal = True
 
@@ -118,7 +118,11 @@ class HybridLinearAnalysis(Mixer):
         self.kind = "full" if self.full else mixer
         self.least, self.theta, self.chunk = layer / num_layers, theta, positive("chunk", chunk)
         positive("conv", conv), positive("gate_rank", gate_rank)
-        c, kv, key_heads = dims.dim, dims.num_kv_heads * dims.head_dim, dims.num_kv_heads
+        made = DELTA.get(self.kind)
+        self.delta = None if made is None else made(dims, taps=conv, chunk=chunk)
+        if self.delta is not None:
+            return
+        c, kv = dims.dim, dims.num_kv_heads * dims.head_dim
         # In the HGRNs the gate takes the place of the key; a vector state has no query, and keys of its own a channel.
         vector = self.kind == "hgrn"
         self.widths = (0, c, c) if vector else (c, kv, kv)
@@ -127,50 +131,24 @@ class HybridLinearAnalysis(Mixer):
             self.gate, self.norm = nn.Linear(c, c, bias=False), nn.RMSNorm(c if vector else dims.head_dim, eps=1e-5)
         if self.kind == "gla":
             self.forget = nn.Sequential(nn.Linear(c, gate_rank, bias=False), nn.Linear(gate_rank, kv))
-        if "delta" in self.kind:
-            self.taps = nn.Parameter(torch.empty(sum(self.widths), 1, conv).uniform_(-(conv**-0.5), conv**-0.5))
-            self.write = nn.Linear(c, key_heads, bias=False)
-        if self.kind == "gated_deltanet":
-            self.shut = nn.Linear(c, key_heads, bias=False)
-            self.log_rate = nn.Parameter(torch.empty(key_heads).uniform_(1, 16).log())
-            step = torch.empty(key_heads).uniform_(math.log(0.001), math.log(0.1)).exp()
-            self.step_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))
-
-    def turn(self, x: Tensor, start: int) -> Tensor:
-        """x (B, H, N, D), turned by the positions from `start`."""
-        at = torch.arange(start, start + x.shape[2], device=x.device)
-        return turn_halves(x, at[:, None] * rotary_rates(x.shape[3] // 2, self.theta, device=x.device))
 
     def read(self, x: Tensor, state: Kept | None = None) -> tuple[Tensor, Kept]:
         """o (B, N, C) before norm and gate, and what is kept after the last token."""
         d, kind, start = self.dims, self.kind, 0 if state is None else state.length
         length, memory = start + x.shape[1], None if state is None else state.memory
-        y, recent = self.project(x), None
+        y = self.project(x)
         if kind == "hgrn":
             return self.vector(y, cast(Tensor | None, memory), length)
-        if "delta" in kind:
-            width = self.taps.shape[-1] - 1
-            before = y.new_zeros(len(y), width, y.shape[2]) if state is None else state.recent
-            y = torch.cat([cast(Tensor, before), y], 1)
-            y, recent = F.silu(F.conv1d(y.mT, self.taps, groups=y.shape[2]).mT), y[:, y.shape[1] - width :]
         heads = y.unflatten(2, (-1, d.head_dim)).transpose(1, 2)
         q, k, v = heads.split([d.num_heads, d.num_kv_heads, d.num_kv_heads], 1)
         if kind in ("full", "retnet"):
-            q, k = self.turn(q, start), self.turn(k, start)
+            q, k = turn_at(q, start, self.theta), turn_at(k, start, self.theta)
         if kind == "full":
             if state is not None:
                 k, v = torch.cat([cast(Tensor, state.keys), k], 2), torch.cat([cast(Tensor, state.values), v], 2)
-            return attend(q, k, v, Causal()).transpose(1, 2).flatten(2), Kept(None, k, v, None, length)
-        options: Any = {"state": memory, "return_state": True, "chunk": self.chunk}
-        if "delta" in kind:
-            decay = None
-            if kind == "gated_deltanet":
-                wide = torch.promote_types(x.dtype, torch.float32)
-                decay = -(self.log_rate.to(wide).exp() * F.softplus((self.shut(x) + self.step_bias).to(wide))).mT
-            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-            scale = d.head_dim**-0.5
-            o, after = delta_rule(q, k, v, self.write(x).sigmoid().mT, log_decay=decay, scale=scale, **options)
-        elif kind == "hgrn2":
+            return attend(q, k, v, Causal()).transpose(1, 2).flatten(2), Kept(None, k, v, length)
+        options: Any = {"state": UNTRACKED if memory is None else memory, "return_state": True, "chunk": self.chunk}
+        if kind == "hgrn2":
             decay = gate_bounded(k, self.least)
             o, after = linear_attention(F.silu(q), -torch.expm1(decay).to(v.dtype), v, log_decay=decay, **options)
         else:
@@ -181,14 +159,14 @@ class HybridLinearAnalysis(Mixer):
                 heads_at = torch.arange(d.num_heads, dtype=torch.float64, device=x.device)
                 decay = torch.log1p(-(2.0 ** (-5 - heads_at)))
             o, after = linear_attention(q, k, v, log_decay=decay, scale=d.head_dim**-0.5, **options)
-        return o.transpose(1, 2).flatten(2), Kept(cast(State, after), None, None, recent, length)
+        return o.transpose(1, 2).flatten(2), Kept(cast(State, after), None, None, length)
 
     def vector(self, y: Tensor, memory: Tensor | None, length: int) -> tuple[Tensor, Kept]:
         f, v = y.chunk(2, -1)
         decay = gate_bounded(f, self.least)
         first = None if memory is None else (torch.ones_like(decay[:, :1]), memory[:, None])
         _, h = associative_scan(affine, (decay.exp(), -torch.expm1(decay) * F.silu(v)), dim=1, initial=first)
-        return h.to(y.dtype), Kept(h[:, -1], None, None, None, length)
+        return h.to(y.dtype), Kept(h[:, -1], None, None, length)
 
     def mix(self, x: Tensor, o: Tensor) -> Tensor:
         if self.full:
@@ -197,28 +175,23 @@ class HybridLinearAnalysis(Mixer):
         return self.out(normed * F.silu(self.gate(x)))
 
     def compute(self, x: Tensor) -> Tensor:
-        return self.mix(x, self.read(x)[0])
+        return self.step(x)[0]
 
-    def step(self, x: Tensor, *, state: Kept | None = None) -> tuple[Tensor, Kept]:
+    def step(self, x: Tensor, *, state: Any = None) -> tuple[Tensor, Any]:
+        if self.delta is not None:
+            return self.delta.step(x, state=state)
         o, state = self.read(x, state)
         return self.mix(x, o), state
 
     def oracle(self, x: Tensor) -> Tensor:
-        w, dims, kind, rows = dict(self.named_parameters()), self.dims, self.kind, []
+        dims, kind, rows = self.dims, self.kind, []
+        w = {name.removeprefix("delta."): weight for name, weight in self.named_parameters()}
         batch, c, d, heads = len(x), dims.dim, dims.head_dim, dims.num_heads
         owner = torch.arange(heads) // (heads // dims.num_kv_heads)
         wide = torch.promote_types(x.dtype, torch.float32)
 
         def sigmoid(t: Tensor) -> Tensor:
             return 1 / (1 + torch.exp(-t))
-
-        def spun(t: Tensor, at: int) -> Tensor:
-            matrix = torch.zeros(d, d, dtype=torch.float64)
-            for i in range(d // 2):
-                angle, j = at * self.theta ** (-2 * i / d), i + d // 2
-                matrix[i, i] = matrix[j, j] = math.cos(angle)
-                matrix[i, j], matrix[j, i] = math.sin(angle), -math.sin(angle)
-            return t @ matrix.to(t)
 
         projected = x @ w["project.weight"].T
         if "delta" in kind:
@@ -242,7 +215,7 @@ class HybridLinearAnalysis(Mixer):
                 q, k, v = parts[:, :heads], parts[:, heads : heads + dims.num_kv_heads], parts[:, -dims.num_kv_heads :]
                 k, v = k[:, owner], v[:, owner]
                 if kind in ("full", "retnet"):
-                    q, k = spun(q, t), spun(k, t)
+                    q, k = (rotated(y, torch.tensor(t), self.theta) for y in (q, k))
                 left, size = torch.ones(()).to(x), d**-0.5
                 if kind == "full":
                     past.append((k, v))

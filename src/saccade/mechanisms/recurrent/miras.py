@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, apart, claim, sample
 from saccade.errors import positive
 from saccade.scan import (
     L2,
@@ -352,19 +352,19 @@ class Miras(Mixer):
         y = F.conv1d(F.pad(layer.project(x).mT, (3, 0)), layer.conv, groups=48).mT
         q, k, v = y.unflatten(2, (6, 8)).transpose(1, 2).split(2, 1)
         exact = delta_rule(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, layer.gates["eta"](x).sigmoid().mT)
-        apart = cls._apart(layer.recall(x)[0], cast(Tensor, exact))
-        return Finding(apart < x.shape[1] * torch.finfo(x.dtype).eps, f"largest difference {apart:.1e} of the output")
+        off = apart(layer.recall(x)[0], cast(Tensor, exact))
+        return Finding(off < x.shape[1] * torch.finfo(x.dtype).eps, f"largest difference {off:.1e} of the output")
 
     @claim("Yaad with delta infinite and Moneta with p = q = 2 are the same: l2 with decay.")
     def meet_at_l2(cls) -> Finding:
         yaad, x = cls._sample()
-        o, apart = yaad.recall(x)[0], []
+        o, off = yaad.recall(x)[0], []
         for variant in (Moneta(2, 2), MirrorMoneta(2, 2)):
             layer, _ = cls._sample(variant=variant)
             layer.load_state_dict(yaad.state_dict(), strict=False)
-            apart.append(cls._apart(layer.recall(x)[0], o))
-        figure = f"largest differences {apart[0]:.1e} and {apart[1]:.1e} of the output"
-        return Finding(max(apart) < x.shape[1] * torch.finfo(x.dtype).eps, figure)
+            off.append(apart(layer.recall(x)[0], o))
+        figure = f"largest differences {off[0]:.1e} and {off[1]:.1e} of the output"
+        return Finding(max(off) < x.shape[1] * torch.finfo(x.dtype).eps, figure)
 
     @claim("Yaad's memory keeps its recall where some values are outliers; l2 loses it, and p = 3 is worse still.")
     def outliers(cls) -> Finding:
@@ -393,15 +393,15 @@ class Miras(Mixer):
     @claim("Memora's weights stay on the simplex at the end of every chunk.")
     def simplex(cls) -> Finding:
         layer, x = cls._sample(variant=Memora(), chunk=5, max_eta=1.0)
-        state, apart, least, moved, before = None, 0.0, 1.0, 0.0, layer.weights[0].softmax(-2)
+        state, off, least, moved, before = None, 0.0, 1.0, 0.0, layer.weights[0].softmax(-2)
         for part in x.split(5, 1):
             _, state = layer.recall(part, state)
             for matrix in (part_.memory for part_ in state.memory.layers):
-                apart = max(apart, float((matrix.sum(-2) - 1).abs().max()))
+                off = max(off, float((matrix.sum(-2) - 1).abs().max()))
                 least = min(least, float(matrix.min()))
-            moved = max(moved, cls._apart(state.memory.layers[0].memory, before))
-        figure = f"sums within {apart:.1e} of 1, least weight {least:.1e}, weights moved by up to {moved:.0%}"
-        return Finding(apart < 32 * torch.finfo(x.dtype).eps and least >= 0 and moved > 0.01, figure)
+            moved = max(moved, apart(state.memory.layers[0].memory, before))
+        figure = f"sums within {off:.1e} of 1, least weight {least:.1e}, weights moved by up to {moved:.0%}"
+        return Finding(off < 32 * torch.finfo(x.dtype).eps and least >= 0 and moved > 0.01, figure)
 
     @claim("The state that a decoder keeps does not grow.")
     def constant_state(cls) -> Finding:
@@ -416,13 +416,7 @@ class Miras(Mixer):
     @torch.no_grad()
     def _sample(cls, **params: Any) -> tuple[Miras, Tensor]:
         """A layer whose Huber loss, if it has one, never leaves the square; and x (1, 40, 16)."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            layer = cls(Dims(2, 8), **params).double().requires_grad_(False)
-            if "delta" in layer.gates:
-                dict(layer.named_parameters())["gates.delta.bias"].fill_(cls.FAR)
-            return layer, torch.randn(1, 40, 16, dtype=torch.float64)
-
-    @staticmethod
-    def _apart(found: Tensor, exact: Tensor) -> float:
-        return float((found - exact).abs().max() / exact.abs().max())
+        layer, x = sample(lambda: cls(Dims(2, 8), **params), 1, 40, 16)
+        if "delta" in layer.gates:
+            dict(layer.named_parameters())["gates.delta.bias"].fill_(cls.FAR)
+        return layer, x

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saccade import attend
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, apart, claim, rotated, sample
 from saccade.errors import positive
-from saccade.mix import rotary_rates, turn_halves
+from saccade.mix import turn_at
 from saccade.where import Causal, Window
 
 TINY = 1e-5  # added to lengths that divide
@@ -49,12 +49,6 @@ def orthogonal(g: Tensor) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if g.shape[-2] > g.shape[-1] else x
-
-
-def turned(x: Tensor, size: int, theta: float) -> Tensor:
-    """The first `size` channels of x (B, H, N, W), turned in two halves by the positions."""
-    at = torch.arange(x.shape[2], device=x.device)
-    return turn_halves(x, at[:, None] * rotary_rates(size // 2, theta, device=x.device))
 
 
 class FastWeights(nn.Module):
@@ -172,7 +166,7 @@ class SpatialTTT(Mixer):
         paper="2603.12255",
         year=2026,
         family="recurrent",
-        uses=("attend", "Causal", "Window", "turn_halves"),
+        uses=("attend", "Causal", "Window", "turn_at"),
         grid=(3, 0),
     )
 
@@ -234,7 +228,7 @@ class SpatialTTT(Mixer):
             parts = [self.convolved(t, w) for t, w in zip(parts, self.convs, strict=True)]
         q, k, v = (F.silu(t.to(wide)).unflatten(2, (self.fast_heads, -1)).transpose(1, 2) for t in parts)
         q, k = (t / (torch.linalg.vector_norm(t, dim=-1, keepdim=True) + TINY) for t in (q, k))
-        q, k = (turned(t, d.head_dim, self.theta) for t in (q, k))
+        q, k = (turn_at(t, 0, self.theta, d.head_dim) for t in (q, k))
         rate = F.softplus(self.rate(x).to(wide) + math.log(math.expm1(1e-3)))
         rate = rate.unflatten(2, (self.fast_heads, 3)).transpose(1, 2)
         return q, k, v, rate, self.keep(x).to(wide).sigmoid().mT
@@ -245,7 +239,7 @@ class SpatialTTT(Mixer):
         return F.conv3d(around, weight, groups=len(weight)).movedim(1, -1).flatten(1, 3)
 
     def near(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k = (turned(t, self.dims.head_dim, self.theta) for t in (q, k))
+        q, k = (turn_at(t, 0, self.theta) for t in (q, k))
         return attend(q, k, v, Causal() & Window(self.window)).transpose(1, 2).flatten(2)
 
     def compute(self, x: Tensor) -> Tensor:
@@ -267,15 +261,7 @@ class SpatialTTT(Mixer):
 
         def spun(t: Tensor, at: int) -> Tensor:
             """Channels i and i + D / 2 of t (..., >= D), turned by the angle of pair i at one place."""
-            pairs = [t]
-            for i in range(d // 2):
-                angle = at * self.theta ** (-2 * i / d)
-                one, two = pairs[-1][..., i], pairs[-1][..., i + d // 2]
-                moved = pairs[-1].clone()
-                moved[..., i] = one * math.cos(angle) - two * math.sin(angle)
-                moved[..., i + d // 2] = one * math.sin(angle) + two * math.cos(angle)
-                pairs.append(moved)
-            return pairs[-1]
+            return torch.cat([rotated(t[..., :d], torch.tensor(at), self.theta), t[..., d:]], -1)
 
         def conv(t: Tensor, kernel: Tensor) -> Tensor:
             depth, height, wide = dims.grid or ()
@@ -365,9 +351,9 @@ class SpatialTTT(Mixer):
         plain = layer.out(layer.near(*layer.project(x)))
         same = torch.equal(layer(x), plain)
         layer.gate.bias.fill_(1.0)
-        apart = float((layer(x) - plain).abs().max() / plain.abs().max())
-        figure = f"{'equal' if same else 'different'}; with s = silu(1) {apart:.2f} of the largest output away"
-        return Finding(same and apart > torch.finfo(x.dtype).eps ** 0.5, figure)
+        off = apart(layer(x), plain)
+        figure = f"{'equal' if same else 'different'}; with s = silu(1) {off:.2f} of the largest output away"
+        return Finding(same and off > torch.finfo(x.dtype).eps ** 0.5, figure)
 
     @claim("What the stream leaves does not grow with it, and reading it frame by frame gives the same.")
     def constant_state(cls) -> Finding:
@@ -379,11 +365,11 @@ class SpatialTTT(Mixer):
             row, state = layer.fast(*(t[:, :, start : start + 60] for t in given), state)
             rows.append(row)
             sizes.append(sum(t.numel() for part in (state.main, state.weights, state.velocity) for t in part))
-        apart = float((torch.cat(rows, 2) - whole).abs().max() / whole.abs().max())
+        off = apart(torch.cat(rows, 2), whole)
         # Newton-Schulz multiplies what is small, and its errors, by the product of its first coefficients a chunk.
         allowed = 600 * torch.finfo(x.dtype).eps * math.prod(a for a, _, _ in MUON)
-        figure = f"{sizes[0]} numbers after 60 tokens, {sizes[-1]} after 600; outputs {apart:.1e} of the largest away"
-        return Finding(sizes[0] == sizes[-1] and apart < allowed, figure)
+        figure = f"{sizes[0]} numbers after 60 tokens, {sizes[-1]} after 600; outputs {off:.1e} of the largest away"
+        return Finding(sizes[0] == sizes[-1] and off < allowed, figure)
 
     @claim("Weights keep the lengths of their rows however long the video, while the sum of the steps grows.")
     def bounded(cls) -> Finding:
@@ -417,7 +403,4 @@ class SpatialTTT(Mixer):
     @torch.no_grad()
     def _sample(cls, dims: Dims, length: int) -> tuple[SpatialTTT, Tensor]:
         settings: dict[str, Any] = {"window": 8, "chunk": 20, "fast_heads": 2, "rank": 4}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            layer = cls(dims, **settings).double().requires_grad_(False)
-            return layer, torch.randn(1, length, dims.dim, dtype=torch.float64)
+        return sample(lambda: cls(dims, **settings), 1, length, dims.dim)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saccade import attend
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, apart, claim, sample
 from saccade.errors import positive
 from saccade.scan import (
     FastState,
@@ -454,12 +454,9 @@ class Titans(Mixer):
     @torch.no_grad()
     def _sample(cls, **params: Any) -> tuple[NeuralMemory, Tensor]:
         """The memory of a layer, and x (1, 40, 16)."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            memory = cls(Dims(2, 8), **params).memory.double().requires_grad_(False)
-            return memory, torch.randn(1, 40, 16, dtype=torch.float64)
+        return sample(lambda: cls(Dims(2, 8), **params).memory, 1, 40, 16)
 
     @staticmethod
     def _near(found: Tensor, exact: Tensor) -> Finding:
-        apart = float((found - exact).abs().max() / exact.abs().max())
-        return Finding(apart < 40 * torch.finfo(found.dtype).eps, f"largest difference {apart:.1e} of the output")
+        off = apart(found, exact)
+        return Finding(off < 40 * torch.finfo(found.dtype).eps, f"largest difference {off:.1e} of the output")
