@@ -361,5 +361,30 @@ def test_bad_input():
     expect(TypeError, "chunk: got 2.5", chunk=2.5)
 
 
+@pytest.mark.parametrize("complex_states", [False, True])
+def test_second_gradients_over_several_chunks(complex_states):
+    wide = torch.complex128 if complex_states else torch.float64
+    rates = -torch.rand(2, 2, dtype=torch.float64) - 0.1
+    if complex_states:
+        rates = torch.complex(rates, torch.randn(2, 2, dtype=torch.float64))
+    x, step = torch.randn(1, 5, 2, dtype=torch.float64), torch.rand(1, 5, 2, dtype=torch.float64) + 0.1
+    write, read, memory = (torch.randn(*size, dtype=wide) / 2 for size in ((1, 5, 2), (1, 5, 2), (1, 2, 2, 1)))
+    leaves = [t.requires_grad_() for t in (x, step, rates, write, read, memory)]
+
+    def function(*given):
+        y, state = selective_scan(*given[:5], state=State(given[5]), return_state=True, chunk=2)
+        return y, state.memory
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_autocast_changes_nothing():
+    given = [torch.randn(1, 9, 4), torch.rand(1, 9, 4), -torch.rand(4, 3), torch.randn(1, 9, 3), torch.randn(1, 9, 3)]
+    plain = selective_scan(*given, chunk=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(selective_scan(*given, chunk=4), plain)
+
+
 def test_documentation_runs():
     assert doctest.testmod(module) == (0, 3)

@@ -60,7 +60,7 @@ def test_capabilities_choose_the_checks():
     of_attention = {"full_budget", "head_equivariance", "nan_spread", "saves_work", "value_width"}
     assert names(Sliding) - names(Decayed) == of_attention | {"kept_keys"}
     here = torch.cuda.is_available()
-    of_cached = {"held_bytes", "held_tokens", "places_change", "prompt_in_pieces"}
+    of_cached = {"held_bytes", "held_tokens", "places_change", "prompt_in_pieces", "recorded_steps"}
     assert names(Thrifty) - names(Sliding) == of_cached
     assert names(Sliding) | of_cached == {name for name in check_names() if here or not name.startswith("gpu_")}
 

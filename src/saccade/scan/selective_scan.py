@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from saccade.errors import known, positive
 from saccade.scan import kernels
 from saccade.scan.kernels import step as one_step
+from saccade.scan.linear_attention import full_precision
 from saccade.scan.state import UNTRACKED, State, Untracked, begun, chain
 
 BACKENDS = ("auto", "chunked", "triton")
@@ -139,59 +139,101 @@ def _once(
 
 
 def _in_chunks(h: Tensor, rates: Tensor, given: tuple[Tensor, ...], chunk: int) -> tuple[Tensor, Tensor]:
-    """y (batch, N, channels) and the last state, one chunk expanded at a time; h, rates and `given` as for `_chunk`."""
-    length, parts = given[0].shape[1], []
+    """y (batch, N, channels) and the last state, one chunk expanded at a time; h, rates and `given` as for `Chunk`."""
+    parts = []
     # Split, not sliced: the gradient of a slice is a tensor of all tokens, zero but for its own.
     for piece in zip(*(t.split(chunk, 1) for t in given), strict=True):
-        # One chunk has nothing to gain from being recomputed.
-        if length > chunk and torch.is_grad_enabled():
-            y, h = checkpoint(_chunk, h, rates, *piece, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y, h = _chunk(h, rates, *piece)
+        y, h = _chunk(h, rates, *piece)
         parts.append(y)
     return torch.cat(parts, 1).flatten(2), h
 
 
 def _chunk(h: Tensor, rates: Tensor, x: Tensor, step: Tensor, write: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs and last state h (batch, G, c, S) of L tokens: x, step (batch, L, G, c); write, read (batch, L, G, S)."""
-    decay = (step.unsqueeze(-1) * rates).exp().to(h.dtype)
-    push = (step * x).unsqueeze(-1) * write.unsqueeze(-2)
-    states = Recurrence.apply(decay, push, h, False)
-    y = (states @ read.unsqueeze(-1)).squeeze(-1)
-    # A view would keep the states of the whole chunk alive.
-    return y.real if y.is_complex() else y, states[:, -1].clone()
+    """Outputs and last state of a `Chunk`."""
+    y, after = Chunk.apply(h, rates, x, step, write, read)
+    return y, after
+
+
+class Chunk(torch.autograd.Function):
+    """Outputs and last state h (batch, G, c, S) of L tokens: x, step (batch, L, G, c); write, read (batch, L, G, S).
+
+    It keeps what it is given and nothing that is expanded: its gradient makes the states again, and then, with p_t the
+    gradient of h_t and a_t = exp(step_t rates),
+
+        p_t = gy_t conj(read_t) + conj(a_(t+1)) p_(t+1),   e_t = p_t conj(a_t h_(t-1)), the gradient of step_t rates,
+
+    of which the others are sums. Those over channels and over S are products of matrices. All of it is made of
+    differentiable operations, so that it can be differentiated again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, rates: Tensor, x: Tensor, step: Tensor, write: Tensor, read: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(h, rates, x, step, write, read)
+        with full_precision(x):
+            _, states = _states(h, rates, x, step, write)
+            y = (states[:, 1:] @ read.unsqueeze(-1)).squeeze(-1)
+        # Views would keep the states of the whole chunk alive.
+        return y.real.clone() if y.is_complex() else y, states[:, -1].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        h, rates, x, step, write, read = ctx.saved_tensors
+        gy, after = gradients
+        with full_precision(x):
+            decay, states = _states(h, rates, x, step, write)
+            wide = gy.to(h.dtype).unsqueeze(-2)
+            to_read = (wide @ states[:, 1:].conj()).squeeze(-2)
+            own = gy.unsqueeze(-1) * read.conj().unsqueeze(-2)
+            decay = decay.conj()
+            pull = Recurrence.apply(decay[:, 1:], own[:, :-1], own[:, -1] + after, True)
+            to_write = ((step * x).to(h.dtype).unsqueeze(-2) @ pull).squeeze(-2)
+            pushed = (pull @ write.conj().unsqueeze(-1)).squeeze(-1)
+            pull = pull * decay
+            to_h, e = pull[:, 0], pull * states[:, :-1].conj()
+            if not rates.is_complex():
+                e = e.real
+            to_rates = (e * step.unsqueeze(-1)).sum((0, 1))
+            to_step = ((e * rates.conj()) @ torch.ones_like(rates[0, 0]).unsqueeze(-1)).squeeze(-1)
+        pushed, to_step = (t.real if t.is_complex() else t for t in (pushed, to_step))
+        return to_h, to_rates, step * pushed, to_step + x * pushed, to_write, to_read
+
+
+def _states(h: Tensor, rates: Tensor, x: Tensor, step: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
+    """Decays (batch, L, G, c, S) and states (batch, L + 1, G, c, S), h the first of these; arguments as for `Chunk`."""
+    decay = (step.unsqueeze(-1) * rates).exp_().to(h.dtype)
+    return decay, Recurrence.apply(decay, (step * x).unsqueeze(-1) * write.unsqueeze(-2), h, False)
 
 
 class Recurrence(torch.autograd.Function):
-    """h_t = a_t * h_{t-1} + b_t along dimension 1, or h_t = a_t * h_{t+1} + b_t in reverse, one fused step a token.
+    """h_0 = before, h_(t+1) = a_t * h_t + b_t along dimension 1; in reverse, h_L = before, h_t = a_t * h_(t+1) + b_t.
 
-    Its gradient is the reverse recurrence of the gradients, run by the same function, so that it can be differentiated
-    again.
+    a, b: L entries; returns all L + 1 states, one fused step a token. The gradient is the other way's recurrence of the
+    gradients, run by the same function, so that it can be differentiated again.
     """
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, before: Tensor, reverse: bool) -> Tensor:
-        states = torch.empty_like(b)
-        order = range(b.shape[1])
-        h = before
-        for t in reversed(order) if reverse else order:
-            h = torch.addcmul(b[:, t], a[:, t], h, out=states[:, t])
-        ctx.save_for_backward(a, before, states)
+        states = b.new_empty(b.shape[0], b.shape[1] + 1, *b.shape[2:])
+        h, *after = reversed(states.unbind(1)) if reverse else states.unbind(1)
+        h.copy_(before)
+        tokens = zip(a.unbind(1), b.unbind(1), strict=True)
+        for (decay, push), following in zip(reversed(list(tokens)) if reverse else tokens, after, strict=True):
+            h = torch.addcmul(push, decay, h, out=following)
+        ctx.save_for_backward(a, states)
         ctx.reverse = reverse
         return states
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        a, before, states = ctx.saved_tensors
-        length, none = a.shape[1], torch.zeros_like(a[:, :1])
-        if ctx.reverse:
-            previous = torch.cat((states[:, 1:], before.unsqueeze(1)), 1)
-            following, first = torch.cat((none, a[:, : length - 1]), 1), length - 1
-        else:
-            previous = torch.cat((before.unsqueeze(1), states[:, : length - 1]), 1)
-            following, first = torch.cat((a[:, 1:], none), 1), 0
-        pull = Recurrence.apply(following.conj(), gradients[0], torch.zeros_like(before), not ctx.reverse)
-        return pull * previous.conj(), pull, pull[:, first] * a[:, first].conj(), None
+        a, states = ctx.saved_tensors
+        (g,), reverse = gradients, ctx.reverse
+        early, late = slice(None, -1), slice(1, None)
+        first, last = (0, -1) if reverse else (-1, 0)
+        before, at = (states[:, late], early) if reverse else (states[:, early], late)
+        pull = Recurrence.apply(a.conj(), g[:, late] if reverse else g[:, early], g[:, first], not reverse)
+        return pull[:, at] * before.conj(), pull[:, at], pull[:, last], None
 
 
 def _memory(state: State) -> Tensor:
