@@ -61,7 +61,8 @@ class RoomReference(Directive):
             lines += [f".. rubric:: {home.removeprefix(room.__name__ + '.')}", "   :heading-level: 2", ""]
             lines += [*to_rst((inspect.getdoc(importlib.import_module(home)) or "").split("\n")), ""]
             for name in sorted(names, key=lambda name: isinstance(getattr(room, name), type)):
-                kind = "autoclass" if isinstance(getattr(room, name), type) else "autofunction"
+                found = getattr(room, name)
+                kind = "autoclass" if isinstance(found, type) else "autofunction" if callable(found) else "autodata"
                 lines += [f".. {kind}:: {room.__name__}.{name}", ""]
         found = nodes.Element()
         self.state.nested_parse(StringList(lines, self.src), self.content_offset, found)
