@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -96,8 +97,9 @@ class Recorded:
             take.graph.replay()
         else:
             take.graph.replay()
-            for session, more in zip(self.sessions, self._shares(take.more), strict=True):
-                session.count(more)
+            more = iter(take.more)
+            for session in self.sessions:
+                session.count(list(itertools.islice(more, session.num_layers)))
             self.replayed()
         self.replays += 1
         return take.graph.result
@@ -132,8 +134,3 @@ class Recorded:
 
     def _counts(self) -> list[Tensor]:
         return [session.store(i).counts for session in self.sessions for i in range(session.num_layers)]
-
-    def _shares(self, more: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-        """Of each session."""
-        ends = torch.tensor([session.num_layers for session in self.sessions]).cumsum(0).tolist()
-        return [more[end - session.num_layers : end] for end, session in zip(ends, self.sessions, strict=True)]

@@ -56,7 +56,8 @@ def recording(forward: Callable[..., Any], room: int, graph: Callable[..., Repla
     """A model's forward whose steps are recorded, where they can be; everything else is as it was.
 
     A step is a call without gradients of one token a sequence, all of them real, over a cache of which every layer lies
-    in a session. room, graph: as in `Recorded`.
+    in a session. room, graph: as in `Recorded`. Where there is an `attention_mask`, the device is asked once a step
+    whether the newest tokens are real.
     """
     steps: weakref.WeakKeyDictionary[Cache, Steps] = weakref.WeakKeyDictionary()
 
