@@ -60,7 +60,7 @@ def bound(
     q, bounds, out, pages, q_batch, q_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out (B HEADS, pages): the largest sum_d max(q_d low_d, q_d high_d) of a group's queries; -inf unless low <= high in
+    """out (B HEADS, pages): the largest sum_d max(q_d low_d, q_d high_d) in a group; -inf unless low <= high in
     every channel. bounds (B HEADS, pages, 2 D): low, then high.
     """
     row, page, c = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, PAD_D)
