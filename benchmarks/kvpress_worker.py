@@ -80,20 +80,19 @@ class Kvpress(Side):
 
         self.presses = kvpress
         self.marks: list[np.ndarray] = []
-        for layer in self.model.model.layers:
-            # Before those of a press, which come later.
-            layer.self_attn.register_forward_hook(self._mark, with_kwargs=True)
-        self.marking = False
 
     @contextmanager
     def prompted(self, what: What) -> Iterator[None]:
         for layer in self.model.model.layers:
             layer.self_attn.masked_key_indices = None
-        # To know every key again among those that are kept.
-        self.marks, self.marking = [], True
+        # To know every key again among those that are kept; before the hooks of a press, which come later.
+        self.marks = []
+        modules = [layer.self_attn for layer in self.model.model.layers]
+        hooks = [module.register_forward_hook(self._mark, with_kwargs=True) for module in modules]
         with nullcontext() if what is None else self._press(what)(self.model):
             yield
-        self.marking = False
+        for hook in hooks:
+            hook.remove()  # a step must not pay for them
 
     def _press(self, what: dict[str, Any]) -> Any:
         inner = {name: self._press(value) if isinstance(value, dict) else value for name, value in what.items()}
@@ -105,8 +104,7 @@ class Kvpress(Side):
         return super().held(cache) + sum(x.nbytes for each in masked if each is not None for x in each)
 
     def _mark(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if self.marking:
-            self.marks.append(marks(kwargs["past_key_values"].layers[module.layer_idx].keys))
+        self.marks.append(marks(kwargs["past_key_values"].layers[module.layer_idx].keys))
 
     def kept(self, cache: Any, seen: int) -> np.ndarray:
         found = super().kept(cache, seen)

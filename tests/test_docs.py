@@ -7,6 +7,7 @@ import importlib.util
 import pkgutil
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,30 @@ def test_measurements_are_kept_by_the_hash_of_the_code(gallery, written, monkeyp
     monkeypatch.setattr(gallery, "measure", lambda cls: gallery.Measured((), ()))
     gallery.measured(Sliding, written / "kept")
     assert len(list((written / "kept").glob("sliding-*.json"))) == 1
+
+
+def unnamed(extras):
+    """(where, extra) of those that a page does not name, and of those that code names though there are none."""
+    pages = [ROOT / "README.md", DOCS / "installation.md"]
+    missing = [(p.name, extra) for p in pages for extra in extras if f"`{extra}`" not in p.read_text(encoding="utf-8")]
+    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")}
+    return missing + [
+        (path.name, extra)
+        for path, text in sources.items()
+        for names in re.findall(r"pip install '?saccade\[([a-z0-9,]+)\]", text)
+        for extra in names.split(",")
+        if extra not in extras
+    ]
+
+
+def test_every_extra_is_named_and_every_one_that_is_named_exists():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert unnamed(extras) == []
+    assert unnamed({*extras, "other"} - {"vmm"}) == [
+        ("README.md", "other"),
+        ("installation.md", "other"),
+        *[("virtual.py", "vmm")] * 2,
+    ]
 
 
 def test_page_tells_of_what_fails(gallery):

@@ -353,8 +353,37 @@ def eval_(
     budget: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="For this run; the next one goes on (default: no end).")
     ] = None,
+    limit: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="For one contestant, task and length; what takes longer is left out."),
+    ] = None,
+    answered: Annotated[
+        bool, typer.Option("--answered", help="Ask others only what dense attention can answer (score >= 0.5).")
+    ] = False,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PART",
+            help="scores: no times, so that several processes may share a GPU; times: of a frontier, decoded tokens "
+            "alone; report: nothing is measured, the rows in DIR and its folders are reported (default: all of it).",
+        ),
+    ] = None,
+    recorded: Annotated[
+        bool, typer.Option("--recorded", help="Time steps that are replayed from CUDA graphs, where they can be.")
+    ] = False,
+    at_once: Annotated[
+        int | None,
+        typer.Option(
+            metavar="TOKENS", help="Of prompts that are read side by side, about (default: 16k, on a GPU 128k)."
+        ),
+    ] = None,
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where the results go; what is finished there is not measured again.")
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help="Where the results go; what is finished there is not measured again. The same command may run "
+            "several times at once: the processes share the work.",
+        ),
     ] = Path("saccade-eval"),
 ) -> None:
     """Score mechanisms inside a language model on generated long-context tasks with exact answers.
@@ -364,8 +393,9 @@ def eval_(
     with _refusing(ImportError):
         from saccade.bench.eval import BUDGETS, DECODE, LENGTHS, Contestant, at_budgets, chosen, evaluate
         from saccade.bench.eval_reader import load
+        from saccade.bench.eval_summary import gathered
         from saccade.bench.inputs import Unreadable
-        from saccade.errors import positive
+        from saccade.errors import known, positive
 
         if frontier:
             from saccade.bench.frontier import tell, write
@@ -373,35 +403,53 @@ def eval_(
             from saccade.bench.eval_summary import tell, write
 
     with _refusing(ValueError, TypeError, SyntaxError):
-        if budgets and not frontier:
-            raise ValueError(f"budgets: got {budgets!r} without a frontier; pass --frontier too")
+        if only is not None:
+            known("only", only, ("scores", "times", "report"))
+        for name, given in (("budgets", budgets), ("only", only == "times"), ("recorded", recorded)):
+            if given and not frontier:
+                got = repr(budgets) if name == "budgets" else "times" if name == "only" else "it"
+                raise ValueError(f"{name}: got {got} without a frontier; pass --frontier too")
+        if recorded and not device.startswith("cuda"):
+            raise ValueError(f"recorded: got it on {device}; a GPU records steps, so pass --device cuda")
         shares = _shares("budgets", budgets) if budgets else BUDGETS
         contestants = at_budgets(what or None, shares) if frontier else [Contestant.parse(one) for one in what or ()]
         names = [name.strip() for name in tasks.split(",")] if tasks else None
         chosen(names)
         tokens = _tokens("lengths", lengths) if lengths else list(LENGTHS)
         positive("count", count), positive("questions", questions), positive("seed", seed, least=0)
+        if at_once is not None:
+            positive("at_once", at_once)
         number = _dtype(dtype)
         _check_device(device)
         _check_folder(out)
-        if budget is not None and not budget > 0:
-            raise ValueError(f"budget: got {budget:g}; pass seconds > 0")
-    with _refusing(Unreadable):
-        reader = load(model, device, number)
-    with _refusing(ValueError), _bar() as progress:
-        found = evaluate(
-            contestants,
-            reader,
-            tasks=names,
-            lengths=tokens,
-            count=count,
-            questions=questions,
-            seed=seed,
-            budget=budget,
-            path=out / "results.jsonl",
-            progress=progress,
-            decode=DECODE if frontier else None,
-        )
+        for name, seconds in (("budget", budget), ("limit", limit)):
+            if seconds is not None and not seconds > 0:
+                raise ValueError(f"{name}: got {seconds:g}; pass seconds > 0")
+    if only == "report":
+        with _refusing(ValueError):
+            found = gathered(out, names, tokens if lengths else None)
+    else:
+        with _refusing(Unreadable):
+            reader = load(model, device, number)
+        with _refusing(ValueError), _bar() as progress, _ended_gently():
+            found = evaluate(
+                contestants,
+                reader,
+                tasks=names,
+                lengths=tokens,
+                count=count,
+                questions=questions,
+                seed=seed,
+                budget=budget,
+                folder=out,
+                progress=progress,
+                scores=only != "times",
+                decode=DECODE if frontier and only != "scores" else None,
+                recorded=recorded,
+                answered=answered,
+                at_once=at_once,
+                limit=limit,
+            )
     paths = write(found, out)
     tell(found, _console())
     for path in paths:

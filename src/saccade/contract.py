@@ -8,7 +8,9 @@ its claims. Everything else, discovery, checks, benchmarks, pages of the gallery
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -55,6 +57,18 @@ class Dims:
     def group(self) -> int:
         """Query heads a key head serves."""
         return self.num_heads // self.num_kv_heads
+
+    def split(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The heads of one projection: q (B, H, N, E), k and v (B, Hkv, N, E).
+
+        y (B, N, (H + 2 Hkv) E): channels of the queries, then those of the keys, then those of the values, E a head.
+
+        >>> [tuple(x.shape) for x in Dims(4, 8, num_kv_heads=2).split(torch.ones(1, 5, 64))]
+        [(1, 4, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8)]
+        """
+        sizes = self.num_heads, self.num_kv_heads, self.num_kv_heads
+        q, k, v = y.unflatten(2, (sum(sizes), -1)).transpose(1, 2).split(sizes, 1)
+        return q, k, v
 
 
 @dataclass(frozen=True)
@@ -324,20 +338,102 @@ def replay(
     return torch.stack(sequences)
 
 
-def rotated(x: Tensor, at: Tensor, theta: float) -> Tensor:
+def tokens_of(budget: float | int, seen: int) -> int:
+    """How many of `seen` tokens a budget is, by the book: a part of them, rounded up, or a number.
+
+    >>> tokens_of(0.25, 9), tokens_of(4, 9)
+    (3, 4)
+    """
+    return math.ceil(budget * seen) if isinstance(budget, float) else budget
+
+
+def rotated(x: Tensor, at: Tensor, theta: float | Sequence[float], scale: float = 1.0) -> Tensor:
     """Rotary positions by the book, for oracles: channels i and i + D / 2 are turned by the angle t theta^(-2 i / D).
 
-    x (..., N, D), D even; at: the positions t, (N,) or what broadcasts to (..., N). At least float32 in between.
+    x (..., N, D), D even; at: the positions t, (N,) or what broadcasts to (..., N). At least float32 in between. theta:
+    the base; or P rates, channels i and i + P are then turned by t rate_i, and those from 2 P on stay. scale: of what
+    is turned.
 
     >>> rotated(torch.tensor([[1.0, 2.0], [1.0, 2.0]]), torch.tensor([0.0, torch.pi / 2]), 100.0).round().tolist()
     [[1.0, 2.0], [-2.0, 1.0]]
     """
-    half, wide = x.shape[-1] // 2, torch.promote_types(x.dtype, torch.float32)
-    pairs = torch.arange(half, dtype=torch.float64, device=x.device)
-    angles = at.to(x.device, torch.float64)[..., None] * theta ** (-pairs / half)
-    cos, sin = angles.cos().to(wide), angles.sin().to(wide)
-    one, two = x[..., :half].to(wide), x[..., half:].to(wide)
-    return torch.cat([one * cos - two * sin, one * sin + two * cos], -1).to(x.dtype)
+    rates = theta
+    if isinstance(rates, float | int):
+        rates = [theta ** (-2 * i / x.shape[-1]) for i in range(x.shape[-1] // 2)]  # type: ignore[operator]
+    half, wide = len(rates), torch.promote_types(x.dtype, torch.float32)
+    angles = at.to(x.device, torch.float64)[..., None] * torch.tensor(rates, dtype=torch.float64, device=x.device)
+    cos, sin = scale * angles.cos().to(wide), scale * angles.sin().to(wide)
+    one, two, rest = x[..., :half].to(wide), x[..., half : 2 * half].to(wide), x[..., 2 * half :].to(wide)
+    return torch.cat([one * cos - two * sin, one * sin + two * cos, rest], -1).to(x.dtype)
+
+
+class Weights(dict[str, Tensor]):
+    """Layers by the book, for oracles: parameters and buffers of a module by name, and what layers do with them.
+
+        linear   W x + b                                     norm   w (x - mean x) / sqrt(var x + eps) + b
+        conv     y[p] = b + sum_t W[t] x[p + t - K // 2]     mlp    linear "2" of gelu(linear "0")
+
+    x (..., C); for conv a map (B, *grid, C), zeros beyond the grid, K odd, every channel by itself where W has one
+    input channel. Biases that are not there count as zero. prefix: in front of all names that the layers are given.
+
+    >>> w, x = Weights(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))), torch.randn(2, 5, 4)
+    >>> w.norm(w.linear(x, "0"), "1").shape, w["1.bias"].shape
+    (torch.Size([2, 5, 3]), torch.Size([3]))
+    """
+
+    def __init__(self, module: nn.Module, prefix: str = "") -> None:
+        super().__init__({**dict(module.named_buffers()), **dict(module.named_parameters())})
+        self.prefix = prefix
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        weight, bias = self[f"{self.prefix}{name}.weight"], self.get(f"{self.prefix}{name}.bias")
+        y = x @ weight.flatten(1).T
+        return y if bias is None else y + bias
+
+    def norm(self, x: Tensor, name: str, eps: float = 1e-5) -> Tensor:
+        off = x - x.mean(-1, keepdim=True)
+        y = off / (off.square().mean(-1, keepdim=True) + eps).sqrt() * self[f"{self.prefix}{name}.weight"]
+        return y + self[f"{self.prefix}{name}.bias"]
+
+    def mlp(self, x: Tensor, name: str) -> Tensor:
+        hidden = self.linear(x, f"{name}.0")
+        return self.linear(hidden / 2 * (1 + torch.erf(hidden / 2**0.5)), f"{name}.2")
+
+    def conv(self, x: Tensor, name: str) -> Tensor:
+        weight, bias, grid = self[f"{self.prefix}{name}.weight"], self.get(f"{self.prefix}{name}.bias"), x.shape[1:-1]
+        kernel = weight.shape[2:]
+        edges = [edge for size in reversed(kernel) for edge in (size // 2, size // 2)]
+        around, alone = nn.functional.pad(x, [0, 0, *edges]), weight.shape[1] == 1
+        total = x.new_zeros(*x.shape[:-1], len(weight))
+        for tap in itertools.product(*map(range, kernel)):
+            seen = around[(slice(None), *(slice(at, at + n) for at, n in zip(tap, grid, strict=True)))]
+            w = weight[(slice(None), slice(None), *tap)]
+            total = total + (seen * w[:, 0] if alone else seen @ w.T)
+        return total if bias is None else total + bias
+
+
+def weighed(
+    q: Tensor, k: Tensor, v: Tensor, head_dim: int, bias: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Attention by the book, for oracles, head after head and heads side by side as projections leave them.
+
+        o_h = softmax(scale q_h k_g^T + bias_h) v_g,   g = h // (H / Hkv)
+
+    q (B, N, H D), k, v (B, M, Hkv D) -> (B, N, H D). head_dim: D. bias: (H or 1, N, M), -inf where a query may not look
+    (default None: none). scale: default 1 / sqrt(D).
+
+    >>> x = torch.randn(2, 5, 8)
+    >>> weighed(x, x[..., :4], x[..., 4:], 2, torch.zeros(5, 5).log()[None]).isnan().all()
+    tensor(True)
+    """
+    queries, keys, values = (x.split(head_dim, -1) for x in (q, k, v))
+    factor, found = head_dim**-0.5 if scale is None else scale, []
+    for h, query in enumerate(queries):
+        g = h // (len(queries) // len(keys))
+        scores = factor * torch.einsum("bnd,bmd->bnm", query, keys[g])
+        scores = scores if bias is None else scores + bias[h % len(bias)]
+        found.append(torch.einsum("bnm,bmd->bnd", scores.softmax(-1), values[g]))
+    return torch.cat(found, -1)
 
 
 def apart(found: Tensor, exact: Tensor) -> float:
@@ -359,6 +455,47 @@ def sample(make: Callable[[], Layer], *shape: int) -> tuple[Layer, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return make().double().eval().requires_grad_(False), torch.randn(*shape, dtype=torch.float64)
+
+
+def reached(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Which tokens a result depends on, for claims: where the sum of function(x) has a gradient that is not zero.
+
+    x (..., C) -> bool (...). The sum of what a layer norm leaves is constant: square it.
+
+    >>> reached(lambda x: x[:, :3].sum(1), torch.ones(1, 5, 4)).tolist()
+    [[True, True, True, False, False]]
+    """
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(function(x).sum(), x)
+    return gradient.ne(0).any(-1)
+
+
+class Work(NamedTuple):
+    """Operations of a call, a multiplication and an addition being two: in `all` products, in those of `attention`."""
+
+    all: int
+    attention: int
+
+
+def work(call: Callable[[], Any]) -> Work:
+    """Counts the operations of a call on a CPU, for claims, those of fused attention as well.
+
+    attention: fused, and in batched products, as scores with a bias of their own are.
+
+    >>> q = torch.randn(1, 2, 8, 4)
+    >>> work(lambda: nn.functional.scaled_dot_product_attention(q, q, q) @ torch.ones(4, 3))
+    Work(all=2432, attention=2048)
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    aten = torch.ops.aten
+    fused = aten._scaled_dot_product_flash_attention_for_cpu  # which the counter does not know by itself
+    rules = {fused: lambda q, k, v, *_, **__: 2 * q[:3].numel() * k[2] * (q[3] + v[3])}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=rules) as counter:
+        call()
+    found = counter.get_flop_counts()["Global"]
+    return Work(counter.get_total_flops(), sum(found.get(op, 0) for op in (fused, aten.bmm, aten.baddbmm)))
 
 
 class Mixer(Mechanism):

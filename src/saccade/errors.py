@@ -22,6 +22,20 @@ def positive(name: str, value: Any, *, least: int = 1) -> int:
     return value
 
 
+def part(name: str, value: Any, what: str = "", *, zero: bool = True, most: float = 1) -> float:
+    """Return `value` when it is a number from 0 to `most`, 0 itself only if `zero`. what: it is, in words.
+
+    >>> part("ratio", 0.75, "the part of the budget that heads choose", zero=False)
+    0.75
+    """
+    wanted = f"pass a number {'from 0 to' if zero else 'above 0 and up to'} {most}{what and ', '}{what}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}); {wanted}")
+    if not (0 <= value <= most) or (value == 0 and not zero):
+        raise ValueError(f"{name}: got {value}; {wanted}")
+    return value
+
+
 def per_axis(name: str, value: Any, axes: int, *, least: int = 1) -> tuple[int, ...]:
     """Return `value`, one integer >= `least` or one an axis, as one an axis.
 

@@ -64,8 +64,8 @@ def test_a_run(folder, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "deep" / "out" / "results.jsonl").read_text().splitlines()]
     assert [(r["what"], r["task"], r["length"]) for r in rows] == [
         ("dense", "passkey", 640),
-        ("dense", "common_words", 640),
         ("moba(block=16)", "passkey", 640),
+        ("dense", "common_words", 640),
         ("moba(block=16)", "common_words", 640),
     ]
     assert (tmp_path / "deep" / "out" / "results.csv").read_text().count("\n") == 5
@@ -87,12 +87,32 @@ def test_a_frontier(folder, tmp_path):
         ("streaming_llm(budget=0.5)", "query-aware"),
         ("streaming_llm(budget=0.5)", "query-agnostic"),
     ]
-    assert all(r["decode_over_dense"] > 0 and r["decode_seconds"] > 0 and r["dense_bytes"] > 0 for r in rows)
+    assert all(r["dense_bytes"] > 0 for r in rows)
+    times = [json.loads(line) for line in (tmp_path / "times.jsonl").read_text().splitlines()]
+    assert [t["what"] for t in times] == ["dense", "streaming_llm(budget=0.25)", "moba(block=16)",
+                                          "streaming_llm(budget=0.5)"]  # fmt: skip
     assert (tmp_path / "frontier.html").read_text().startswith("<!doctype html>")
     # An untrained model can do nothing, so that there is nothing to say.
     assert "the model cannot do it" in " ".join(result.stdout.split())
     assert "Nothing beside dense attention has a score." in result.stdout
-    assert {p.name for p in tmp_path.iterdir()} == {"frontier.html", "frontier.md", "results.csv", "results.jsonl"}
+    written = {"frontier.html", "frontier.md", "results.csv", "results.jsonl", "times.jsonl"}
+    assert {p.name for p in tmp_path.iterdir()} == {*written, ".claims"}
+    again = run("--frontier", "--only", "report", "--out", tmp_path)
+    assert again.exit_code == 0, again.output
+    assert again.stdout.split()[-5:] == result.stdout.split()[-5:]
+
+
+def test_scores_and_times_apart(folder, tmp_path):
+    words = ("knorm", "--frontier", "--budgets", "0.5", "--model", folder, "--tasks", "passkey", "--lengths", "640",
+             "--count", 1, "--out", tmp_path)  # fmt: skip
+    assert run(*words, "--only", "scores").exit_code == 0
+    assert not (tmp_path / "times.jsonl").exists()
+    scores = (tmp_path / "results.jsonl").read_text()
+    assert run(*words, "--only", "times").exit_code == 0
+    assert len((tmp_path / "times.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "results.jsonl").read_text() == scores
+    answered = run(*words[:-1], tmp_path / "new", "--only", "scores", "--answered")
+    assert "Nothing else was asked it." in " ".join(answered.stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -102,6 +122,12 @@ def test_a_frontier(folder, tmp_path):
         (["--frontier", "--budgets", "0.5,x"], "budgets: got '0.5,x'; pass shares between commas, like 0.1,0.25,0.5"),
         (["--frontier", "--budgets", "0.5,2"], "budgets: got [0.5, 2.0]; pass shares in (0, 1], like 0.1,0.25,0.5"),
         (["--frontier", "--budgets", "nan"], "budgets: got [nan]; pass shares in (0, 1]"),
+        (["--only", "charts"], "only: got 'charts'; choose one of scores, times, report"),
+        (["--only", "times"], "only: got times without a frontier; pass --frontier too"),
+        (["--recorded"], "recorded: got it without a frontier; pass --frontier too"),
+        (["--frontier", "--recorded"], "recorded: got it on cpu; a GPU records steps, so pass --device cuda"),
+        (["--at-once", "0"], "at_once: got 0; pass an integer >= 1"),
+        (["--only", "report"], "out: no rows of an evaluation in "),
         (["--frontier", "snapkw"], "what: got 'snapkw'; choose one of dense, "),
         (["--frontier", "snapkv(size=1)"], "what: snapkv has no parameter 'size'; it has budget, window, pool"),
         (["quest"], "what: got quest; it needs budget, as in quest(budget=0.5)"),
@@ -116,6 +142,7 @@ def test_a_frontier(folder, tmp_path):
         (["--questions", "0"], "questions: got 0; pass an integer >= 1"),
         (["--seed", "-1"], "seed: got -1; pass an integer >= 0"),
         (["--budget", "0"], "budget: got 0; pass seconds > 0"),
+        (["--limit", "0"], "limit: got 0; pass seconds > 0"),
         (["--device", "tpu"], "device: got 'tpu'; pass cpu, cuda or cuda:N"),
         (["--dtype", "int8"], "dtype: got 'int8'; choose one of "),
         (["--out", __file__], "out: got "),

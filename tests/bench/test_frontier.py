@@ -1,6 +1,5 @@
 """The frontier: the Pareto set, what to use with so much memory, what was dropped, times in turns, and the page."""
 
-import json
 import random
 import re
 from dataclasses import replace
@@ -12,9 +11,11 @@ from test_report import Page
 from saccade.bench import eval_reader, frontier
 from saccade.bench.eval import BUDGETS, Contestant, Evaluation, at_budgets, evaluate
 from saccade.bench.eval_reader import Reader, agnostic, aware, beside, decoding, found_once
-from saccade.bench.eval_records import Cell, Protocol, read_cells
+from saccade.bench.eval_records import Cell, Protocol, Time, read_rows
 from saccade.bench.frontier import focus, markdown, page, pareto, sections, sentences, verdict
 from saccade.bench.records import Status, environment
+from saccade.catalogue import mechanism, mechanisms
+from saccade.contract import Attention
 from saccade.hf import apply
 from saccade.hosts.lm import LM, LMConfig
 from saccade.tasks.prompts import Bytes, task_named
@@ -63,13 +64,16 @@ def test_a_set_that_keeps_what_is_as_good_and_costs_more_is_noticed():
 # What to use.
 
 
+TIMES = {}  # of the last cells of these names
+
+
 def cell(what, task, scores, protocol=Protocol.AWARE, held=0.25, time=1.5, **changes):
     about = {
         "model": "m", "what": what, "task": task, "length": 1024, "protocol": protocol, "count": len(scores),
         "questions": 1, "seed": 0, "dtype": "float32", "scores": scores, "asked": len(scores), "seconds": 1.0,
-        "cache_bytes": round(held * 1000), "dense_bytes": 1000, "decode_seconds": 0.02 * time,
-        "dense_decode_seconds": 0.02, "decode_over_dense": time,
+        "cache_bytes": round(held * 1000), "dense_bytes": 1000,
     }  # fmt: skip
+    TIMES[what] = Time("m", what, 1024, "float32", False, "cpu", 0.02 * time, 0.02, time)
     return Cell(**(about | changes))
 
 
@@ -78,7 +82,8 @@ def evaluation(*cells, **changes):
         cell("dense", task, (score,) * 4, Protocol.EITHER, 1.0, 1.01)
         for task, score in {"multi_key": 1.0, "passkey": 1.0, "tracing": 0.25}.items()
     ]
-    return Evaluation((*dense, *cells), environment() | {"load": 0.0}, **changes)
+    times = tuple(TIMES[what] for what in dict.fromkeys(one.what for one in (*dense, *cells)))
+    return Evaluation((*dense, *cells), environment() | {"load": 0.0}, **({"times": times} | changes))
 
 
 def policy(name, budget, needles, passkey, **changes):
@@ -126,10 +131,8 @@ def test_what_holds_as_much_as_dense_attention_must_be_faster():
     much = policy("much", 1.0, ALL, ALL, held=1.02)
     (section,) = sections(evaluation(*policy("much", 0.25, NONE, NONE), *much))
     assert section.advice(1.0) == "With 100 % of the memory take dense (1.00)."
-    (section,) = sections(evaluation(*(replace(one, decode_over_dense=0.9) for one in much)))
-    assert section.within(1.0)[0].policy == "dense"  # of equal ones the smaller
-    more = [replace(one, decode_over_dense=0.9, task="passkey") for one in much[:1]]
-    assert [p.policy for p in section.within(1.0)] == ["dense", "much"], more
+    (section,) = sections(evaluation(*policy("much", 1.0, ALL, ALL, held=1.02, time=0.9)))
+    assert [p.policy for p in section.within(1.0)] == ["dense", "much"]  # of equal ones the smaller first
 
 
 def test_of_equal_means_the_one_with_the_better_worst_task_is_taken():
@@ -142,25 +145,67 @@ def test_of_equal_means_the_one_with_the_better_worst_task_is_taken():
 
 def test_needles_that_are_lost_are_told_with_what_was_dropped(found):
     aware_, agnostic_ = sections(found)
-    told = aware_.needles()
-    assert told.startswith("Nothing stays within 2 points of dense on multi_key with 25 % of the memory. In points: ")
-    assert "early 25 % loses 100 (keeps 12.5 % of the answers' and 50 % of the questions' tokens); " in told
-    assert "late 25 % loses 100 (keeps 25 % of the answers' tokens)." in told
-    assert "reader" not in told
-    assert agnostic_.needles() == "Within 2 points of dense on multi_key with 25 % of the memory: late 25 %."
+    assert aware_.needles() == (
+        "1 of 3 policies stay within 2 points of dense on multi_key at 25 %: reader 25 % (holds 110 %)."
+    )
+    assert aware_.losses() == [
+        f"{name} 25 % loses 100 of 100 points on multi_key (holds 27 %): it keeps {kept} tokens."
+        for name, kept in (
+            ("early", "12.5 % of the answers' and 50 % of the questions'"),
+            ("late", "25 % of the answers'"),
+        )
+    ]
+    assert agnostic_.needles() == (
+        "1 of 1 policies stay within 2 points of dense on multi_key at 25 %: late 25 % (holds 27 %)."
+    )
+    assert agnostic_.losses() == []
+
+
+def test_who_keeps_all_tokens_has_dropped_none():
+    (section,) = sections(evaluation(*policy("reads", 0.25, NONE, ALL, held=1.0, answer_kept=1.0, question_kept=1.0)))
+    assert section.losses() == [
+        "reads 25 % loses 100 of 100 points on multi_key (holds 100 %): it keeps all tokens, and reads too little of "
+        "them."
+    ]
+    assert section.needles() == "None of 1 policies stays within 2 points of dense on multi_key at 25 %."
 
 
 @pytest.mark.parametrize(("lost", "close"), [(0.02, True), (0.021, False)])
 def test_two_points_are_close(lost, close):
     (section,) = sections(evaluation(*policy("near", 0.25, (1 - lost,) * 4, (1 - lost,) * 4)))
     assert (section.enough() is not None) == close
-    assert section.needles().startswith("Within" if close else "Nothing")
+    assert section.needles().startswith("1 of 1" if close else "None of 1")
+    assert len(section.losses()) == (not close)
 
 
 def test_what_was_scored_on_some_tasks_only_is_not_compared(found):
     assert not [p for section in sections(found) for p in section.points if p.policy == "half"]
     assert "Not shown, since not scored on every task: half(budget=0.1)." in frontier.left(found)
-    assert "3 pairs of contestant and task were left" in frontier.left(replace(found, left=3))
+    assert "3 measurements were left, by the budget or an interrupt" in frontier.left(replace(found, left=3))
+
+
+def test_a_task_that_few_were_asked_is_in_no_mean():
+    asked = policy("one", 0.25, ALL, ALL), policy("two", 0.25, NONE, ALL), policy("three", 0.25, NONE, ALL)
+    cells = [each for own in asked for each in own]
+    started = evaluation(*(each for each in cells if each.task != "multi_key" or each.what.startswith("one")))
+    (section,) = sections(started)
+    assert [(point.policy, point.mean) for point in section.points] == [
+        ("dense", 1.0), ("one", 1.0), ("two", 1.0), ("three", 1.0),
+    ]  # fmt: skip
+    assert (
+        frontier.left(started)
+        == "In no mean, since asked of less than half of the contestants so far: multi_key at 1k."
+    )
+    half = evaluation(*(each for each in cells if each.task != "multi_key" or not each.what.startswith("three")))
+    assert [point.policy for point in sections(half)[0].points] == ["dense", "one", "two"]
+    assert frontier.left(half) == "Not shown, since not scored on every task: three(budget=0.25)."
+
+
+def test_times_of_recorded_steps_are_not_mixed_with_others():
+    found = evaluation(*policy("one", 0.25, ALL, ALL, time=3.0), *policy("two", 0.25, ALL, ALL))
+    both = replace(found, times=(*found.times, replace(TIMES["one(budget=0.25)"], recorded=True, over_dense=0.7)))
+    assert {p.policy: p.time for p in sections(found)[0].points} == {"dense": 1.0, "one": 3.0, "two": 1.5}
+    assert {p.policy: p.time for p in sections(both)[0].points} == {"dense": 1.0, "one": 0.7, "two": None}
 
 
 def test_what_dense_attention_cannot_do_is_said(found):
@@ -186,6 +231,18 @@ def test_axes_and_sets(found):
     assert early.joined
 
 
+def test_of_many_policies_those_on_the_pareto_set_stand_out():
+    many = [each for at in range(9) for each in policy(f"p{at}", 0.25, NONE, ALL, held=0.3 + 0.05 * at)]
+    many += [each for at in range(9) for each in policy(f"p{at}", 0.5, NONE, ALL, held=0.8)]
+    (section,) = sections(evaluation(*many))
+    panel = section.panels({})[0]
+    assert panel.faint == {f"p{at}" for at in range(1, 9)}
+    assert {one.name for one in panel.chart.series if one.joined} == {"p0"}
+    few = sections(evaluation(*(each for each in many if each.what[:2] < "p6")))[0].panels({})[0]
+    assert not few.faint
+    assert {one.name for one in few.chart.series if one.joined} == {f"p{at}" for at in range(6)}
+
+
 def test_a_budget_is_taken_out_of_a_name_where_it_is_a_share():
     split = frontier._split
     assert split("snapkv(window=8, budget=0.5)") == ("snapkv(window=8)", 0.5)
@@ -206,8 +263,17 @@ def test_all_policies_at_all_budgets():
     found = at_budgets(budgets=[0.5, 0.25])
     names = [one.name for one in found]
     assert names[0] == "adakv(budget=0.25)"
+    kinds = {spec.id: mechanism(spec.id) for spec in mechanisms() if spec.family == "kv_cache"}
+    held = {id for id, cls in kinds.items() if issubclass(cls, Attention)}
+    assert {name.split("(")[0] for name in names} >= held
+    assert len(held) > 9
     assert {"quest(budget=0.5)", "snapkv(budget=0.25)", "streaming_llm(budget=0.5)"} <= {*names}
-    assert len(names) == len({*names}) == 2 * sum("0.25" in name for name in names)
+    assert len(names) == len({*names})
+    at_both = [name for name in names if "budget" in name]
+    assert len(at_both) == 2 * sum("0.25" in name for name in names)
+    assert [one.wave for one in found if "budget" in one.name] == [0] * (len(at_both) // 2) + [1] * (len(at_both) // 2)
+    waves = at_budgets(["h2o"], BUDGETS)
+    assert [one.name for one in waves] == [f"h2o(budget={share})" for share in (0.25, 0.1, 0.35, 0.5, 0.75, 1.0)]
     assert [one.name for one in at_budgets(["loki(budget=64)", "h2o"], [1.0])] == ["loki(budget=64)", "h2o(budget=1.0)"]
 
 
@@ -219,7 +285,7 @@ def test_budgets_refused(budgets):
 
 def test_a_reader_is_a_contestant(small):
     with Contestant.parse("quest(budget=0.5)").enter(small.model) as handle:
-        found = aware(small, handle, task_named("passkey"), task_named("passkey").examples(200, 1)[0])
+        (found,) = aware(small, handle, task_named("passkey"), task_named("passkey").examples(200, 1))
     assert found.cache_bytes >= found.dense_bytes
     assert found.answers_kept == [1.0]
 
@@ -235,9 +301,9 @@ def test_what_is_kept_of_an_answer_and_of_a_question(small):
     for sinks, budget in ((at + 2, at + 12), (0, len(question.text) - 4)):
         contestant = Contestant.parse(f"streaming_llm(budget={budget}, sinks={sinks})")
         with contestant.enter(small.model) as handle:
-            later = agnostic(small, handle, task_named("passkey"), example)
+            (later,) = agnostic(small, handle, task_named("passkey"), [example])
         with contestant.enter(small.model) as handle:
-            both = aware(small, handle, task_named("passkey"), example)
+            (both,) = aware(small, handle, task_named("passkey"), [example])
         for found, seen in ((later, size), (both, size + len(question.text))):
             held = {*range(sinks), *range(seen - (budget - sinks), seen)}
             assert found.answers_kept == [sum(j in held for j in range(at, at + len(code))) / len(code)]
@@ -284,7 +350,7 @@ def test_tokens_are_timed_in_turns_after_the_first_few(small, monkeypatch):
 OPTIONS = {"tasks": ["passkey"], "lengths": [200], "count": 1, "questions": 1}
 
 
-def test_a_cell_has_the_time_over_that_of_dense_attention(small, monkeypatch):
+def test_a_contestant_has_the_time_over_that_of_dense_attention(small, monkeypatch):
     def clock(calls):
         for call in calls:
             call()
@@ -292,37 +358,40 @@ def test_a_cell_has_the_time_over_that_of_dense_attention(small, monkeypatch):
 
     monkeypatch.setattr(eval_reader, "clock_for", lambda device: clock)
     found = evaluate(["h2o(budget=0.5)"], small, decode=1e-9, **OPTIONS)
-    assert {(c.decode_seconds, c.dense_decode_seconds) for c in found.cells} == {(4.5, 3.0)}
-    assert all(c.decode_over_dense == pytest.approx(1.5) for c in found.cells)
+    assert [(t.what, t.length, t.seconds, t.dense_seconds, t.pairs) for t in found.times] == [
+        (what, 200, 4.5, 3.0, 2) for what in ("dense", "h2o(budget=0.5)")
+    ]
+    assert all(time.over_dense == pytest.approx(1.5) for time in found.times)
 
 
-def test_cells_of_before_are_read_and_get_their_times(small, tmp_path):
-    path = tmp_path / "results.jsonl"
-    evaluate(["h2o(budget=0.5)"], small, path=path, **OPTIONS)
-    later = ("dense_bytes", "answer_kept", "question_kept", "decode_seconds", "dense_decode_seconds",
-             "decode_over_dense")  # fmt: skip
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    old = [{name: value for name, value in row.items() if name not in later} for row in rows]
-    path.write_text("".join(json.dumps(row) + "\n" for row in old))
-    cells = read_cells(path)
-    assert len(cells) == 3
-    assert all(cell.dense_bytes is None and cell.decode_over_dense is None for cell in cells)
-    assert "passkey" in markdown(Evaluation(tuple(cells), environment()))
+def test_times_are_rows_of_their_own_and_measured_once(small, tmp_path):
+    scored = evaluate(["h2o(budget=0.5)"], small, folder=tmp_path, **OPTIONS)
+    assert scored.times == ()
+    timed = evaluate(["h2o(budget=0.5)"], small, folder=tmp_path, scores=False, decode=1e-9, **OPTIONS)
+    assert (timed.cells, len(timed.times)) == (scored.cells, 2)
+    assert read_rows(tmp_path / "results.jsonl", Cell)[0] == list(scored.cells)
+    assert read_rows(tmp_path / "times.jsonl", Time)[0] == list(timed.times)
+    assert all(time.over_dense > 0 and time.seconds > 0 for time in timed.times)
+    again = evaluate(["h2o(budget=0.5)"], small, folder=tmp_path, decode=1e-9, **OPTIONS)
+    assert (again.cells, again.times) == (scored.cells, timed.times)
+    assert len((tmp_path / "times.jsonl").read_text().splitlines()) == 2
+    late = evaluate(["knorm"], small, folder=tmp_path, budget=1e-9, decode=1e-9, **OPTIONS)
+    assert (len(late.cells), late.left) == (1, 2)
 
-    again = evaluate(["h2o(budget=0.5)"], small, path=path, decode=1e-9, **OPTIONS)
-    assert again.reused == 3
-    assert all(cell.decode_over_dense > 0 and cell.decode_seconds > 0 for cell in again.cells)
-    assert [cell.seconds for cell in again.cells] == [cell.seconds for cell in cells]  # not scored again
-    assert read_cells(path) == list(again.cells)
-    assert len(path.read_text().splitlines()) == 6
-    lines = path.read_text()
-    assert evaluate(["h2o(budget=0.5)"], small, path=path, decode=1e-9, **OPTIONS).cells == again.cells
-    assert path.read_text() == lines
+
+def test_what_cannot_be_timed_is_told(small):
+    def broken(model):
+        raise RuntimeError("no such luck")
+
+    found = evaluate([Contestant("broken", broken)], small, scores=False, decode=1e-9, **OPTIONS)
+    assert found.failed == ("broken: no time behind 200 tokens: WRONG: crashed: RuntimeError: no such luck",)
+    assert found.failed[0] in frontier.remarks(found)
 
 
 def test_a_prompt_at_the_longest_leaves_room_for_what_is_decoded(small):
     found = evaluate(["h2o(budget=0.5)"], small, decode=1e-9, **(OPTIONS | {"lengths": [512]}))
     assert [cell.status for cell in found.cells] == ["OK"] * 3
+    assert len(found.times) == 2
 
 
 # The page.
@@ -347,7 +416,7 @@ def test_the_page_is_whole_and_its_own(found):
     for section in sections(found):
         assert all(sentence in read.text for sentence in sentences(section))
         assert all(f"Pareto set: {panel.front}." in read.text for panel in section.panels({}))
-    assert "2 pairs of contestant and task were left" in read.text
+    assert "2 measurements were left" in read.text
     assert "tracing at 1k: the model cannot do it" in read.text
     for drawing in re.findall(r"<svg.*?</svg>", text, re.S):
         assert "nan" not in drawing
@@ -363,9 +432,7 @@ def test_nothing_measured_is_a_page_too():
 
 
 def test_a_busy_machine_is_said_to_be(found):
-    assert frontier.noise(found) == (
-        "Times were taken in turns with dense attention, which against itself shows 1× to 1×."
-    )
+    assert frontier.noise(found) == ("Times were taken in turns with dense attention, which against itself shows 1×.")
     loaded = replace(found, environment=found.environment | {"load": 5.0, "cores": 2})
     assert "Other programs were running (load 5.0 on 2 processors" in frontier.noise(loaded)
 

@@ -19,10 +19,10 @@ from saccade.bench.inputs import Synthetic
 from saccade.bench.records import Status
 from saccade.bench.tune import Adjusted, search, searchable, teach, teachable, tuner
 from saccade.bench.tune import load as load_tuned
-from saccade.bench.tune.adjusted import theta_of
 from saccade.bench.tune.lessons import Lesson, Prompt, Seen, measured, prompts
 from saccade.bench.tune.searched import Weighed, cheapest, within
 from saccade.bench.tune.taught import fitted
+from saccade.cache import Rotation
 from saccade.catalogue import mechanism
 from saccade.cli import app
 from saccade.contract import Dims
@@ -489,6 +489,10 @@ def test_an_interrupt_while_measuring_keeps_what_was_learnt(reader):
         (lambda r: teach("nats", model=r, **SMALL | {"lengths": (0,)}), "lengths: got 0; pass an integer >= 1"),
         (lambda r: teach("nats", model=r, lengths=(600,), beyond=None), "lengths: got 600; tiny reads at most"),
         (lambda r: teach("nats", model=r, lengths=(300,), beyond=200), "beyond: got 200, which is not beyond"),
+        (
+            lambda r: teach("nats", params={"rotation": Rotation(torch.ones(2))}, model=r, **SMALL),
+            r"params: got .*Rotation\(2 pairs, scale=1.0\)}, which the file cannot hold",
+        ),
         (lambda r: teach("nats", params={"spam": 1}, model=r, **SMALL), "id: nats has no parameter 'spam'; it has "),
         (lambda r: search("loki", recovery=0.0, model=r, **SMALL), "recovery: got 0.0; pass a part of dense"),
         (lambda r: search("loki", recovery=0.5, cost=0.5, model=r, **SMALL), "cost: got 0.5 beside recovery 0.5; pass"),
@@ -511,12 +515,6 @@ def test_a_model_whose_layers_slide_is_refused_before_anything_is_learnt(reader)
     with pytest.raises(ValueError, match="has a sliding window, which duo_attention does not know"):
         teach("duo_attention", model=Reader(model, Bytes(), "slides"), steps=1, **SMALL)
     assert all(x.requires_grad for x in model.parameters())
-
-
-def test_the_base_of_rotary_positions_is_the_models(reader):
-    assert theta_of(reader.model.config) == 100_000.0
-    assert theta_of(SimpleNamespace(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5})) is None
-    assert theta_of(SimpleNamespace()) is None
 
 
 def test_the_command_writes_what_the_others_read(monkeypatch, tmp_path):

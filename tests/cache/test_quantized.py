@@ -134,7 +134,7 @@ def test_attention_is_that_to_what_the_codes_stand_for(scratch, chosen, n, monke
         mask, asked = (torch.arange(41) == picked[..., None]).any(2), Tokens(picked)
     mask = mask.repeat_interleave(2, 1)[:, :, None] & (torch.arange(41) <= torch.arange(41 - n, 41)[:, None])
     truth = dense_attention(q[:, :, -n:], keys, values, mask=mask)
-    found, _ = store.attend(q[:, :, -n:], asked)
+    found = store.attend(q[:, :, -n:], asked)
     assert_close(found, truth, truth, name="attention", terms=41, scale=float(v.abs().max()))
 
 
@@ -219,7 +219,7 @@ def test_codes_on_a_gpu_are_those_on_a_cpu(bits):
         store = session.store(0)
         slots, _ = store.order()
         outputs.append([store.read(x, slots).cpu() for x in (store.pool.k, store.pool.v)])
-        outputs[-1].append(store.attend(now[0][:, :, 299:])[0].cpu())
+        outputs[-1].append(store.attend(now[0][:, :, 299:]).cpu())
         assert store.pool.num_coded == 8 * (280 // 16)
     (keys, values, o), (on_gpu, values_on_gpu, found) = outputs
     for mine, other in ((on_gpu, keys), (values_on_gpu, values)):

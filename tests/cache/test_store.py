@@ -2,12 +2,14 @@
 
 import random
 import weakref
+from unittest import mock
 
 import pools
 import pytest
 import torch
 
 from saccade.cache import PagePool, Store, Tokens
+from saccade.cache import frames as frames_module
 from saccade.cache.frames import Frames
 from saccade.testing.budget import assert_close
 from saccade.testing.oracles import dense_attention
@@ -117,7 +119,7 @@ def random_operations_of(make, seed):
             if at:
                 k, v = book.k[b][None, h // 2, None, at], book.v[b][None, h // 2, None, at]
                 truth = dense_attention(q[b, h][None, None], k, v)
-                found = store.attend(q)[0][b, h][None, None]
+                found = store.attend(q)[b, h][None, None]
                 assert_close(found, truth, truth, name="attention", terms=len(at), scale=float(v.abs().max()))
     store.free()
     assert store.pool.in_use == 0
@@ -193,7 +195,7 @@ def test_single_tokens_are_read_for_each_key_or_query_head(heads):
     q = torch.randn(2, 2 * HEADS, 1, D).double()
     slots = torch.stack([torch.randperm(23)[:7] for _ in range(2 * heads)]).view(2, heads, 7)
     slots[0, 0, 2:5] = -1
-    found, _ = store.attend(q, Tokens(slots))
+    found = store.attend(q, Tokens(slots))
     mask = torch.zeros(2, heads, 23, dtype=torch.bool)
     for b in range(2):
         for h in range(heads):
@@ -214,7 +216,7 @@ def test_what_is_free_is_never_read():
         x.squeeze(1)[free] = torch.nan
     q = torch.randn(2, HEADS, 1, D).double()
     truth = dense_attention(q, k, v, mask=keep[:, :, None])
-    assert_close(store.attend(q)[0], truth, truth, name="attention", terms=23)
+    assert_close(store.attend(q), truth, truth, name="attention", terms=23)
 
 
 def test_memory_falls_by_what_is_dropped():
@@ -290,6 +292,62 @@ def test_frames_come_in_order_and_grow_one_tensor_after_another(monkeypatch):
     )
     frames.grow(1)
     assert seen == [[True, True], [False, True]]  # the old of the first is gone when the second grows
+
+
+def decoded(tokens, steps):
+    """A store that has read a prompt and then some single tokens, what it was given, and its pages."""
+    store, k, v = filled(1, tokens)
+    for _ in range(steps):
+        now = [torch.randn(1, HEADS, 1, width).double() for width in (D, DV)]
+        k, v = torch.cat([k, now[0]], 2), torch.cat([v, now[1]], 2)
+        store.append(*now)
+    return store, k, v
+
+
+def test_rows_that_grow_lie_in_one_piece():
+    """On a CPU what is decoded is read where it lies, and the pool has no page more for that."""
+    store, k, v = decoded(4 * 64 * PAGE, 17 * PAGE)
+    width = store.table.shape[1]
+    assert (store.table.diff(dim=1) == 1).all()
+    assert torch.equal(store.read(store.pool.k, store.order()[0]), k)
+    assert torch.equal(store.read(store.pool.v, store.order()[0]), v)
+    assert torch.equal(store.read(store.pool.positions, store.order()[0])[0, 0], torch.arange(width * PAGE).int())
+    assert store.pool.in_use == HEADS * width
+    assert store.pool.num_pages <= HEADS * (width + width // 32 + 1)
+
+
+def test_pages_that_others_have_stay_where_they_are():
+    store, k, _ = decoded(8 * PAGE, 0)
+    other, before = store.fork(), store.table.clone()
+    store.append(*(torch.randn(1, HEADS, 1, width).double() for width in (D, DV)))
+    assert torch.equal(store.table[:, :8], before)
+    assert torch.equal(other.read(other.pool.k, other.order()[0]), k)
+
+
+def test_frames_that_are_spread_stay_what_they_are():
+    frames = Frames({"a": torch.zeros(0, 3), "b": torch.zeros(0, 5)})
+    ids = frames.take(70)
+    held = {name: torch.randn(70, x.shape[1]) for name, x in frames.tensors.items()}
+    for name, x in held.items():
+        frames[name][ids] = x
+    moved, short = frames_module._moved, iter([False, True, False])
+
+    def fails(x, *rest):
+        if next(short):
+            raise MemoryError("no more")
+        return moved(x, *rest)
+
+    at, free = torch.arange(70) * 2, torch.arange(70).flip(0) * 2 + 1
+    with mock.patch.object(frames_module, "_moved", fails), pytest.raises(MemoryError):  # of the second tensor
+        frames.spread(ids, at, free)
+    for name, x in held.items():
+        assert torch.equal(frames[name][ids], x)
+    assert len(frames) == frames.in_use == 70
+    frames.spread(ids, at, free)
+    for name, x in held.items():
+        assert torch.equal(frames[name][at], x)
+    assert (len(frames), frames.in_use) == (140, 70)
+    assert frames.take(3).tolist() == [1, 3, 5]
 
 
 def test_frames_for_which_there_is_no_memory(monkeypatch):

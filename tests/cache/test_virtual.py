@@ -36,7 +36,7 @@ class Paged:
         self.running.pop(name).free()
 
     def attend(self, name, q):
-        return self.running[name].attend(q[None])[0][0]
+        return self.running[name].attend(q[None])[0]
 
     def most(self, lengths):
         """Bytes of keys that are enough: less than a page more for each head."""
@@ -336,5 +336,5 @@ def test_what_is_refused(call, error, message):
 
 def test_the_driver_of_a_gpu_names_its_package(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "cuda.bindings", None)
-    with pytest.raises(ImportError, match="CudaDriver needs the package cuda-bindings: pip install cuda-bindings"):
+    with pytest.raises(ImportError, match=r"CudaDriver needs the package cuda-bindings: pip install 'saccade\[vmm\]'"):
         CudaDriver()

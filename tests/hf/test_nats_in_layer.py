@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from saccade.cache import Session
+from saccade.cache import Rotation, Session
 from saccade.catalogue import mechanism
 from saccade.contract import Dims
 from saccade.hf.tuned import serves
+from saccade.mix import rotary_rates
 from saccade.testing.budget import assert_close, compare
 
 CASES = serves("nats").cases()
@@ -80,7 +81,7 @@ def test_it_is_the_mechanism_with_its_projections_handed_in():
     whole = mechanism("nats")(dims, window=3, detach=True).double().eval()
     torch.nn.init.normal_(whole.kind.weight, std=0.5)
     back = torch.linalg.pinv(whole.qkv.weight.detach())  # of [q; k; v] to x
-    made = serves("nats")(dims, window=3).double().eval()
+    made = serves("nats")(dims, window=3, rotation=Rotation(rotary_rates(3))).double().eval()
     made.kind.data = whole.kind.weight.detach() @ back
     x, aim = torch.randn(2, 2, 31, 24, dtype=torch.float64)
     o = made(*(y.detach() for y in whole.heads(x)))

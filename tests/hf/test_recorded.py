@@ -8,10 +8,12 @@ from hf_models import made, padded, tokens
 from transformers import DynamicCache
 
 from saccade.cache import Evict, KeyNorm, Policy, Quest, Recorded, Session, snapkv
+from saccade.cache.recorded import Kept
 from saccade.catalogue import mechanism
 from saccade.hf import apply
 from saccade.hf.layers import layers_of
 from saccade.hf.recorded import recording
+from saccade.softmax.page_rows import recorded
 from saccade.testing.budget import assert_close
 from saccade.testing.tape import Tape
 
@@ -146,6 +148,65 @@ def test_a_compiled_model_generates_the_same_tokens(name):
         truth = generated(model, read, torch.ones_like(read))
         model.model.compile(backend="eager")
         assert torch.equal(generated(model, read, torch.ones_like(read)), truth)
+
+
+class Asks(Policy):
+    """Says that its steps are steady, and asks, in the last layer, what a recording cannot be told."""
+
+    def select(self, step):
+        if step.index == 2 and asked(step.ends):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def steady(self, session):
+        return True
+
+
+def asked(x):
+    """Whether a recording is under way: a GPU's, or a tape's."""
+    return recorded() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def goes_on_after_a_recording_that_fails(model, ids, wrapped):
+    """A step that fails is taken again, as it is; the next one is then to be recorded, and fails too."""
+    with apply(model, Asks()) as handle:
+        past, other, found = DynamicCache(), DynamicCache(), []
+        model(input_ids=ids, cache=past)
+        model(input_ids=ids, cache=other)
+        steps = [ids[:, at : at + 1] for at in range(8)]
+        truth = [model(input_ids=one, cache=other).logits for one in steps]
+        with wrapped(model, handle):
+            found.append(model(input_ids=steps[0], cache=past).logits)
+            for one in steps[1:]:
+                before = past.get_seq_length(), [layer.length for layer in past.layers], handle.memory().in_use
+                with pytest.raises(RuntimeError, match=r"policy: a step of Asks\(\), which says"):
+                    model(input_ids=one, cache=past)
+                now = past.get_seq_length(), [layer.length for layer in past.layers], handle.memory().in_use
+                assert now == before, "what is known has changed"
+                found.append(model(input_ids=one, cache=past).logits)
+    assert_close(torch.cat(found, 1), torch.cat(truth, 1), torch.cat(truth, 1), terms=64)
+
+
+def test_a_recording_that_fails_changes_nothing():
+    goes_on_after_a_recording_that_fails(made("llama").double(), tokens(2, 9), lambda model, _: taped(model, 16))
+
+
+def test_lengths_that_run_ahead_are_noticed(monkeypatch):
+    monkeypatch.setattr(Kept, "put_back", lambda self: None)
+    with pytest.raises(AssertionError, match="what is known has changed"):
+        goes_on_after_a_recording_that_fails(made("llama").double(), tokens(2, 9), lambda model, _: taped(model, 16))
+
+
+@pytest.mark.gpu
+def test_a_recording_that_fails_on_a_gpu_changes_nothing():
+    stream = torch.cuda.current_stream()
+    model = made("llama").to("cuda", torch.float64)
+
+    def wrapped(model, handle):
+        handle.record(16)
+        return contextlib.nullcontext()
+
+    goes_on_after_a_recording_that_fails(model, tokens(2, 9).cuda(), wrapped)
+    assert torch.cuda.current_stream() == stream
 
 
 def test_recording_needs_a_policy():

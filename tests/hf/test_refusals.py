@@ -13,13 +13,18 @@ from transformers import (
     DynamicCache,
     LlamaConfig,
     LlamaModel,
+    MambaConfig,
+    MambaForCausalLM,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
 )
 
+from saccade.cache import Quest, snapkv, streaming_llm
+from saccade.catalogue import mechanism
 from saccade.contract import Dims
 from saccade.hf import apply
+from saccade.serve import Engine
 
 
 class Ahead(Near):
@@ -44,6 +49,16 @@ def small(size):
         (3, TypeError, "what: got 3; pass a mechanism's id"),
         (torch.nn.Linear, TypeError, "what: got Linear; pass a mechanism's id"),
         ([None], ValueError, "what: got 1 for 3 layers of attention; pass one a layer"),
+        (
+            {"model.layers.0": "moba"},
+            TypeError,
+            r"what: got a dict of \['model.layers.0'\]; layers go by their place, so pa",
+        ),
+        ([None, "tuned.json", None], ValueError, "what: got the file 'tuned.json' in a list; pass it alone"),
+        (Quest, TypeError, r"what: got Quest itself; pass a policy that it makes, Quest\(...\)"),
+        (snapkv, TypeError, r"what: got snapkv itself; pass a policy that it makes, snapkv\(...\)"),
+        ([None, snapkv, None], TypeError, "what: got snapkv itself"),
+        ([None, "nta", None], ValueError, "id: got 'nta'; choose one of"),
         (Near(Dims(4, 9, 2)), ValueError, r"what: near was built for Dims\(.*head_dim=9.*; layer 0 of the model has"),
     ],
     ids=str,
@@ -91,12 +106,58 @@ def test_a_softcap_of_the_model_is_refused():
             "model: BertModel attends in both directions; pass a causal language model",
         ),
         (lambda: Closed(LlamaConfig(**SIZES)), ValueError, "model: the attention of Closed does not go through"),
+        (
+            lambda: MambaForCausalLM(MambaConfig(hidden_size=8, num_hidden_layers=1, vocab_size=20)),
+            ValueError,
+            "model: the attention of MambaForCausalLM does not go through transformers' AttentionInterface",
+        ),
+        (lambda: None, TypeError, "model: got NoneType; pass a transformers PreTrainedModel"),
     ],
-    ids=["no_model", "t5", "bert", "closed"],
+    ids=["no_model", "t5", "bert", "closed", "mamba", "none"],
 )
-def test_models_are_refused(model, error, message):
+@pytest.mark.parametrize("into", [apply, Engine], ids=["apply", "engine"])
+def test_models_are_refused(model, error, message, into):
+    made = model()
+    config = getattr(made, "config", None)
+    before = getattr(config, "_attn_implementation", None)
     with pytest.raises(error, match=message):
-        apply(model())
+        into(made)
+    assert getattr(config, "_attn_implementation", None) == before
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (lambda: snapkv(0), "budget: got 0; pass an integer >= 1"),
+        (lambda: snapkv(0.0), r"budget: got 0.0; pass a float in \(0, 1\]"),
+        (lambda: Quest(1.5), r"budget: got 1.5; pass a float in \(0, 1\]"),
+        (
+            lambda: streaming_llm(3),
+            "budget: got 3 tokens, which does not hold 4 sinks and 0 recent tokens; pass at least 4",
+        ),
+        (lambda: mechanism("ltri_llm")(Dims(4, 8, 2), budget=9), "budget: got 9 tokens, which does not hold 128 sinks"),
+        (
+            lambda: mechanism("squeezed_attention")(Dims(4, 8, 2), budget=True),
+            "budget: got True .bool.; pass a number abo",
+        ),
+        (
+            lambda: mechanism("duo_attention")(Dims(4, 8, 2), share=2.0),
+            "share: got 2.0; pass a number from 0 to 1, or No",
+        ),
+    ],
+    ids=str,
+)
+def test_budgets_are_refused(policy, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        policy()
+
+
+def test_a_share_that_does_not_hold_the_sinks_of_a_prompt_stores_nothing():
+    model, read, cache = made("llama"), tokens(1, 30), DynamicCache()
+    message = r"budget: got 0\.05 of 30 tokens, 2 in layer 0, which does not hold 4 sinks"
+    with apply(model, streaming_llm(0.05)), pytest.raises(ValueError, match=message):
+        model(read, cache=cache)
+    assert cache.layers[0].session.store(0).pool.in_use == 0
 
 
 class Closed(LlamaModel):

@@ -6,17 +6,19 @@ import pytest
 import torch
 from hf_models import made, padded
 
+from saccade.cache import Rotation
 from saccade.catalogue import mechanism
 from saccade.contract import Dims
 from saccade.hf import apply
 from saccade.hosts.lm import LM, LMConfig
+from saccade.mix import rotary_rates
 from saccade.tasks.text import held_out_text
 
 FULL = {
     "eigen_attention": [{"rank": 1.0, "value_rank": 1.0}],
     "loki": [{"budget": 1.0}, {"budget": 512}],
     "recycled_attention": [{"budget": 1.0}, {"budget": 512}, {"budget": 4, "every": 1}],
-    "seer_attention_r": [{"budget": 1.0, "theta": 1e5, "block": 16}, {"budget": 512, "theta": 1e5, "block": 16}],
+    "seer_attention_r": [{"budget": 1.0, "block": 16}, {"budget": 512, "block": 16}],
     "squeezed_attention": [{"budget": 1.0, "window": 20}, {"budget": 0.1, "window": 512}],
 }
 FEW = [
@@ -122,7 +124,8 @@ def test_what_was_fitted_is_in_the_state():
 @pytest.mark.parametrize("theta", [None, 50.0])
 def test_the_loss_of_distillation_is_the_equations(theta):
     """Block by block, in plain loops, of queries of the second half."""
-    seer = mechanism("seer_attention_r")(Dims(4, 6, 2), block=4, gate_dim=4, theta=theta).double()
+    turn = None if theta is None else Rotation(rotary_rates(3, theta))
+    seer = mechanism("seer_attention_r")(Dims(4, 6, 2), block=4, gate_dim=4, rotation=turn).double()
     q, k = torch.randn(2, 4, 20, 6).double(), torch.randn(2, 2, 20, 6).double()
     w, terms = dict(seer.named_parameters()), []
 
@@ -160,9 +163,13 @@ def test_the_loss_of_distillation_is_the_equations(theta):
         ("loki", {"budget": 0}, "budget: got 0; pass an integer >= 1"),
         ("loki", {"rank": 9}, "rank: got 9 for head_dim 8; pass at most 8"),
         ("recycled_attention", {"similarity": 1.5}, "similarity: got 1.5; pass a cosine"),
-        ("seer_attention_r", {"threshold": 2.0}, "threshold: got 2.0; pass a probability"),
-        ("seer_attention_r", {"gate_dim": 3}, "theta: got 10000.0 with head_dim 8 and gate_dim 3"),
-        ("squeezed_attention", {"clusters": 0.0}, r"clusters: got 0.0; pass a part, in \(0, 1\]"),
+        ("seer_attention_r", {"threshold": 2.0}, "threshold: got 2.0; pass a number from 0 to 1, a probability"),
+        (
+            "seer_attention_r",
+            {"rotation": Rotation(rotary_rates(5))},
+            "rotation: got 5 pairs of channels for a head_dim of 8; pass 4",
+        ),
+        ("squeezed_attention", {"clusters": 0.0}, "clusters: got 0.0; pass a number above 0 and up to 1"),
         ("squeezed_attention", {"coarse": 0.2}, "coarse: got 0.2 beside clusters 0.05; pass fewer"),
     ],
 )

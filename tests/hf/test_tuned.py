@@ -14,6 +14,7 @@ from saccade.hf.layers import layers_of
 from saccade.hf.tuned import marks, serves, with_tensors
 
 SIZES = "num_heads", "num_kv_heads", "head_dim"
+LLAMA = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 
 
 def written(tmp_path, model, **changed):
@@ -62,6 +63,16 @@ def test_another_model_is_refused_before_anything_moves(tmp_path):
         ("[]", r"is not what saccade tune writes \(a list\)"),
         ('{"mechanism": "moa_sparse"}', r"is not what saccade tune writes \(no 'layers'\)"),
         (json.dumps({"recipe": "hedgehog"}), "holds a conversion to linear attention"),
+        (json.dumps({"mechanism": "mob", "layers": [{}] * 3}), "id: got 'mob'; choose one of"),
+        (json.dumps({"mechanism": "moba", "layers": 3, "dims": LLAMA}), "is not what saccade tune writes"),
+        (
+            json.dumps({"mechanism": "moba", "layers": [{}, 2, {}], "dims": LLAMA}),
+            r"tune writes \(a layer of 2\); tune again",
+        ),
+        (
+            json.dumps({"mechanism": "moba", "layers": [{"theta": 1.0}] * 3, "dims": LLAMA}),
+            "gives moba a parameter 'theta', which it does not have; tune again",
+        ),
     ],
 )
 def test_what_is_no_such_file(tmp_path, text, message):

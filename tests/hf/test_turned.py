@@ -1,5 +1,7 @@
 """How a model turns its queries, as policies are told: what its layers do, or nothing where that is not known."""
 
+import itertools
+
 import pytest
 import torch
 from hf_models import FULL, SIZES, made, padded, tokens
@@ -15,9 +17,12 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from saccade.cache import Evict, Expected, Policy, Rotation, Session, expected_attention
+from saccade.cache import Evict, Expected, Policy, Quantized, Rotation, Session, expected_attention
+from saccade.contract import Dims
 from saccade.hf import apply
-from saccade.testing.budget import assert_close
+from saccade.hf.tuned import serves
+from saccade.mix import rotary_rates
+from saccade.testing.budget import assert_close, compare
 
 SCALED = {
     "default": {"rope_type": "default"},
@@ -150,3 +155,111 @@ def test_expected_attention_keeps_what_it_keeps_of_the_same_queries(kind):
         plain = Session(Evict(Expected(2), 12, sinks=2))
         plain.attend(0, view.q, view.k, view.v)
         assert not torch.equal(marks, plain.held()[0]), "nothing hangs on the rotation"
+
+
+# -- policies that undo the rotation before there is a view ---------------------------------------------------------
+
+ASKING = {"seer_attention_r": {"budget": 6, "block": 3, "gate_dim": 6}, "nats": {"window": 5}}
+
+
+def asking(name, **params):
+    torch.manual_seed(1)
+    layer = serves(name)(Dims(4, 8, 2), **ASKING[name] | params).double().eval()
+    for parameter in layer.parameters():
+        parameter.normal_(std=0.5)
+    return layer
+
+
+def first_layer(model, what, read):
+    """What layer 0 attends to: its o (B, N, H D), of a prompt and then single tokens, and its q, k, v."""
+    found, heard = [], Heard()
+    o_proj = model.model.layers[0].self_attn.o_proj
+    hook = o_proj.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    try:
+        for policy in (heard, what):
+            found.clear()
+            with apply(model, policy):
+                found.clear()  # of the trial
+                cache = DynamicCache()
+                model(read if policy is heard else read[:, :20], cache=cache)
+                for at in range(20, read.shape[1] if policy is what else 0):
+                    model(read[:, at : at + 1], cache=cache)
+    finally:
+        hook.remove()
+    view = heard.views[0]
+    return torch.cat(found, 1), (view.q, view.k, view.v)
+
+
+def alone(layer, q, k, v):
+    session, ends = Session(layer.policy), [0, 20, *range(21, q.shape[2] + 1)]
+    parts = [session.attend(0, *(x[:, :, a:b] for x in (q, k, v))) for a, b in itertools.pairwise(ends)]
+    return torch.cat(parts, 2).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("kind", ["default", "llama3", "yarn"])
+@pytest.mark.parametrize("name", ASKING)
+def test_a_policy_that_asks_is_told_while_it_serves(name, kind):
+    """It decides as one that was made with the model's rates, on the same queries and keys, and not as one without."""
+    model, read = llama(kind).double(), tokens(2, 30)
+    rotation = Rotation(model.model.rotary_emb.inv_freq.float(), model.model.rotary_emb.attention_scaling)
+    layer = asking(name)
+    found, given = first_layer(model, layer, read)
+    truth = alone(asking(name, rotation=rotation), *given)
+    assert_close(found, truth, truth, terms=30 * 8)
+    assert not compare(alone(layer, *given), truth, truth, terms=30 * 8).ok, "nothing hangs on the rotation"
+    assert layer.policy.rotation is None
+    wrong = asking(name, rotation=Rotation(rotary_rates(4, 3.0)))
+    assert_close(first_layer(model, wrong, read)[0], truth, truth, terms=30 * 8)  # the model knows better
+    assert torch.equal(wrong.policy.rotation.rates, rotary_rates(4, 3.0))
+
+
+def test_what_is_wrapped_is_told_too():
+    layer, model = asking("seer_attention_r"), llama()
+    with apply(model, Quantized(layer.policy)):
+        assert layer.policy.rotation == told(llama())[0]
+    assert layer.policy.rotation is None
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_a_rotation_is_one(name):
+    with pytest.raises(TypeError, match=r"rotation: got 10000.0; pass a saccade.cache.Rotation, or None"):
+        asking(name, rotation=10000.0)
+    with pytest.raises(ValueError, match=r"rotation: got 5 pairs of channels for a head_dim of 8; pass 4 rates"):
+        asking(name, rotation=Rotation(torch.ones(5)))
+
+
+def test_layers_that_turn_in_unlike_ways_share_no_policy_that_asks():
+    some = SmolLM3ForCausalLM(SmolLM3Config(**{**SIZES, "no_rope_layers": [1, 0, 1]})).eval()
+    read, layer = tokens(1, 9), asking("seer_attention_r").float()
+    own = some(read).logits
+    with pytest.raises(ValueError, match=r"what: Gated\(6, page=3\) is shared by layers that turn q and k in"):
+        apply(some, layer)
+    assert torch.equal(some(read).logits, own)
+    assert not any("saccade" in vars(module) for module in some.modules())
+    with apply(some, "seer_attention_r") as handle:
+        assert [each.policy.rotation is None for each in handle.mechanisms] == [False, True, False]
+
+
+# -- as many pairs as there are to be turned ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pairs", [1, 3, 4, 6, 12, 17])
+def test_rates_over_other_pairs_span_the_same_range(pairs):
+    rotation = Rotation(rotary_rates(6, 50.0), 1.5)
+    found = rotation.over(pairs)
+    truth = rotary_rates(pairs, 50.0)
+    assert_close(found.rates, truth, truth, terms=8)
+    assert found.scale == 1.5
+    assert rotation.over(pairs) is found
+    if pairs not in (1, 3, 6):
+        nearest = rotation.rates[(torch.arange(pairs) * 6 // pairs)]
+        assert not compare(nearest, truth, truth, terms=8).ok
+
+
+def test_scaled_rates_lie_between_those_that_there_are():
+    rates = llama("llama3").model.rotary_emb.inv_freq.double()
+    found = Rotation(rates).over(8).rates
+    assert_close(found[::2], rates, rates, terms=8)
+    assert_close(found[1:-1:2], (rates[1:] * rates[:-1]).sqrt(), (rates[1:] * rates[:-1]).sqrt(), terms=8)
+    assert Rotation(torch.tensor([0.5])).over(3).rates.tolist() == [0.5] * 3
+    assert Rotation(torch.tensor([1.0, 0.0])).over(4).rates.isfinite().all()

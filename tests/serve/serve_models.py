@@ -26,12 +26,13 @@ POLICIES = {
 }
 
 
-def made():
+def made(turned="default"):
     """A model with no parameter at its initial value, whose tokens do not repeat."""
+    scaled = {} if turned == "default" else {"factor": 4.0, "original_max_position_embeddings": 64}
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, attn_implementation="sdpa", pad_token_id=0, bos_token_id=1,
-        eos_token_id=None,
+        eos_token_id=None, rope_parameters={"rope_theta": 1000.0, "rope_type": turned, **scaled},
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
@@ -49,11 +50,11 @@ def prompts(count, least=7, most=40):
 
 
 @torch.no_grad()
-def alone(model, prompt, tokens, policy="dense", chunk=CHUNK):
+def alone(model, prompt, tokens, policy="dense", chunk=CHUNK, policies=POLICIES):
     """What `generate` gives for one prompt, read in the same chunks; dense attention is the model's own."""
     options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, "prefill_chunk_size": chunk}
     read = torch.tensor([prompt])
     if policy == "dense":
         return model.generate(read, **options)[0, len(prompt) :].tolist()
-    with apply(model, POLICIES[policy]):
+    with apply(model, policies[policy]):
         return model.generate(read, **options)[0, len(prompt) :].tolist()

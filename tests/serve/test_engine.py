@@ -6,8 +6,12 @@ import re
 import pytest
 import torch
 from serve_models import CHUNK, PAGE, POLICIES, alone, made, paged, prompts
+from transformers import DynamicCache
 
-from saccade.cache import PagePool, Policy, Session, Store, snapkv
+from saccade.cache import PagePool, Policy, Quantized, Session, Store, expected_attention, snapkv, streaming_llm
+from saccade.contract import Dims
+from saccade.hf import apply
+from saccade.hf.tuned import serves
 from saccade.serve import Engine
 from saccade.serve.engine import drawn
 from saccade.testing.healthy import Thrifty
@@ -52,8 +56,8 @@ def arriving(engine, asked, seed=0):
 def gives_what_generate_gives(kind, model, policies=POLICIES, **options):
     names = list(policies)
     asked = [(p, 3 + at % 9, names[at % len(names)]) for at, p in enumerate(prompts(21))]
-    truth = [alone(model, *each) for each in asked]
-    engine = engine_of(kind, model, **options)
+    truth = [alone(model, *each, policies=policies) for each in asked]
+    engine = engine_of(kind, model, policies=policies, **options)
     requests = arriving(engine, asked)
     for request, expected in zip(requests, truth, strict=True):
         assert request.finish == "length", request.error
@@ -104,15 +108,96 @@ def test_rows_are_cut_at_their_own_time_only(model, monkeypatch):
         gives_what_generate_gives(Engine, model, {"often": POLICIES["often"]})
 
 
+# -- policies that need to know how the model turns queries and keys -------------------------------------------------
+
+
+def turning():
+    """Scores made of queries ahead; gates over what was before it was turned; types of a prompt's own tokens."""
+    dims, own = Dims(4, 8, 2), {}
+    for name, params in (("seer_attention_r", {"budget": 4, "block": PAGE, "gate_dim": 6}), ("nats", {"window": 5})):
+        torch.manual_seed(1)
+        mechanism = serves(name)(dims, **params)
+        for parameter in mechanism.parameters():
+            parameter.data.normal_(std=0.5)
+        own[name] = mechanism.eval().policy
+        own[name].page = PAGE
+    return {
+        "expected": paged(expected_attention(9, sinks=1)),
+        "wrapped": paged(Quantized(own["seer_attention_r"])),
+    } | own
+
+
+def holds_what_it_holds_alone(model, policies):
+    """What each request holds of its prompt is what it holds under `saccade.hf.apply`, of the same chunks."""
+    read, held = prompts(1)[0] * 2, {}
+    engine = engine_of(Engine, model, policies=policies)
+    for name in policies:
+        request = engine.submit(read, max_tokens=3, policy=name)
+        while request.read < len(read) - CHUNK:
+            engine.step()
+        held[name] = [engine.filling.session.held(index) for index in range(2)]
+        engine.run()
+    settled(engine)
+    for name, policy in policies.items():
+        with apply(model, policy), torch.no_grad():
+            cache = DynamicCache()
+            for at in range(0, len(read) - CHUNK, CHUNK):
+                model(torch.tensor([read[at : at + CHUNK]]), cache=cache)
+            for index, mine in enumerate(held[name]):
+                its = cache.layers[0].session.held(index)
+                assert torch.equal(mine, its), f"{name}: holds other tokens than alone"
+    assert not held["expected"][0].all()
+    assert not held["nats"][0].all()
+
+
+@pytest.mark.parametrize("kind", ["default", "yarn"])
+def test_policies_that_ask_how_a_model_turns_decide_as_alone(kind):
+    policies, model = turning(), made(kind)
+    gives_what_generate_gives(Engine, model, policies)
+    holds_what_it_holds_alone(model, policies)
+    assert all(getattr(policy, "rotation", None) is None for policy in policies.values()), "something is left of it"
+
+
+class Untold(Engine):
+    """Its sessions know of no rotation."""
+
+    def _remembered(self, request):
+        session, count = super()._remembered(request)
+        session.rotations = {}
+        return session, count
+
+
+class Deaf(Engine):
+    """Its policies are told of none."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for policy in self.policies.values():
+            vars(policy).pop("rotation", None)
+            vars(getattr(policy, "policy", policy)).pop("rotation", None)
+
+    def close(self, *args):
+        self.reader.handle._changed = [x for x in self.reader.handle._changed if x.name != "rotation"]
+        super().close(*args)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(Untold, "expected"), (Deaf, "seer_attention_r"), (Deaf, "nats"), (Deaf, "wrapped")]
+)
+def test_a_rotation_that_is_not_told_is_noticed(kind, name):
+    with pytest.raises(AssertionError, match=f"{name}: other tokens than alone"):
+        gives_what_generate_gives(kind, made(), {name: turning()[name]})
+
+
 # -- one call a layer ----------------------------------------------------------------------------------------------
 
 
 def calls_once_a_layer(kind, model, monkeypatch):
     from saccade.cache import store
 
-    calls, inner = [], store.attend_pages
+    calls, inner = [], store.read_pages
     monkeypatch.setattr(
-        store, "attend_pages", lambda q, *args, **kwargs: calls.append(len(q)) or inner(q, *args, **kwargs)
+        store, "read_pages", lambda q, *args, **kwargs: calls.append(len(q)) or inner(q, *args, **kwargs)
     )
     engine = engine_of(kind, model)
     for at, prompt in enumerate(prompts(12)):
@@ -193,8 +278,6 @@ def test_what_cannot_be_put_side_by_side_is_decoded_apart(model, kind):
 
 
 def test_a_policy_of_ones_own_is_served(model):
-    from saccade.contract import Dims
-
     thrifty = paged(Thrifty(Dims(4, 8, 2)).policy)
     read = prompts(3)[1]
     engine = engine_of(Engine, model, policies={"thrifty": thrifty})
@@ -274,6 +357,46 @@ def test_what_can_never_fit_is_refused_at_once(model):
     fits = engine.submit([1] * 20, max_tokens=69), engine.submit([1] * 100, max_tokens=2, policy="streaming")
     engine.run()
     assert [request.finish for request in fits] == ["length", "length"]
+    settled(engine)
+
+
+def test_a_budget_that_does_not_hold_its_sinks_is_refused_at_once(model):
+    """However much is to come: no request that is under way is ended by another one's prompt."""
+    engine = engine_of(Engine, model, policies={"sinks": paged(streaming_llm(0.25)), "dense": POLICIES["dense"]})
+    fine = engine.submit([3] * 20, max_tokens=9, policy="dense")
+    engine.step()
+    for read in (5, 13):  # in one chunk, and behind one that is long enough
+        with pytest.raises(
+            ValueError, match=rf"budget: got 0.25 of {min(read, 8)} tokens, . in layer 0, which does not"
+        ):
+            engine.submit([3] * read, max_tokens=100, policy="sinks")
+    engine.run()
+    assert fine.finish == "length"
+    settled(engine)
+
+
+@pytest.mark.parametrize(
+    ("policies", "message"),
+    [
+        ([Policy()], r"policies: got \[Policy\(\)\]; pass a dict of policies by name, or None"),
+        ({}, "policies: got {}; pass a dict"),
+        ({"a": "snapkv"}, "policies: got str for 'a'; pass a Policy of saccade.cache"),
+        ({"a": Policy}, "policies: got type for 'a'; pass a Policy"),
+    ],
+    ids=str,
+)
+def test_policies_that_are_none_are_refused_before_the_model_changes(model, policies, message):
+    with pytest.raises(TypeError, match=message):
+        Engine(model, policies)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_that_is_served_batches_nothing_else(model):
+    engine = engine_of(Engine, model)
+    with pytest.raises(
+        ValueError, match="model: continuous batching keeps its cache in pages that a mechanism does not"
+    ):
+        model.generate_batch([[1, 2, 3]])
     settled(engine)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saccade.softmax import Pages, attend, attend_cascade, attend_pages, page_rows
-from saccade.testing.budget import assert_close
+from saccade.testing.budget import assert_close, same_bits
 from saccade.testing.subject import widen
 from saccade.where import Causal
 
@@ -264,6 +264,47 @@ def test_a_row_that_begins_elsewhere_is_noticed(monkeypatch):
     monkeypatch.setattr(page_rows.Rows, "chunks", lambda rows: (replace(c, step=c.step - 1) for c in chunks(rows)))
     with pytest.raises(AssertionError):
         judge(case, case.run("torch"))
+
+
+def asked_again(heads, equal):
+    """Steps that are asked for with the same `found`, while tokens come and tables change in place."""
+    case = make(3, heads, 1, 1, 8, 8, 4, 40, "all", lie="in order", equal=equal)
+    k, v, table, lengths = case.pages.k, case.pages.v, case.pages.table.clone(), (case.pages.lengths - 6).clamp(min=0)
+    pages = Pages(k, v, table, lengths)
+    for step in range(6):
+        if step == 2:
+            lengths.sub_(1).clamp_(min=0)  # of the same pages, mostly
+        elif step == 3:
+            lengths.add_(5)  # a page more
+        elif step == 4:
+            table.copy_(table.roll(1, 0))
+        elif step == 5:
+            table[0, 0] = table[1, 0]
+        found = attend_pages(case.q, pages, return_lse=True, backend="torch")
+        fresh = attend_pages(case.q, Pages(k, v, table.clone(), lengths.clone()), return_lse=True, backend="torch")
+        assert all(same_bits(a, b) for a, b in zip(found, fresh, strict=True)), step
+        judge(replace(case, pages=Pages(k, v, table, lengths)), found)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("heads", [2, page_rows.FEW])
+def test_what_was_found_of_tables_holds_as_long_as_they_do(heads, equal):
+    asked_again(heads, equal)
+
+
+@pytest.mark.parametrize("forgotten", [0, 3], ids=["tables", "numbers of pages"])
+def test_tables_that_are_not_asked_again_are_noticed(forgotten, monkeypatch):
+    """The broken twin: what was found once is taken for what is there."""
+    layout, first = page_rows.Found.layout, {}
+
+    def once(found, table, ends, page):
+        of = [table.tobytes(), table.shape, page, str(ends)]
+        del of[forgotten]
+        return first.setdefault((id(found), *of), layout(found, table, ends, page))
+
+    monkeypatch.setattr(page_rows.Found, "layout", once)
+    with pytest.raises((AssertionError, IndexError)):
+        asked_again(2, equal=True)
 
 
 @pytest.mark.parametrize("lie", LIES)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -52,52 +55,130 @@ class Reader:
         """The longest prompt it was made for."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
-    @torch.no_grad()
-    def read(
-        self, tokens: Sequence[int], cache: Any = None, *, use_cache: bool = True, keep: int = 1
-    ) -> tuple[Tensor, Any]:
-        """Logits (keep, vocab) of the last tokens, and the cache with all of them."""
-        ids = torch.tensor([list(tokens)], device=self.model.device)
-        options = {"logits_to_keep": keep} if self.model._supports_logits_to_keep() else {}
-        from saccade.hf.caching import cache_name  # which imports transformers
-
-        name = cache_name(self.model)
-        out = self.model(ids, use_cache=use_cache, **{name: cache}, **options)
-        return out.logits[0, -keep:], out.get(name)
+    def read(self, tokens: Sequence[int], cache: Any = None, *, use_cache: bool = True) -> tuple[Tensor, Any]:
+        """Logits (1, vocab) of the last token, and the cache with all of them."""
+        rows = Rows(self, use_cache=use_cache, cache=cache)
+        return rows.read([list(tokens)])[0], rows.cache
 
 
 @dataclass
 class Stream:
-    """What a model reads on from: a cache, or, without one, all tokens again each time."""
+    """What a model reads on from: one sequence, and its cache."""
 
     reader: Reader
     unread: list[int]
     cache: Any = None
-    use_cache: bool = True
 
     def likeliest(self) -> int:
         """The token that greedy decoding gives next."""
-        logits, cache = self.reader.read(self.unread, self.cache, use_cache=self.use_cache)
-        if self.use_cache:
-            self.cache, self.unread = cache, []
+        logits, self.cache = self.reader.read(self.unread, self.cache)
         return int(logits[-1].argmax())
 
     def advance(self) -> None:
         """Decode a token."""
         self.unread = [self.likeliest()]
 
-    def reply(self, task: Task, question: Question, begun: Sequence[int] = ()) -> str:
-        """The greedy reply, of which the tokens `begun` are known already, as far as its score depends on it."""
-        tokenizer, end = self.reader.tokenizer, self.reader.end
-        most = len(tokenizer.encode(question.answer)) + SLACK
-        new = list(begun)
-        self.unread = [*self.unread, *new]
-        while not new or (
-            new[-1] != end and len(new) < most and not task.ended(tokenizer.decode(new), question.answer)
-        ):
-            new.append(self.likeliest())
-            self.unread.append(new[-1])
-        return tokenizer.decode(new[:-1] if new[-1] == end else new)
+
+class Rows:
+    """Sequences that a model reads side by side and goes on from: a cache, or, without one, all tokens again each time.
+
+    Where the sequences begin with different numbers of tokens, the shorter ones are padded in front, and positions and
+    masks leave the padding out. cache: an empty one by default, else one of rows without padding.
+    """
+
+    def __init__(self, reader: Reader, *, use_cache: bool = True, cache: Any = None) -> None:
+        self.reader, self.use_cache, self.cache = reader, use_cache, cache
+        self.text: list[list[int]] = []
+        self.padding: list[int] = []
+        from saccade.hf.caching import cache_name  # which imports transformers
+
+        self.name = cache_name(reader.model)
+        self.places = "position_ids" in inspect.signature(reader.model.forward).parameters
+
+    @torch.no_grad()
+    def read(self, new: Sequence[Sequence[int]], keep: int = 1) -> Tensor:
+        """Logits (B, keep, vocab) of the last of so many more tokens of every row: as many of each, but at first."""
+        model, before = self.reader.model, 0
+        if self.use_cache:
+            before = len(self.text[0]) + self.padding[0] if self.text else 0
+        self.text = [[*old, *more] for old, more in zip(self.text or [[]] * len(new), new, strict=True)]
+        rows = list(new) if self.use_cache else self.text
+        width = max(map(len, rows))
+        if not before:
+            self.padding = [width - len(row) for row in rows]
+        front = [0] * len(rows) if before else self.padding
+        ids = torch.tensor([[0] * pad + list(row) for pad, row in zip(front, rows, strict=True)], device=model.device)
+        options: dict[str, Any] = {"logits_to_keep": keep} if model._supports_logits_to_keep() else {}
+        if any(self.padding):
+            pad = torch.tensor(self.padding, device=model.device)[:, None]
+            if self.places:
+                place = torch.arange(before, before + width, device=model.device)
+                options["position_ids"] = (place - pad).clamp(min=0)
+            if not before or not in_pages(self.cache):
+                options["attention_mask"] = (torch.arange(before + width, device=model.device) >= pad).long()
+        out = model(ids, use_cache=self.use_cache, **{self.name: self.cache}, **options)
+        self.cache = out.get(self.name)
+        return out.logits[:, -keep:]
+
+    def taken(self, which: Sequence[int]) -> Rows:
+        """Some of the rows, which go on without changing these."""
+        found = copy.copy(self)
+        found.text, found.padding = [self.text[at] for at in which], [self.padding[at] for at in which]
+        found.cache = copied(self.cache)
+        if found.cache is not None and list(which) != list(range(len(self.text))):
+            found.cache.batch_select_indices(torch.tensor(list(which), device=self.reader.model.device))
+        return found
+
+
+@dataclass
+class Reply:
+    """The greedy reply to a question, as far as its score depends on it. new: its tokens so far."""
+
+    reader: Reader
+    task: Task
+    question: Question
+    new: list[int]
+
+    @cached_property
+    def most(self) -> int:
+        return len(self.reader.tokenizer.encode(self.question.answer)) + SLACK
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.new) and (
+            self.new[-1] == self.reader.end
+            or len(self.new) >= self.most
+            or self.task.ended(self.reader.tokenizer.decode(self.new), self.question.answer)
+        )
+
+    @property
+    def score(self) -> float:
+        said = self.new[:-1] if self.new[-1] == self.reader.end else self.new
+        return self.task.score(self.reader.tokenizer.decode(said), self.question.answer)
+
+
+def decoded(rows: Rows, replies: Sequence[Reply], unread: Sequence[Sequence[int]], *, at_once: bool = False) -> None:
+    """Decode every row until its reply has ended. unread: what a row reads first, the tokens of its reply included.
+
+    A row goes its own way: what it has to read comes a token at a time, and is followed by what it says; one that has
+    ended says on what nobody hears. at_once: what all rows have to read comes in one piece.
+    """
+    left = [list(tokens) for tokens in unread]
+    size = min(map(len, left)) if at_once else 1
+    while not all(reply.ended for reply in replies):
+        if rows.use_cache:
+            pieces = [tokens[:size] for tokens in left]
+            left = [tokens[size:] for tokens in left]
+        else:
+            pieces, left = left, [[] for _ in left]
+        likeliest = rows.read(pieces)[:, -1].argmax(-1).tolist()
+        size = 1
+        for reply, tokens, token in zip(replies, left, likeliest, strict=True):
+            if tokens:
+                continue
+            tokens.append(token)
+            if not reply.ended:
+                reply.new.append(token)
 
 
 def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Reader:
@@ -178,14 +259,17 @@ def dense_bytes(handle: Any, cache: Any) -> int | None:
     return kept_bytes(handle, cache) if held is None else int(held.dense)
 
 
-def part_kept(cache: Any, start: int, stop: int) -> float | None:
-    """The part of the tokens start .. stop that policies hold, the mean over their layers and key heads.
+def in_pages(cache: Any) -> bool:
+    """Do the sessions of policies have all of it? They know which tokens are real."""
+    layers = getattr(cache, "layers", ())
+    return bool(layers) and all(hasattr(layer, "session") for layer in layers)
 
-    None without a policy.
-    """
+
+def parts_kept(cache: Any) -> list[list[float]] | None:
+    """The part of the layers and key heads that hold a token, for each token of each row; None without a policy."""
     layers = [layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "session")]
-    held = [layer.session.held(layer.index)[0, :, start:stop] for layer in layers]
-    return float(torch.cat(held).double().mean()) if held else None
+    held = [layer.session.held(layer.index) for layer in layers]
+    return torch.cat(held, 1).double().mean(1).tolist() if held else None
 
 
 def found_once(tokens: Sequence[int], within: Sequence[int]) -> int | None:
@@ -194,8 +278,12 @@ def found_once(tokens: Sequence[int], within: Sequence[int]) -> int | None:
     >>> found_once([2, 3], [1, 2, 3]), found_once([2], [2, 2]), found_once([4], [1, 2])
     (1, None, None)
     """
-    size = len(tokens)
-    starts = [at for at in range(len(within) - size + 1) if tuple(within[at : at + size]) == tuple(tokens)]
+    size, whole, starts, at = len(tokens), tuple(within), [], -1
+    with suppress(ValueError):  # there is no other
+        while True:
+            at = whole.index(tokens[0], at + 1)
+            if whole[at : at + size] == tuple(tokens):
+                starts.append(at)
     return starts[0] if len(starts) == 1 else None
 
 
@@ -236,69 +324,119 @@ class Examined:
     answers_kept: list[float] = field(default_factory=list)
     questions_kept: list[float] = field(default_factory=list)
 
-    def note(self, reader: Reader, handle: Any, cache: Any, example: Example, *questions: Question) -> None:
-        """What is kept when the context of these questions has been read."""
-        self.cache_bytes, self.dense_bytes = kept_bytes(handle, cache), dense_bytes(handle, cache)
-        for question in questions:
+    def note_answers(self, reader: Reader, context: Sequence[int], kept: Sequence[float], *asked: Question) -> None:
+        """How much is kept of the answers to questions, as they stand in the context."""
+        for question in asked:
             # The blank before an answer may be part of its first token.
             for text in (question.answer[:-1].strip(), question.answer[:-1]):
                 tokens = reader.tokenizer.encode(text)
-                at = found_once(tokens, example.context)
-                if at is not None and (part := part_kept(cache, at, at + len(tokens))) is not None:
-                    self.answers_kept.append(part)
+                at = found_once(tokens, context) if tokens else None
+                if at is not None:
+                    self.answers_kept.append(fmean(kept[at : at + len(tokens)]))
                     break
 
 
-def either(reader: Reader, handle: Any, task: Task, example: Example) -> Examined:
+def note_bytes(found: Sequence[Examined], handle: Any, rows: Rows) -> None:
+    """What a row holds on average; dense attention, and what keeps all, would not hold the padding."""
+    if rows.cache is None:
+        return
+    size = len(found)
+    real = sum(map(len, rows.text)) / (sum(map(len, rows.text)) + sum(rows.padding))
+    whole, held = (of(handle, rows.cache) for of in (dense_bytes, kept_bytes))
+    for each in found:
+        each.dense_bytes = round((whole or 0) * real / size)
+        each.cache_bytes = round((held or 0) * (real if memory(handle) is None else 1) / size)
+
+
+def asked_at(examples: Sequence[Example], turn: int) -> list[tuple[int, Question]]:
+    """The examples that have so many questions, by their numbers, with the question whose turn it is."""
+    return [(at, one.questions[turn]) for at, one in enumerate(examples) if len(one.questions) > turn]
+
+
+def turns(examples: Sequence[Example]) -> range:
+    return range(max(len(one.questions) for one in examples))
+
+
+def either(reader: Reader, handle: Any, task: Task, examples: Sequence[Example]) -> list[Examined]:
     """Where `decides_early` holds: each answer in one pass, and decoded only as far as that does not settle its score.
 
     Where every token of the answer is the likeliest after the true ones before it, greedy decoding gives the answer,
     and its score is 1. Otherwise greedy decoding parts from it at the first token that is not, and goes on from there.
     """
-    on = reads_on(handle)
-    cache = reader.read(example.context)[1] if on else None
-    scores = []
-    for question in example.questions:
-        ask, answer = (reader.tokenizer.encode(text) for text in (question.text, question.answer))
-        before = ask if on else [*example.context, *ask]
-        logits, _ = reader.read([*before, *answer[:-1]], copied(cache), use_cache=on, keep=len(answer))
-        likeliest = logits.argmax(-1).tolist()
-        if likeliest == answer:
-            scores.append(1.0)
-            continue
-        parting = next(at for at, (one, two) in enumerate(zip(likeliest, answer, strict=True)) if one != two)
-        stream = Stream(reader, before, copied(cache), on)
-        scores.append(task.score(stream.reply(task, question, likeliest[: parting + 1]), question.answer))
-    return Examined(scores, kept_bytes(handle, cache), dense_bytes(handle, cache))
-
-
-def aware(reader: Reader, handle: Any, task: Task, example: Example) -> Examined:
-    """Context and question read in one piece, once a question."""
-    found = Examined([])
-    for question in example.questions:
-        ask = reader.tokenizer.encode(question.text)
-        stream, asked = Stream(reader, [*example.context, *ask]), len(ask)
-        first = stream.likeliest()
-        found.note(reader, handle, stream.cache, example, question)
-        if (part := part_kept(stream.cache, len(example.context), len(example.context) + asked)) is not None:
-            found.questions_kept.append(part)
-        found.scores.append(task.score(stream.reply(task, question, [first]), question.answer))
+    on, encode = reads_on(handle), reader.tokenizer.encode
+    found = [Examined([]) for _ in examples]
+    contexts = Rows(reader, use_cache=on)
+    if on:
+        contexts.read([one.context for one in examples])
+        note_bytes(found, handle, contexts)
+    for turn in turns(examples):
+        asked = asked_at(examples, turn)
+        which = [at for at, _ in asked]
+        before = [[*([] if on else examples[at].context), *encode(question.text)] for at, question in asked]
+        answers = [encode(question.answer) for _, question in asked]
+        # What is behind an answer changes nothing before it, so that shorter rows are filled up with anything.
+        pieces = [[*ask, *answer[:-1]] for ask, answer in zip(before, answers, strict=True)]
+        width = max(map(len, pieces))
+        pieces = [[*piece, *[0] * (width - len(piece))] for piece in pieces]
+        keep = width + 1 - min(map(len, before))
+        rows = contexts.taken(which) if on else Rows(reader, use_cache=False)
+        likeliest = rows.read(pieces, keep).argmax(-1).tolist()
+        del rows
+        parted: list[tuple[int, Reply, list[int]]] = []
+        for (at, question), row, ask, answer in zip(asked, likeliest, before, answers, strict=True):
+            start = keep - width + len(ask) - 1
+            said = row[start : start + len(answer)]
+            if said == answer:
+                found[at].scores.append(1.0)
+                continue
+            parting = next(at for at, (one, two) in enumerate(zip(said, answer, strict=True)) if one != two)
+            parted.append((at, Reply(reader, task, question, said[: parting + 1]), ask))
+        if parted:
+            rows = contexts.taken([at for at, *_ in parted]) if on else Rows(reader, use_cache=False)
+            decoded(rows, [reply for _, reply, _ in parted], [[*ask, *r.new] for _, r, ask in parted], at_once=True)
+        for at, reply, _ in parted:
+            found[at].scores.append(reply.score)
     return found
 
 
-def agnostic(reader: Reader, handle: Any, task: Task, example: Example) -> Examined:
+def aware(reader: Reader, handle: Any, task: Task, examples: Sequence[Example]) -> list[Examined]:
+    """Context and question read in one piece, once a question."""
+    found = [Examined([]) for _ in examples]
+    for turn in turns(examples):
+        asked = asked_at(examples, turn)
+        mine = [found[at] for at, _ in asked]
+        prompts = [[*examples[at].context, *reader.tokenizer.encode(question.text)] for at, question in asked]
+        rows = Rows(reader)
+        first = rows.read(prompts)[:, -1].argmax(-1).tolist()
+        note_bytes(mine, handle, rows)
+        for row, prompt, one, (at, question) in zip(parts_kept(rows.cache) or (), prompts, mine, asked, strict=False):
+            size = len(examples[at].context)
+            one.note_answers(reader, examples[at].context, row, question)
+            one.questions_kept.append(fmean(row[size : len(prompt)]))
+        replies = [Reply(reader, task, question, [new]) for (_, question), new in zip(asked, first, strict=True)]
+        decoded(rows, replies, [reply.new for reply in replies])
+        for one, reply in zip(mine, replies, strict=True):
+            one.scores.append(reply.score)
+    return found
+
+
+def agnostic(reader: Reader, handle: Any, task: Task, examples: Sequence[Example]) -> list[Examined]:
     """The context read alone, and what was kept of it asked every question, from a copy each.
 
-    A question is appended in one piece, or a token at a time, as if decoded, where a policy would evict from the piece
-    and where a mechanism that decides from a whole prompt would take the piece for one.
+    A question is appended a token at a time, as if decoded, so that no policy evicts from it as from a piece, and no
+    mechanism that decides from a whole prompt takes it for one.
     """
-    cache = reader.read(example.context)[1]
-    found = Examined([])
-    found.note(reader, handle, cache, example, *example.questions)
-    one_by_one = not decides_early(handle)
-    for question in example.questions:
-        mine, asked = copied(cache), reader.tokenizer.encode(question.text)
-        while one_by_one and len(asked) > 1:
-            mine = reader.read([asked.pop(0)], mine)[1]
-        found.scores.append(task.score(Stream(reader, asked, mine).reply(task, question), question.answer))
+    found = [Examined([]) for _ in examples]
+    contexts = Rows(reader)
+    contexts.read([one.context for one in examples])
+    note_bytes(found, handle, contexts)
+    for row, one, example in zip(parts_kept(contexts.cache) or (), found, examples, strict=False):
+        one.note_answers(reader, example.context, row, *example.questions)
+    for turn in turns(examples):
+        asked = asked_at(examples, turn)
+        replies = [Reply(reader, task, question, []) for _, question in asked]
+        asks = [reader.tokenizer.encode(question.text) for _, question in asked]
+        decoded(contexts.taken([at for at, _ in asked]), replies, asks)
+        for (at, _), reply in zip(asked, replies, strict=True):
+            found[at].scores.append(reply.score)
     return found

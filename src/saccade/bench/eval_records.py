@@ -1,4 +1,5 @@
-"""What an evaluation leaves behind: a cell a contestant, task, length and protocol, and the file that it goes on from.
+"""What an evaluation leaves behind: a cell a contestant, task, length and protocol, a time a contestant and length, and
+the files that it goes on from, which several processes may share.
 
 score: the mean over examples of the mean over an example's questions
 low, high: Wilson's interval for a mean in [0, 1] of as many examples, 95 %
@@ -10,17 +11,26 @@ import csv
 import io
 import json
 import math
+import os
 import statistics
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from saccade.bench.records import Status, write_atomic
 
+try:
+    import fcntl
+except ImportError:  # a system without locks of files: one process a folder
+    fcntl = None  # type: ignore[assignment]
+
 DENSE = "dense"
 Z = statistics.NormalDist().inv_cdf(0.975)
+MOST_LINE = 1 << 16  # bytes of a line, at least
 
 
 class Protocol(StrEnum):
@@ -56,10 +66,8 @@ class Cell:
     scores: of each example. asked: questions in all. seconds: what the cell took. cache_bytes: what was kept of one
     sequence when its context had been read (query-agnostic, either) or its prompt (query-aware); dense_bytes: what
     dense attention keeps of as much; answer_kept, question_kept: the part of the answer's tokens in the context, and of
-    the question's in the prompt, that was kept then, the mean over layers and key heads.
-    decode_seconds: median of a token that is decoded after the prompt; dense_decode_seconds: dense attention's, in
-    turns with it; decode_over_dense: the median ratio of both over the turns. None where nothing tells it, and in files
-    that are older than the figure.
+    the question's in the prompt, that was kept then, the mean over layers and key heads. None where nothing tells it,
+    and in files that are older than the figure.
     """
 
     model: str
@@ -81,9 +89,6 @@ class Cell:
     dense_bytes: int | None = None
     answer_kept: float | None = None
     question_kept: float | None = None
-    decode_seconds: float | None = None
-    dense_decode_seconds: float | None = None
-    decode_over_dense: float | None = None
 
     def __post_init__(self) -> None:
         for name, kind in (("status", Status), ("protocol", Protocol), ("scores", tuple)):
@@ -136,29 +141,115 @@ def wilson(mean: float, count: int) -> tuple[float, float]:
     return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
-def read_cells(path: Path) -> list[Cell]:
-    """The cells of a file that `append_cell` wrote, where of one key the last counts; none where there is no file.
+@dataclass(frozen=True)
+class Time:
+    """What a decoded token takes a contestant at one length, beside dense attention.
+
+    recorded: its steps were replayed from a CUDA graph where they can be, and dense attention's too. seconds,
+    dense_seconds: medians of a token, decoded in turns behind the same prompt. over_dense: the median ratio of both
+    over the turns, with its 95 % interval low .. high, None where there were too few. pairs: turns.
+    """
+
+    model: str
+    what: str
+    length: int
+    dtype: str
+    recorded: bool
+    device: str
+    seconds: float
+    dense_seconds: float
+    over_dense: float
+    low: float | None = None
+    high: float | None = None
+    pairs: int = 0
+
+    @property
+    def key(self) -> tuple[str, str, int, str, bool]:
+        return self.model, self.what, self.length, self.dtype, self.recorded
+
+    def row(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+Row = TypeVar("Row", Cell, Time)
+
+
+def read_rows(path: Path, kind: type[Row]) -> tuple[list[Row], dict[str, Any]]:
+    """The rows of a file that `append` wrote, where of one key the last counts, and the environment of the last of
+    them; none where there is no file.
 
     Errors: ValueError for a file that holds something else.
     """
-    names = [field.name for field in fields(Cell)]
-    found: dict[Key, Cell] = {}
+    names = [field.name for field in fields(kind)]
+    found: dict[Any, Row] = {}
+    stamp: dict[str, Any] = {}
     for at, line in enumerate(_whole_lines(path), 1):
         try:
-            row = json.loads(line)
-            cell = Cell(**{name: row[name] for name in names if name in row})
-            found[cell.key] = cell
-        except (ValueError, KeyError, TypeError) as error:
+            values = json.loads(line)
+            row = kind(**{name: values[name] for name in names if name in values})
+            found[row.key] = row
+            stamp = values.get("environment", stamp)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"out: line {at} of {path} is no cell of an evaluation ({error}); pass another folder, or remove it"
+                f"out: line {at} of {path} is no {kind.__name__.lower()} of an evaluation ({error}); pass another "
+                "folder, or remove it"
             ) from error
-    return list(found.values())
+    return list(found.values()), stamp
 
 
-def append_cell(path: Path, cell: Cell, stamp: dict[str, Any]) -> Path:
-    """Add a cell as a JSON object in a line of its own, with the environment that it was measured in."""
-    lines = [*_whole_lines(path), json.dumps(cell.row() | {"environment": stamp}) + "\n"]
-    return write_atomic(path, "".join(lines))
+def append(path: Path, row: Cell | Time, stamp: dict[str, Any]) -> Path:
+    """Add a row as a JSON object in a line of its own, with the environment that it was measured in.
+
+    Several processes may do so at a time; a last line that was cut short is taken away first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(row.row() | {"environment": stamp}) + "\n"
+    with path.open("ab+") as file, locked(file):
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - MOST_LINE))
+        tail = file.read()
+        if cut := len(tail) - (tail.rfind(b"\n") + 1):
+            file.truncate(size - cut)
+        file.write(line.encode())
+    return path
+
+
+class Claims:
+    """Who measures what, where several processes write into one folder: of a file each has locked what it is at.
+
+    A lock is gone when its process is, however that ended. path: of the file; None, or a system without such locks:
+    everything is free.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    @contextmanager
+    def take(self, key: Any, *, wait: bool = True) -> Iterator[bool]:
+        """Is it free? Then it is not, for others, inside. wait: until it is. One at a time."""
+        if self.path is None or fcntl is None:
+            yield True
+            return
+        # Keys that share a byte wait for one another, and no more than that.
+        place = zlib.crc32(repr(key).encode())
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place)
+            except OSError:
+                free = False
+            else:
+                free = True
+            yield free
+
+
+@contextmanager
+def locked(file: Any) -> Iterator[None]:
+    """Nobody else who locks it has the file meanwhile."""
+    if fcntl is not None:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+    yield
+    file.flush()  # the lock goes when the file is closed
 
 
 def write_csv(path: Path, cells: Iterable[Cell]) -> Path:

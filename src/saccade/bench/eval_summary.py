@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from saccade.bench import units
 from saccade.bench.eval import FLOOR, Evaluation
-from saccade.bench.eval_records import DENSE, Cell, Protocol, write_csv
+from saccade.bench.eval_records import DENSE, Cell, Protocol, Time, read_rows, write_csv
 from saccade.bench.records import Status, write_atomic
 
 NO_INFORMATION = "†"
@@ -34,6 +35,34 @@ class Line:
     @property
     def mean(self) -> float | None:
         return statistics.fmean(cell.score for cell in self.cells) if self.cells else None
+
+
+def gathered(folder: Path, tasks: Iterable[str] | None = None, lengths: Iterable[int] | None = None) -> Evaluation:
+    """What lies in a folder and those in it, of one run or of several: `results*.jsonl` and `times*.jsonl`.
+
+    Of cells that differ in their examples alone those with the most count. tasks, lengths: of these alone (default:
+    all). Errors: ValueError for rows of several models or dtypes, and where there are none.
+    """
+    scored = [read_rows(path, Cell) for path in sorted(folder.rglob("results*.jsonl"))]
+    timed = [read_rows(path, Time) for path in sorted(folder.rglob("times*.jsonl"))]
+    cells = [
+        cell
+        for rows, _ in scored
+        for cell in rows
+        if (tasks is None or cell.task in tasks) and (lengths is None or cell.length in lengths)
+    ]
+    times = {row.key: row for rows, _ in timed for row in rows}
+    if not cells:
+        raise ValueError(f"out: no rows of an evaluation in {str(folder)!r}; pass the folder of one, or measure")
+    kinds = sorted({f"{cell.model} in {cell.dtype}" for cell in cells})
+    if len(kinds) > 1:
+        raise ValueError(f"out: {str(folder)!r} holds rows of {', '.join(kinds)}; pass those of one")
+    most: dict[Any, Cell] = {}
+    for cell in sorted(cells, key=lambda cell: cell.count):
+        most[cell.length, cell.what != DENSE, cell.what, cell.task, cell.protocol] = cell
+    stamp = max((stamp for _, stamp in (*scored, *timed)), key=lambda stamp: stamp.get("time", ""))
+    ordered = tuple(most[key] for key in sorted(most))
+    return Evaluation(ordered, stamp, seconds=sum(cell.seconds or 0.0 for cell in ordered), times=tuple(times.values()))
 
 
 def scored(found: Evaluation) -> list[Cell]:
@@ -161,7 +190,7 @@ def verdict(found: Evaluation) -> str:
     if found.reused:
         parts.append(f"{found.reused} cells from before")
     if found.left:
-        parts.append(f"{found.left} left by the budget, the same command goes on with them")
+        parts.append(f"{found.left} left, the same command goes on with them")
     return "; ".join([*parts, f"{found.seconds:.0f} s"]) + "."
 
 
@@ -203,5 +232,5 @@ def write(found: Evaluation, folder: Path) -> list[Path]:
     return [
         write_atomic(folder / "summary.md", markdown(found)),
         write_csv(folder / "results.csv", found.cells),
-        folder / "results.jsonl",
+        *sorted(folder.glob("*.jsonl")),
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
@@ -20,15 +20,17 @@ from rich.markup import escape
 
 from saccade.bench import units
 from saccade.bench.charts import BOTTOM, HEIGHT, LEFT, TOP, WIDTH, Axis, Chart, Label, Series, Tick, place_labels
-from saccade.bench.eval import FLOOR, Evaluation, spelt
-from saccade.bench.eval_records import DENSE, Cell, Protocol, wilson, write_csv
+from saccade.bench.eval import FLOOR, Evaluation, focus, spelt
+from saccade.bench.eval_records import DENSE, Cell, Protocol, Time, wilson, write_csv
 from saccade.bench.eval_summary import Line, dropped, lines, printed, scored, table, uninformative
 from saccade.bench.records import write_atomic
 from saccade.bench.report import BUSY
 
 CLOSE = 0.02  # of a score: a loss that is none
 SLACK = 0.05  # of dense attention's memory: whole pages hold a little more than a budget says
-NEEDLES, QUARTER = "multi_key", 0.25
+NEEDLES = "multi_key"
+MOST_NAMED = 12  # of those that are not shown
+MOST_LINES = 8  # policies whose points are joined in one drawing
 ABOUT = {
     Protocol.AWARE: "the question is in the prompt",
     Protocol.AGNOSTIC: "the question comes after the context was read",
@@ -39,7 +41,7 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Point:
     """A contestant at one length under one protocol. policy: its name but for the budget, which is None where it takes
-    none. cells: of the tasks that tell something, the worst first.
+    none. cells: of the tasks that tell something, the worst first. timed: of a decoded token.
     """
 
     what: str
@@ -47,6 +49,7 @@ class Point:
     budget: float | None
     length: int
     cells: tuple[Cell, ...]
+    timed: Time | None = None
 
     @property
     def name(self) -> str:
@@ -66,18 +69,16 @@ class Point:
         held = [c.cache_bytes / c.dense_bytes for c in self.cells if c.cache_bytes is not None and c.dense_bytes]
         return statistics.fmean(held) if held else None
 
-    @cached_property
+    @property
     def time(self) -> float | None:
-        """Time of a decoded token / dense attention's, the median over tasks."""
+        """Time of a decoded token / dense attention's."""
         if self.what == DENSE:
             return 1.0
-        found = [c.decode_over_dense for c in self.cells if c.decode_over_dense]
-        return statistics.median(found) if found else None
+        return None if self.timed is None else self.timed.over_dense
 
-    @cached_property
+    @property
     def seconds(self) -> float | None:
-        found = [c.decode_seconds for c in self.cells if c.decode_seconds]
-        return statistics.median(found) if found else None
+        return None if self.timed is None else self.timed.seconds
 
     @cached_property
     def answer_kept(self) -> float | None:
@@ -95,11 +96,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart with labels of those on its Pareto set, and that set in words."""
+    """A chart with labels of those on its Pareto set, and that set in words. faint: policies without a point on it,
+    where there are so many that their lines would hide one another.
+    """
 
     chart: Chart
     labels: tuple[Label, ...]
     front: str
+    faint: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -168,25 +172,49 @@ class Section:
         best = min(close, key=lambda p: (p.memory, -p.mean), default=None)
         return None if best is None or best.what == DENSE else best
 
+    @cached_property
+    def found(self) -> list[tuple[Point, Cell]]:
+        """Who looks for needles among needles at a quarter of the tokens: the best of each policy, the best first.
+
+        What was asked for so much, or holds no more; what keeps all and reads a quarter is among them.
+        """
+        share = focus(self.budgets)
+        known = [(point, cell) for point in self.points if point.what != DENSE and (cell := point.on(NEEDLES))]
+        asked = [
+            (point, cell)
+            for point, cell in known
+            if (point.memory is not None and point.memory <= share + SLACK)
+            or (point.budget is not None and point.budget <= share)
+        ]
+        # Of equal scores the one that holds most.
+        asked.sort(key=lambda pair: (pair[1].score, pair[0].memory or 0.0))
+        return sorted({point.policy: (point, cell) for point, cell in asked}.values(), key=lambda pair: -pair[1].score)
+
+    def keeps_needles(self, cell: Cell) -> bool:
+        dense = self.dense.on(NEEDLES)
+        return dense is not None and dense.score - cell.score <= CLOSE + 1e-9
+
     def needles(self) -> str:
-        """Who still finds needles among needles with a quarter of the memory, and what the others have dropped."""
-        dense, share = self.dense.on(NEEDLES), focus(self.budgets)
-        found = [(point, cell) for point in self.within(share) if (cell := point.on(NEEDLES)) and point.what != DENSE]
-        # Of each policy the most that it reaches, and of equal scores the one that holds most.
-        found.sort(key=lambda pair: (pair[1].score, pair[0].memory or 0.0))
-        known = list({point.policy: (point, cell) for point, cell in found}.values())
-        known.sort(key=lambda pair: -pair[1].score)
-        if dense is None or not known:
+        """How many policies still find needles among needles with a quarter of the tokens, and which."""
+        if self.dense.on(NEEDLES) is None or not self.found:
             return ""
-        where = f"on {NEEDLES} with {units.share(share)} of the memory"
-        close = [point.name for point, cell in known if dense.score - cell.score <= CLOSE + 1e-9]
-        if close:
-            return f"Within 2 points of dense {where}: {', '.join(close)}."
-        told = [f"{point.name} loses {round(100 * (dense.score - cell.score))}{_kept(cell)}" for point, cell in known]
-        return (
-            f"Nothing stays within 2 points of dense {where}. In points: {'; '.join(told)}. An answer is found by "
-            "the question's tokens and read from its own: what was dropped of either is not there to be attended to."
-        )
+        close = [point.name + _held(point) for point, cell in self.found if self.keeps_needles(cell)]
+        where = f"within 2 points of dense on {NEEDLES} at {units.share(focus(self.budgets))}"
+        if not close:
+            return f"None of {len(self.found)} policies stays {where}."
+        return f"{len(close)} of {len(self.found)} policies stay {where}: {', '.join(close)}."
+
+    def losses(self) -> list[str]:
+        """Who does not, and what it has dropped: a line a policy, that which loses least first."""
+        dense = self.dense.on(NEEDLES)
+        if dense is None:
+            return []
+        return [
+            f"{point.name} loses {round(100 * (dense.score - cell.score))} of {round(100 * dense.score)} points on "
+            f"{NEEDLES}{_held(point)}: {_why(point, cell)}."
+            for point, cell in self.found
+            if not self.keeps_needles(cell)
+        ]
 
     def panels(self, styles: dict[str, int]) -> list[Panel]:
         """The mean and the worst task, against memory and against time, where these are known."""
@@ -203,10 +231,19 @@ class Section:
         ]
 
 
-def _kept(cell: Cell) -> str:
+def _held(point: Point) -> str:
+    return f" (holds {units.share(point.memory)})" if point.memory is not None else ""
+
+
+def _why(point: Point, cell: Cell) -> str:
+    """What was dropped of an answer and of a question is not there to be attended to."""
     parts = [(cell.answer_kept, "the answers'"), (cell.question_kept, "the questions'")]
     told = [f"{units.share(kept)} of {whose}" for kept, whose in parts if kept is not None]
-    return f" (keeps {' and '.join(told)} tokens)" if told else ""
+    if not told:
+        return "what it attends to is not told"
+    if all(kept in (None, 1.0) for kept, _ in parts):
+        return "it keeps all tokens, and reads too little of them"
+    return f"it keeps {' and '.join(told)} tokens"
 
 
 def _points(loss: float) -> str:
@@ -217,15 +254,6 @@ def _points(loss: float) -> str:
     whole = round(100 * loss)
     count = f"{abs(whole) or 'no'} point{'' if abs(whole) == 1 else 's'}"
     return f"{count} {'above' if whole < 0 else 'below'} dense"
-
-
-def focus(budgets: Sequence[float]) -> float:
-    """The largest budget that is not above a quarter, else the smallest.
-
-    >>> focus([0.1, 0.2, 0.5]), focus([0.5, 1.0]), focus([])
-    (0.2, 0.5, 0.25)
-    """
-    return max((b for b in budgets if b <= QUARTER), default=min(budgets, default=QUARTER))
 
 
 def pareto(points: Iterable[tuple[float, float, T]]) -> list[T]:
@@ -246,8 +274,9 @@ def pareto(points: Iterable[tuple[float, float, T]]) -> list[T]:
 def sections(found: Evaluation) -> list[Section]:
     """One a length and protocol at which something but dense attention was scored, and a task tells something."""
     own: dict[tuple[int, Protocol], list[Point]] = {}
+    times = timed(found)
     for line in _whole(found):
-        point = Point(line.what, *_split(line.what), line.length, line.cells)
+        point = Point(line.what, *_split(line.what), line.length, line.cells, times.get((line.what, line.length)))
         protocols = ABOUT if line.protocol == Protocol.EITHER else (line.protocol,)
         for protocol in protocols:
             own.setdefault((line.length, protocol), []).append(point)
@@ -260,10 +289,40 @@ def sections(found: Evaluation) -> list[Section]:
     ]
 
 
+def timed(found: Evaluation) -> dict[tuple[str, int], Time]:
+    """Times by contestant and length: where steps were recorded, those; the others are a ratio to something else."""
+    recorded = any(one.recorded for one in found.times)
+    return {(one.what, one.length): one for one in found.times if one.recorded == recorded}
+
+
+def counted(found: Evaluation) -> dict[int, set[str]]:
+    """The tasks that means are over, by length: what dense attention can do, and half of the contestants were asked."""
+    whole: dict[int, set[str]] = {}
+    asked: dict[int, dict[str, set[str]]] = {}
+    for line in lines(found):
+        tasks = {cell.task for cell in line.cells}
+        if line.what == DENSE:
+            whole[line.length] = tasks
+        elif tasks:
+            asked.setdefault(line.length, {})[line.what] = tasks
+    return {
+        length: {task for task in tasks if 2 * sum(task in own for own in others.values()) >= len(others)}
+        for length, tasks in whole.items()
+        for others in (asked.get(length, {}),)
+    }
+
+
 def _whole(found: Evaluation) -> list[Line]:
-    """Those that were scored on every task that dense attention can do."""
-    full = {line.length: {c.task for c in line.cells} for line in lines(found) if line.what == DENSE}
-    return [line for line in lines(found) if line.cells and {c.task for c in line.cells} == full.get(line.length)]
+    """Those that were scored on every task that counts, with the cells of these."""
+    full = counted(found)
+    known = [
+        (line, tuple(cell for cell in line.cells if cell.task in full.get(line.length, ()))) for line in lines(found)
+    ]
+    return [
+        replace(line, cells=cells)
+        for line, cells in known
+        if cells and {cell.task for cell in cells} == full.get(line.length)
+    ]
 
 
 def partial(found: Evaluation) -> list[str]:
@@ -322,10 +381,14 @@ def _panel(
     place = {point.what: (x.at(value), y.at(reached)) for value, reached, point in known}
     told = {point.what: f"{point.name}: {reached:.2f} at {text(value)}" for value, reached, point in known}
     series = []
-    for policy in dict.fromkeys(point.policy for _, _, point in known):
+    policies = dict.fromkeys(point.policy for _, _, point in known)
+    faint = frozenset(policies) - {point.policy for point in front} if len(policies) > MOST_LINES else frozenset()
+    for policy in policies:
         own = sorted((p for _, _, p in known if p.policy == policy), key=lambda p: p.budget or 0.0)
         marks, said = tuple(place[p.what] for p in own), tuple(told[p.what] for p in own)
-        series.append(Series(policy, styles.get(policy), marks, said, Label(0, 0, ""), len(own) > 1))
+        series.append(
+            Series(policy, styles.get(policy), marks, said, Label(0, 0, ""), len(own) > 1 and policy not in faint)
+        )
     # Of equal ones the first is named in the drawing, all of them below it.
     named = list({place[point.what]: point for point in reversed(front)}.values())
     others = [(a - 4, b - 4, a + 4, b + 4) for what, (a, b) in place.items()]
@@ -335,7 +398,7 @@ def _panel(
     words = "; ".join(told[point.what] for point in front)
     about = f"{'; '.join(told.values())}. Pareto set: {words}."
     chart = Chart(title, about, x, y, tuple(series), front=path, one=x.at(1.0))
-    return Panel(chart, tuple(labels), words)
+    return Panel(chart, tuple(labels), words, faint)
 
 
 def resolution(section: Section) -> str:
@@ -395,19 +458,22 @@ def by_point(section: Section) -> tuple[list[str], list[list[str]]]:
 
 def sentences(section: Section) -> list[str]:
     """What a user asks: with so much memory, what; and what becomes of needles."""
-    found = [section.advice(share) for share in section.budgets]
-    return [*found, *filter(None, [section.needles()])]
+    return [*filter(None, [section.needles()]), *(section.advice(share) for share in section.budgets)]
 
 
 def noise(found: Evaluation) -> str:
     """What dense attention shows against itself, and that other programs ran."""
-    itself = [c.decode_over_dense for c in scored(found) if c.what == DENSE and c.decode_over_dense]
+    times = timed(found).values()
+    itself = [one.over_dense for one in times if one.what == DENSE]
     told = []
     if itself:
-        told.append(
-            f"Times were taken in turns with dense attention, which against itself shows {units.times(min(itself))} to "
-            f"{units.times(max(itself))}."
-        )
+        span = units.times(min(itself))
+        if len(itself) > 1:
+            span = f"{span} to {units.times(max(itself))}"
+        how = "Tokens were replayed from CUDA graphs where a policy's steps can be, and times" if any(
+            one.recorded for one in times
+        ) else "Times"  # fmt: skip
+        told.append(f"{how} were taken in turns with dense attention, which against itself shows {span}.")
     load, cores = found.environment.get("load") or 0.0, found.environment.get("cores") or 1
     if load > BUSY * cores:
         told.append(f"Other programs were running (load {load:.1f} on {cores} processors as this began).")
@@ -418,23 +484,41 @@ def left(found: Evaluation) -> str:
     """What was not measured, and what is therefore not shown."""
     told = []
     if found.left:
-        told.append(f"{found.left} pairs of contestant and task were left by the budget; the same command goes on.")
+        told.append(f"{found.left} measurements were left, by the budget or an interrupt; the same command goes on.")
+    tasks = [
+        f"{task} at {units.tokens(line.length)}"
+        for line in lines(found)
+        if line.what == DENSE
+        for task in sorted({cell.task for cell in line.cells} - counted(found)[line.length])
+    ]
+    if tasks:
+        told.append(f"In no mean, since asked of less than half of the contestants so far: {', '.join(tasks)}.")
     if names := partial(found):
-        told.append(f"Not shown, since not scored on every task: {', '.join(names)}.")
+        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        told.append(f"Not shown, since not scored on every task: {', '.join(names[:MOST_NAMED])}{more}.")
     return " ".join(told)
 
 
 def unable(found: Evaluation) -> str:
     """What dense attention cannot do."""
-    floor = sorted({f"{task} at {units.tokens(length)}" for task, length in uninformative(found)})
+    floor = uninformative(found)
     if not floor:
         return ""
-    return f"Dense attention scores below {FLOOR:g} on {', '.join(floor)}: the model cannot do it, so it is in no mean."
+    names = ", ".join(f"{task} at {units.tokens(length)}" for task, length in sorted(floor))
+    told = f"Dense attention scores below {FLOOR:g} on {names}: the model cannot do it, so it is in no mean."
+    if not any((cell.task, cell.length) in floor for cell in scored(found) if cell.what != DENSE):
+        told += " Nothing else was asked it."
+    return told
 
 
 def remarks(found: Evaluation) -> list[str]:
     """What one must know beside the figures."""
-    return [*filter(None, [unable(found), noise(found), left(found)]), *dropped(found)]
+    return [*filter(None, [unable(found), noise(found), left(found)]), *lost(found)]
+
+
+def lost(found: Evaluation) -> list[str]:
+    """Why there is no score, or no time."""
+    return [*dropped(found), *found.failed]
 
 
 def tell(found: Evaluation, console: Console) -> None:
@@ -442,7 +526,7 @@ def tell(found: Evaluation, console: Console) -> None:
     for section in sections(found):
         console.print(escape(section.title), style="bold", highlight=False)
         console.print(printed(*by_point(section)))
-        for line in (*sentences(section), resolution(section)):
+        for line in (*sentences(section), *section.losses(), resolution(section)):
             console.print(escape(line), highlight=False)
     for line in (*remarks(found), verdict(found)):
         console.print(escape(line), highlight=False)
@@ -454,7 +538,7 @@ def markdown(found: Evaluation) -> str:
     for section in sections(found):
         parts += [f"## {section.title}", table(*by_point(section))]
         parts += [f"Pareto set, {panel.chart.title.lower()}: {panel.front}." for panel in section.panels({})]
-        parts += [*sentences(section), resolution(section)]
+        parts += [*sentences(section), *section.losses(), resolution(section)]
     parts += [*remarks(found), verdict(found)]
     return "\n\n".join(parts) + "\n"
 
@@ -480,7 +564,8 @@ def page(found: Evaluation) -> str:
         resolution=resolution,
         verdict=verdict(found),
         notes=[*filter(None, [unable(found), noise(found)])],
-        dropped=dropped(found),
+        dropped=lost(found),
+        needles=NEEDLES,
         left=left(found),
         close=CLOSE,
         slack=SLACK,
@@ -490,10 +575,10 @@ def page(found: Evaluation) -> str:
 
 
 def write(found: Evaluation, folder: Path) -> list[Path]:
-    """frontier.html, frontier.md and results.csv, beside the results.jsonl that grew as cells were finished."""
+    """frontier.html, frontier.md and results.csv, beside the rows that grew as they were measured."""
     return [
         write_atomic(folder / "frontier.html", page(found)),
         write_atomic(folder / "frontier.md", markdown(found)),
         write_csv(folder / "results.csv", found.cells),
-        folder / "results.jsonl",
+        *sorted(folder.glob("*.jsonl")),
     ]

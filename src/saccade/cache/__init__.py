@@ -19,7 +19,7 @@ from saccade.cache.policy import Evict, Policy
 from saccade.cache.pool import PagePool
 from saccade.cache.readers import Quest, Reader
 from saccade.cache.recorded import CudaGraph, Recorded
-from saccade.cache.rotation import Rotation
+from saccade.cache.rotation import Rotation, Turned
 from saccade.cache.scorers import (
     Expected,
     KeyDifference,
@@ -68,6 +68,7 @@ __all__ = [
     "Store",
     "Stored",
     "Tokens",
+    "Turned",
     "Uniform",
     "View",
     "VirtualCache",

@@ -19,6 +19,7 @@ from saccade.cache.view import Stored
 from saccade.cache.wrapped import Wrapped
 from saccade.errors import known, positive
 from saccade.softmax import Pages
+from saccade.softmax.page_rows import Found
 
 SCRATCH = 1 << 24  # numbers of k and v that are decoded at once
 AXES = ("channel", "token")
@@ -180,9 +181,9 @@ class CodedPool(LayeredPool):
     def write(self, name: str, page: Tensor, offset: Tensor, values: Any) -> None:
         self.hot[name][self.hot_at[page], 0, offset] = values
 
-    def reading(self, table: Tensor, lengths: Tensor, chosen: Tensor | None) -> Reading:
+    def reading(self, table: Tensor, lengths: Tensor, chosen: Tensor | None, found: Found) -> Reading:
         if not self.num_coded:
-            yield Pages(self.hot["k"], self.hot["v"], self.hot_at[table.long()].int(), lengths), chosen
+            yield Pages(self.hot["k"], self.hot["v"], self.hot_at[table.long()].int(), lengths, found), chosen
         else:
             yield from self._decoded(table, lengths, chosen)
 

@@ -85,9 +85,34 @@ class Frames:
             self.tensors[name] = self.tensors[name][ids]
         self.free, self.num_free = self.free.new_zeros(len(ids)), 0
 
+    def spread(self, ids: Tensor, at: Tensor, free: Tensor) -> None:
+        """Frames `ids`, all that are in use, lie at `at` from now on, among those that are `free`, the last of which is
+        taken first. As in `grow`, one tensor after another, and all as before where there is no memory for one.
+        """
+        before = len(self)
+        self.moves += 1
+        done = []
+        try:
+            for name, x in self.tensors.items():
+                self.tensors[name] = _moved(x, ids, at, len(ids) + len(free))
+                done.append(name)
+        except (RuntimeError, MemoryError):
+            for name in done:
+                self.tensors[name] = _moved(self.tensors[name], at, ids, before)
+            raise
+        self.free, self.num_free = torch.cat([free, free.new_zeros(len(ids))]), len(free)
+
     def _longer(self, x: Tensor, count: int) -> Tensor:
         if not self.pinned:
             return torch.cat([x, x.new_zeros(count, *x.shape[1:])])
         longer = torch.zeros(len(x) + count, *x.shape[1:], dtype=x.dtype, pin_memory=True)
         longer[: len(x)] = x
         return longer
+
+
+def _moved(x: Tensor, ids: Tensor, at: Tensor, size: int) -> Tensor:
+    """x (size, ...) where what lay at `ids` lies at `at`; a few at a time, so that there is no third copy of all."""
+    found = x.new_zeros(size, *x.shape[1:])
+    for old, new in zip(ids.split(SPARE), at.split(SPARE), strict=True):
+        found.index_copy_(0, new, x.index_select(0, old))
+    return found

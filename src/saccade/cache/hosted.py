@@ -17,6 +17,7 @@ from saccade.cache.view import Stored
 from saccade.cache.wrapped import Wrapped
 from saccade.errors import positive
 from saccade.softmax import Pages
+from saccade.softmax.page_rows import Found
 
 
 class Lane:
@@ -202,11 +203,11 @@ class HostedPool(LayeredPool):
 
     # -- reading and writing ---------------------------------------------------------------------------------------
 
-    def reading(self, table: Tensor, lengths: Tensor, chosen: Tensor | None) -> Reading:
+    def reading(self, table: Tensor, lengths: Tensor, chosen: Tensor | None, found: Found) -> Reading:
         for part, ids in self._asked(table, lengths, chosen):
             self.bring(ids)
             self.lane.join()
-            yield Pages(self.hot["k"], self.hot["v"], self.hot_at[table.long()].int(), lengths), part
+            yield Pages(self.hot["k"], self.hot["v"], self.hot_at[table.long()].int(), lengths, found), part
 
     def prefetch(self, table: Tensor, lengths: Tensor, chosen: Tensor) -> None:
         for _, ids in self._asked(table, lengths, chosen)[:1]:

@@ -73,6 +73,7 @@ class LayeredPool(PagePool):
 
     hot: Frames
     cold: Frames
+    whole = False
 
     def _laid(self, pages: dict[str, Tensor]) -> dict[str, Tensor]:
         self.hot = Frames(pages)

@@ -12,6 +12,7 @@ from torch import Tensor
 from saccade.cache.frames import Frames
 from saccade.errors import positive
 from saccade.softmax import Pages, drop_token, put_token, score_tokens
+from saccade.softmax.page_rows import Found, alike, recorded
 
 Reading = Iterator[tuple[Pages, Tensor | None]]
 
@@ -33,6 +34,8 @@ class PagePool:
     >>> pool.num_pages, pool.in_use, pool.taken, pool.returned
     (3, 1, 3, 2)
     """
+
+    whole = True  # k and v are tensors, and `reading` has one part
 
     def __init__(
         self,
@@ -103,6 +106,11 @@ class PagePool:
         return self.frames.nbytes_in_use
 
     @property
+    def on_host(self) -> bool:
+        """Whether all pages lie in one memory, which the host reads itself."""
+        return self.whole and self.positions.device.type == "cpu"
+
+    @property
     def guarded(self) -> bool:
         """Whether pages must be `opened` before they are written to."""
         return self.shared
@@ -164,12 +172,27 @@ class PagePool:
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
-    def put(self, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, ends: Tensor) -> None:
-        """One token a row: see `put_token`."""
-        put_token(k, v, (self.k, self.v, self.positions), (table, lengths, ends))
+    def put(self, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, ends: Tensor, found: Found) -> None:
+        """One token a row: see `put_token`. found: of these tables, see `Pages`."""
+        length = alike(lengths) if self.on_host and not recorded() else None
+        if length is None:
+            put_token(k, v, (self.k, self.v, self.positions), (table, lengths, ends))
+            if self.columns.shape[2]:
+                page = table.gather(1, (lengths // self.page).long()[:, None])[:, 0].long()
+                self.columns[page, (lengths % self.page).long()] = 0.0
+            return
+        at = found.layout(table.numpy(), length // self.page + 1, self.page).newest + length % self.page
+        for x, new in ((self.k, k), (self.v, v)):
+            width = x.shape[3]
+            new = new if new.dtype == x.dtype else new.to(x.dtype)
+            x.view(-1, width).index_copy_(0, at, new.reshape(-1, width))
+        end = alike(ends)
+        if end is None:
+            self.positions.view(-1).index_copy_(0, at, ends.int().repeat_interleave(k.shape[1]))
+        else:
+            self.positions.view(-1).index_fill_(0, at, end)
         if self.columns.shape[2]:
-            page = table.gather(1, (lengths // self.page).long()[:, None])[:, 0].long()
-            self.columns[page, (lengths % self.page).long()] = 0.0
+            self.columns.flatten(0, 1).index_fill_(0, at, 0.0)
 
     def drop(self, table: Tensor, lengths: Tensor, which: Tensor, slots: Tensor) -> None:
         """One token of some rows: see `drop_token`."""
@@ -177,13 +200,13 @@ class PagePool:
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
-    def reading(self, table: Tensor, lengths: Tensor, chosen: Tensor | None) -> Reading:
+    def reading(self, table: Tensor, lengths: Tensor, chosen: Tensor | None, found: Found) -> Reading:
         """Pages for `attend_pages`, and which are chosen: in parts, whose partial results merge.
 
-        table (R, max_pages), lengths (R,), chosen (R, 1, K) or None for all: as in `attend_pages`. What a part names
-        may be gone when the next is asked for.
+        table (R, max_pages), lengths (R,), chosen (R, 1, K) or None for all: as in `attend_pages`. found: what the host
+        has found of these tables, as in `Pages`. What a part names may be gone when the next is asked for.
         """
-        yield Pages(self.k, self.v, table, lengths), chosen
+        yield Pages.trusted(self.k, self.v, table, lengths, found), chosen
 
     def prefetch(self, table: Tensor, lengths: Tensor, chosen: Tensor) -> None:
         """What `reading` may soon be asked for; nothing to do where pages are always at hand."""

@@ -77,9 +77,8 @@ class Quest(Reader):
     def select(self, step: Stored) -> Tensor:
         store = step.stored
         self._widen(store, step)
-        bounds = store.notes["bounds"] if step.rows is None else store.notes["bounds"][list(step.rows)]
-        scores = score_bounds(step.q, bounds)
-        newest = (store.lengths[store._rows(step.rows)].long().view(len(scores), -1) - 1) // self.page
+        scores = score_bounds(step.q, step.notes("bounds"))
+        newest = (step.lengths.long() - 1) // self.page
         scores.scatter_(2, newest[..., None], torch.inf)
         return self.best(step, scores, self.page)
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from saccade.cache.policy import Policy
 from saccade.cache.session import Session
 from saccade.errors import positive
 
@@ -26,9 +27,12 @@ class CudaGraph:
     """A CUDA graph of what `run` tells a GPU; its results lie where they lay."""
 
     def __init__(self, run: Callable[[], Any]) -> None:
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.result = run()
+        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(self.graph):
+                self.result = run()
+        finally:
+            torch.cuda.set_stream(stream)  # where a recording is broken off, torch stays on its own
 
     def replay(self) -> None:
         self.graph.replay()
@@ -45,6 +49,40 @@ class Take:
     more: Sequence[Tensor] = ()
 
 
+class Kept:
+    """What the host knows of some objects, to be put back: their attributes and what these hold, tensors in its memory
+    among them. What lies on a device is left alone: a recording that fails has told that nothing yet. Policies hold no
+    state.
+    """
+
+    def __init__(self, *objects: Any) -> None:
+        self._known: list[tuple[Any, Any]] = []
+        waiting, met = list(objects), set()
+        while waiting:
+            x = waiting.pop()
+            if id(x) in met or isinstance(x, Policy | type):
+                continue
+            met.add(id(x))
+            if isinstance(x, Tensor):
+                if x.device.type == "cpu":
+                    self._known.append((x, x.clone()))
+            elif isinstance(x, dict | list):
+                self._known.append((x, x.copy()))
+                waiting += x.values() if isinstance(x, dict) else x
+            elif type(x).__module__.startswith("saccade.") and hasattr(x, "__dict__"):
+                waiting.append(vars(x))
+
+    def put_back(self) -> None:
+        for x, before in self._known:
+            if isinstance(x, Tensor):
+                x.copy_(before)
+            elif isinstance(x, list):
+                x[:] = before
+            else:
+                x.clear()
+                x.update(before)
+
+
 class Recorded:
     """`run(*inputs)`, one step of every layer of some sessions, replayed from a graph where that is the same.
 
@@ -55,9 +93,10 @@ class Recorded:
 
     sessions: all that `run` reads into. run: tensors -> anything; it may not ask the device for a number. room: tokens
     a recording is good for (512); so many are allocated ahead. replayed: called after each replay, for counts of others
-    than the sessions'. graph: what records (`CudaGraph`). Results are those of `run`, to the last bit; tensors among
-    them are overwritten by the next step. Costs a recording, once every `room` steps, the time of a step that runs as
-    it is.
+    than the sessions'. others: objects whose counts these are. graph: what records (`CudaGraph`). Results are those of
+    `run`, to the last bit; tensors among them are overwritten by the next step. Costs a recording, once every `room`
+    steps, the time of a step that runs as it is. Errors: RuntimeError, naming the policy, for a step that cannot be
+    recorded; sessions and others are then as they were, and the step may be taken without recording.
 
     >>> from saccade.cache import Policy
     >>> from saccade.testing.tape import Tape
@@ -75,10 +114,11 @@ class Recorded:
         *,
         room: int = 512,
         replayed: Callable[[], None] = lambda: None,
+        others: Sequence[Any] = (),
         graph: Callable[[Callable[[], Any]], Replayed] = CudaGraph,
     ) -> None:
         self.sessions, self.run, self.room = sessions, run, positive("room", room, least=3)
-        self.replayed, self.graph = replayed, graph
+        self.replayed, self.others, self.graph = replayed, others, graph
         self.replays = 0
         self._take: Take | None = None
 
@@ -91,7 +131,7 @@ class Recorded:
         take.left -= 1
         if take.graph is None:
             before = self._counts()
-            take.graph = self.graph(lambda: self.run(*take.inputs))  # tells the host all, and the device nothing yet
+            take.graph = self._recorded(take)  # tells the host all, and the device nothing yet
             take.more = [after - then for after, then in zip(self._counts(), before, strict=True)]
             take.stamp = self._stamp()
             take.graph.replay()
@@ -103,6 +143,22 @@ class Recorded:
             self.replayed()
         self.replays += 1
         return take.graph.result
+
+    def _recorded(self, take: Take) -> Replayed:
+        before = Kept(*self.sessions, *self.others)
+        try:
+            return self.graph(lambda: self.run(*take.inputs))
+        except Exception as error:
+            before.put_back()
+            self._take = None
+            why: BaseException = error
+            while why.__context__ is not None:  # a graph that is broken off says less than what broke it off
+                why = why.__context__
+            policies = ", ".join(dict.fromkeys(repr(session.policy) for session in self.sessions))
+            raise RuntimeError(
+                f"policy: a step of {policies}, which says that its steps are steady, cannot be recorded ({why}); let "
+                "its `steady` return False where a step asks the device for a number, or decode without recording"
+            ) from error
 
     def forget(self) -> None:
         """Record anew: `run` is about to do something else."""

@@ -73,7 +73,7 @@ class LastQuery(Scorer):
     """
 
     def __call__(self, view: View) -> Tensor:
-        scores = view.weights(1)[:, :, 0].unflatten(1, (-1, view.group))
+        scores = view.grouped(view.weights(1)[:, :, 0])
         if bool((view.counts == view.counts[:, :1]).all()):
             return scores.mean((1, 2))[:, None].expand(view.there.shape)
         return scores.mean(2)
@@ -118,7 +118,7 @@ class Expected(Scorer):
         dtype = torch.promote_types(view.q.dtype, torch.float32)
         there = view.there & (view.positions >= self.sinks)
         q, k = view.q.to(dtype), view.k.to(dtype).masked_fill(~there[..., None], 0)
-        at = view.ends[:, None] - q.shape[2] + torch.arange(q.shape[2], device=q.device)
+        at = view.at
         if view.rotation is not None:
             ahead = view.ends[:, None] + torch.arange(self.ahead, device=q.device)
             q = view.rotation.mean(view.rotation.back(q, at[:, None]), ahead[:, None])
@@ -127,7 +127,7 @@ class Expected(Scorer):
         mu = (q * counted).sum(2, keepdim=True) / number
         off = (q - mu) * counted
         spread = torch.einsum("bhnd,bhne->bhde", off, off) / number
-        mu, spread = (x.unflatten(1, (-1, view.group)) for x in (mu[:, :, 0], spread))
+        mu, spread = (view.grouped(x) for x in (mu[:, :, 0], spread))
         z = torch.einsum("bhgd,bhmd->bhgm", mu, k) * view.scale
         z = z + torch.einsum("bhmd,bhgde,bhme->bhgm", k, spread, k) * view.scale**2 / 2
         share = z.masked_fill(~there[:, :, None], -torch.inf).softmax(-1).nan_to_num(0).mean(2)

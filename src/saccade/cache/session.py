@@ -13,6 +13,7 @@ from saccade.cache.pool import PagePool
 from saccade.cache.rotation import Rotation
 from saccade.cache.store import Store, sent
 from saccade.cache.view import Place, Stored, View
+from saccade.softmax.page_rows import alike
 
 
 class Session:
@@ -65,14 +66,19 @@ class Session:
         return Place(index, self.num_layers, rows, scale, self.shared, self.steps, later, self.rotations.get(index))
 
     def tell(self, ids: Tensor, rows: Sequence[int] | None = None, batch: int | None = None) -> None:
-        """Ids (G, N) of the tokens that layer 0 reads next; policies find them as `shared["token_ids"]`."""
+        """Ids (G, N) of the tokens that layer 0 reads next; policies find those of theirs in `View.ids`."""
         store, batch = self.stores[0], len(ids) if batch is None else batch
+        told = self.shared.get("token_ids")
+        whole = None if store is None or store.until or rows is not None else alike(store.seen)
+        if told is not None and told.shape[1] == whole:  # none is padded
+            self.shared["token_ids"] = torch.cat([told, ids], 1)
+            return
+        told = ids.new_full((batch, 0), -1) if told is None else told
         row = torch.arange(batch, device=ids.device) if rows is None else sent(torch.tensor(list(rows)), ids)
         first, width = row.new_zeros(len(row)), ids.shape[1]
         if store is not None:
             seen = store.seen if rows is None else store.seen[list(rows)]
             first, width = store.ends[row], max(int(seen.max()) + width, store.until)
-        told = self.shared.get("token_ids", ids.new_full((batch, 0), -1))
         if told.shape[1] < width:
             told = torch.nn.functional.pad(told, (0, width - told.shape[1]), value=-1)
         at = first[:, None] + torch.arange(ids.shape[1], device=ids.device)
@@ -128,7 +134,7 @@ class Session:
         if len(k) != (store.batch if rows is None else len(rows)):
             raise ValueError(f"k: got a batch of {len(k)}; this session holds {store.batch} sequences")
         seen = store.seen if rows is None else store.seen[list(rows)]
-        if q.shape[2] == 1 and int(seen.min()):
+        if q.shape[2] == 1 and all(seen.tolist()):
             return self._step(store, index, q, k, v, scale, rows)
         self._piece = True
         if int(seen.max()):
@@ -256,7 +262,7 @@ class Session:
     ) -> Tensor:
         q, k, v = self.policy.project(index, q, k, v)
         store.append(k, v, rows)
-        o, _ = store.attend(q, scale=scale, rows=rows)
+        o = store.attend(q, scale=scale, rows=rows)
         view = Stored(store, self._place(index, scale, rows), q)
         keep = self.policy.piece(view)
         counts = None if keep is None else self.policy.counts(view)
@@ -274,6 +280,6 @@ class Session:
         store.append(k, v, rows)
         step = Stored(store, self._place(index, scale, rows), q)
         step.chosen = self.policy.select(step)
-        o, _ = store.attend(q, step.chosen, scale=scale, rows=rows)
+        o = store.attend(q, step.chosen, scale=scale, rows=rows)
         self.policy.after(step)
         return self.policy.restore(index, o)

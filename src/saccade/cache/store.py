@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.cache.frames import SPARE
 from saccade.cache.pool import PagePool, Reading
 from saccade.errors import positive
-from saccade.softmax import Pages, attend_pages, merge, place_tokens
+from saccade.softmax import Pages, merge, place_tokens
+from saccade.softmax.page_rows import Found, alike
+from saccade.softmax.paged import read_pages
 
 ABSENT = torch.iinfo(torch.int32).max  # the position of no token: behind all others
 
@@ -68,7 +71,7 @@ class Store:
     >>> store.keep(keep)
     >>> store.counts.tolist(), store.pool.in_use, store.seen.tolist()
     ([[50, 10, 10], [50, 10, 10]], 12, [50, 50])
-    >>> store.attend(torch.randn(2, 6, 1, 8))[0].shape
+    >>> store.attend(torch.randn(2, 6, 1, 8)).shape
     torch.Size([2, 6, 1, 8])
     """
 
@@ -86,6 +89,7 @@ class Store:
         self.targets, self.aimed = self.counts, self.seen
         self.owned: Tensor | None = None
         self.until = self.moves = 0
+        self.found = Found()
         self._sent: dict[tuple[int, ...], Tensor] = {}
 
     # -- what is there ---------------------------------------------------------------------------------------------
@@ -103,7 +107,7 @@ class Store:
     @property
     def pages(self) -> Pages:
         """All rows, as B Hkv sequences of one key head."""
-        return Pages(self.pool.k, self.pool.v, self.table, self.lengths)
+        return Pages(self.pool.k, self.pool.v, self.table, self.lengths, self.found)
 
     def note(self, name: str, value: Tensor, rows: Sequence[int] | None = None, fill: Any = 0) -> None:
         """Put value (G, ...) among the notes of the sequences `rows`, padded with `fill` to the largest sizes."""
@@ -184,8 +188,8 @@ class Store:
         *,
         scale: float | None = None,
         rows: Sequence[int] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(o (G, H, N, Dv), lse (G, H, N)) of the last N tokens' queries, q (G, H, N, D), through `attend_pages`.
+    ) -> Tensor:
+        """o (G, H, N, Dv) of the last N tokens' queries, q (G, H, N, D), as `attend_pages` has it.
 
         chosen: all (default); pages int (G, Hkv, K), -1 for none; or `Tokens`, for each key head or each query head,
         for N = 1. Single tokens are read as pages of one token.
@@ -201,11 +205,11 @@ class Store:
         else:
             if chosen is not None:
                 listed = chosen.reshape(batch * kv_heads, 1, -1).int()
-            reading = pool.reading(self._table(rows), self._lengths(rows), listed)
+            reading = pool.reading(self._table(rows), self._lengths(rows), listed, self.found)
         of_rows = q.reshape(batch * lists, heads // lists, n, -1)
-        parts = [attend_pages(of_rows, *part, scale=scale, return_lse=True) for part in reading]
-        o, lse = parts[0] if len(parts) == 1 else merge(parts)
-        return o.to(q.dtype).view(batch, heads, n, -1), lse.view(batch, heads, n)
+        parts = [read_pages(of_rows, *part, scale, needs_lse=not pool.whole) for part in reading]
+        o = parts[0][0] if len(parts) == 1 else merge(parts)[0]
+        return (o if o.dtype == q.dtype else o.to(q.dtype)).view(batch, heads, n, -1)
 
     def scores(self, q: Tensor, scale: float, rows: Sequence[int] | None = None) -> Tensor:
         """(G, H, M): scale q . k of the newest query, q (G, H, 1, d), and the leading d channels of every key, slot by
@@ -279,11 +283,14 @@ class Store:
 
     def _step(self, k: Tensor, v: Tensor) -> None:
         """`append` of one token to every row."""
-        some_full = not bool((self.counts % self.page).all())
-        if some_full or self.owned is not None or self.pool.shared:
-            counts = self.counts.flatten()
+        counts = self.counts.flatten()
+        count, alone = alike(counts), self.owned is None and not self.pool.shared
+        if alone and count is not None:
+            if count % self.page == 0:
+                self._another_page(count // self.page)
+        elif not alone or not (counts.numpy() % self.page).all():
             self._make_room(counts, torch.ones_like(counts), self._rows(None), None)
-        self.pool.put(k, v, self.table, self.lengths, self.ends)
+        self.pool.put(k, v, self.table, self.lengths, self.ends, self.found)
         self.lengths += 1
         self.ends += 1
         self.count(1)
@@ -454,7 +461,7 @@ class Store:
         other = copy.copy(self)
         other.table, other.lengths, other.ends = self.table.clone(), self.lengths.clone(), self.ends.clone()
         other.notes = {name: x.clone() for name, x in self.notes.items()}
-        other.fills = dict(self.fills)
+        other.fills, other.found = dict(self.fills), Found()
         self.pool.stores += 1
         self.pool.hold(other._used())
         return other
@@ -601,3 +608,24 @@ class Store:
         col = col + old[row]
         ids = self.pool.take(fresh).int()
         self.table[which[sent(row, which)], sent(col, which)] = ids
+
+    def _another_page(self, count: int) -> None:
+        """A page for every row, each of which has `count` pages."""
+        self._spread(count)
+        if count == self.table.shape[1]:
+            self.table = torch.nn.functional.pad(self.table, (0, 1))
+        self.table[:, count] = self.pool.take(self.table.shape[0]).int()
+
+    def _spread(self, count: int) -> None:
+        """Where the memory of all pages is about to move, let it move so that each row, of `count` pages, lies in one
+        piece, with room behind it for the next ones: a CPU reads that where it lies. Only where nobody else has pages.
+        """
+        pool, rows = self.pool, self.table.shape[0]
+        alone = pool.stores == 1 and pool.in_use == rows * count
+        if not count or not pool.on_host or not alone or pool.frames.num_free >= rows:
+            return
+        row, room = torch.arange(rows)[:, None], max(1, pool.num_pages // SPARE // rows)
+        at = row * (count + room) + torch.arange(count + room)
+        ids = self.table[:, :count].flatten().long()
+        pool.frames.spread(ids, at[:, :count].flatten(), at[:, count:].t().flatten().flip(0))
+        self.table[:, :count] = at[:, :count].int()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saccade.cache.rotation import Rotation
-from saccade.cache.store import ABSENT, Store, Tokens
+from saccade.cache.store import ABSENT, Store, Tokens, sent
 
 BLOCK = 128  # queries whose weights are held at once
 
@@ -23,6 +24,15 @@ def usual(q: Tensor, scale: float | None) -> Tensor:
     """
     plain = q.shape[-1] ** -0.5
     return q if scale in (None, plain) else q * (scale / plain)
+
+
+def widened(x: Tensor, width: int) -> Tensor:
+    """Lists of slots, pages or labels x (..., K), with -1 behind, for none, up to (..., width).
+
+    >>> widened(torch.tensor([[3, 5]]), 4).tolist()
+    [[3, 5, -1, -1]]
+    """
+    return torch.nn.functional.pad(x, (0, width - x.shape[-1]), value=-1)
 
 
 def attention_at(q: Tensor, k: Tensor, at: Tensor) -> Tensor:
@@ -105,8 +115,15 @@ class View:
 
     def notes(self, name: str) -> Tensor:
         """What was noted of these sequences, (G, ...)."""
-        found = self._store.notes[name]
-        return found if self.rows is None else found[list(self.rows)]
+        return self.mine(self._store.notes[name])
+
+    def mine(self, x: Tensor) -> Tensor:
+        """What x (B, ...) of all sequences says of these, (G, ...); waits for no device."""
+        return x if self.rows is None else x[sent(torch.tensor(list(self.rows)), x)]
+
+    def by_seen(self, count: Callable[[int], Any]) -> Tensor:
+        """count(tokens seen), a number or a list of them, of each sequence: (G, ...), on the host."""
+        return torch.tensor([count(seen) for seen in self.seen.tolist()])
 
     def pass_on(self, name: str, value: Tensor, fill: float = 0) -> None:
         """Let the next layer find value (G, ...) of these sequences in its notes, where there is one."""
@@ -129,18 +146,28 @@ class View:
         return self.seen.to(self.q.device)
 
     @cached_property
+    def at(self) -> Tensor:
+        """Positions (G, N) of the queries, on the device."""
+        n = self.q.shape[2]
+        return self.ends[:, None] - n + torch.arange(n, device=self.q.device)
+
+    @cached_property
     def ids(self) -> Tensor | None:
         """Ids of the tokens (G, Hkv, M) int64, -1 for padding; None where they are not known."""
         told = self.shared.get("token_ids")
         if told is None:
             return None
-        told = told if self.rows is None else told[list(self.rows)]
+        told = self.mine(told)
         at = self.positions.clamp(max=told.shape[1] - 1)
         return told[:, None].expand(*at.shape[:2], -1).gather(2, at).masked_fill(~self.there, -1)
 
+    def grouped(self, x: Tensor) -> Tensor:
+        """The query heads of each key head on an axis of their own: (G, H, ...) -> (G, Hkv, H / Hkv, ...)."""
+        return x.unflatten(1, (-1, self.group))
+
     def pooled(self, x: Tensor) -> Tensor:
         """Mean over the query heads of each key head: (G, H, ...) -> (G, Hkv, ...)."""
-        return x.unflatten(1, (-1, self.group)).mean(2)
+        return self.grouped(x).mean(2)
 
     def weights(self, last: int | None = None, where: Tensor | None = None) -> Tensor:
         """Attention of the last `last` queries (default: all N): (G, H, last, M), rows sum to 1.
@@ -167,10 +194,9 @@ class View:
         q = self.q if last is None else self.q[:, :, -last:]
         dtype = torch.promote_types(q.dtype, torch.float32)
         k = self.k.to(dtype).masked_fill(~self.there[..., None], 0)
-        first = self.ends[:, None] - q.shape[2]
-        at = first + torch.arange(q.shape[2], device=q.device)
+        at = self.at[:, self.q.shape[2] - q.shape[2] :]
         for part, own in zip(q.split(BLOCK, 2), at.split(BLOCK, 1), strict=True):
-            rows = part.to(dtype).unflatten(1, (-1, self.group))
+            rows = self.grouped(part.to(dtype))
             scores = torch.einsum("bhgnd,bhmd->bhgnm", rows, k) * self.scale
             seen = self.there[:, :, None] & (self.positions[:, :, None] <= own[:, None, :, None])
             scores = scores.masked_fill(~seen[:, :, None], -torch.inf).flatten(1, 2)
@@ -189,8 +215,7 @@ class Stored(View):
 
     def __init__(self, store: Store, place: Place, q: Tensor) -> None:
         self._begin(store, place, q)
-        self.counts = store.counts if self.rows is None else store.counts[list(self.rows)]
-        self.seen = store.seen if self.rows is None else store.seen[list(self.rows)]
+        self.counts, self.seen = self.mine(store.counts), self.mine(store.seen)
 
     @property
     def stored(self) -> Store:
@@ -212,10 +237,18 @@ class Stored(View):
     def there(self) -> Tensor:  # type: ignore[override]
         return self._order[1]
 
+    def only(self, marked: Tensor | None = None) -> Tensor:
+        """Slots (G, Hkv, M) of the tokens that are marked, bool (G, Hkv, M), or of all; -1 elsewhere."""
+        return self.slots.masked_fill(~(self.there if marked is None else self.there & marked), -1)
+
     @cached_property
     def ends(self) -> Tensor:
-        seen = self.stored.ends
-        return seen if self.rows is None else seen[list(self.rows)]
+        return self.mine(self.stored.ends)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """counts (G, Hkv) on the device."""
+        return self.mine(self.stored.lengths.view(self.stored.counts.shape))
 
     @cached_property
     def positions(self) -> Tensor:  # type: ignore[override]

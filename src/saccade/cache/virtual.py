@@ -126,7 +126,7 @@ class SimulatedDriver:
 
 
 class CudaDriver:
-    """A `Driver` of a CUDA device, through the driver's calls for virtual memory (package `cuda-bindings`).
+    """A `Driver` of a CUDA device, through the driver's calls for virtual memory (`pip install saccade[vmm]`).
 
     page: bytes, a multiple of the device's least, which is the default (2 MiB on what is sold today; the paper's
     smaller pages need its authors' kernel module). device: which. Unmapping waits for the device, for a kernel that
@@ -137,7 +137,7 @@ class CudaDriver:
         try:
             from cuda.bindings import driver
         except ImportError as error:
-            raise ImportError("CudaDriver needs the package cuda-bindings: pip install cuda-bindings") from error
+            raise ImportError("CudaDriver needs the package cuda-bindings: pip install 'saccade[vmm]'") from error
         device = torch.device(device)
         index = torch.cuda.current_device() if device.index is None else device.index
         self._driver, self.device = driver, torch.device("cuda", index)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from saccade.cache import Policy
+from saccade.cache import Policy, Rotation
 from saccade.contract import Attention
 from saccade.hf.interface import NAME, attention, mask
 from saccade.hf.layers import Layer, layers_of
 from saccade.hf.serving import Caching, Serving, serving
-from saccade.hf.turned import rotations_of
+from saccade.hf.turned import rotations_of, told
 
 if TYPE_CHECKING:
     from saccade.hf.caching import Memory, Swap
@@ -39,7 +39,8 @@ def apply(model: Any, what: What | Sequence[What] = None) -> Handle:
     has one, which takes the place of the layers' cache: prompts are read as the policy says (densely), and tokens after
     them are decoded from what it keeps; a JSON file that `saccade tune` wrote for a model of these sizes; or a sequence
     of these but files, one a layer (default: None). Layers that are given the same policy share it, as do all that are
-    given a class that decides over layers (`num_layers`).
+    given a class that decides over layers (`num_layers`). Policies that ask how the model turns q and k
+    (`saccade.cache.Turned`) are told, until the handle is restored.
 
     Applications nest, and the last is restored first. `with apply(model, ...):` restores at the end of the block.
     Costs what the mechanism costs; of a batch with padding, one call for each length in it, and one wait for the GPU a
@@ -49,10 +50,10 @@ def apply(model: Any, what: What | Sequence[What] = None) -> Handle:
 
     Errors: ImportError without transformers. ValueError or TypeError, before anything is changed, for a model that
     cannot be reached, and for a mechanism that is not causal, works on a grid, has projections or a decoding state of
-    its own, was built or tuned for other sizes, or is put where the model has a sliding window or a softcap. ValueError
-    in the forward pass for a cache with a mechanism that takes as many queries as keys, for one that holds tokens which
-    were read without the policy, or is full; for masks of four axes, packed sequences, dropout, and attention weights;
-    in continuous batching.
+    its own, was built or tuned for other sizes, is put where the model has a sliding window or a softcap, or asks for
+    one rotation where layers that share it have several. ValueError in the forward pass for a cache with a mechanism
+    that takes as many queries as keys, for one that holds tokens which were read without the policy, or is full; for
+    masks of four axes, packed sequences, dropout, and attention weights; in continuous batching.
 
     >>> from saccade.hosts.lm import LM, LMConfig
     >>> model, tokens = LM(LMConfig(num_layers=2)).to_llama(), torch.arange(40)[None]
@@ -109,13 +110,26 @@ class Handle:
         if any(isinstance(each, Caching) for each in served):
             from saccade.hf.caching import Swap  # which imports transformers
 
-            self._swap = Swap(rotations_of(model, layers, served))
+            rotations = rotations_of(model, layers, served)
+            self.tell(rotations, served)
+            self._swap = Swap(rotations)
             self._changed.append(_Change(model, "_valid_auto_compile_criteria", _not_compiled))
             hook = torch.compiler.disable(self._swap.hook)  # a compiler leaves it as it is, and goes on behind it
             self._hooks = [layer.module.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
             embedding = model.get_input_embeddings()
             note = torch.compiler.disable(self._swap.note_ids)
             self._hooks.append(embedding.register_forward_pre_hook(note, with_kwargs=True))
+
+    def tell(self, rotations: Mapping[int, Mapping[int, Rotation]], served: Sequence[Serving]) -> None:
+        """Until this is restored, let policies that ask for it know how the model turns q and k, by their ids.
+
+        Errors: ValueError for what cannot be told, after which the model is as it was.
+        """
+        try:
+            self._changed += [_Change(policy, "rotation", rotation) for policy, rotation in told(rotations, served)]
+        except ValueError:
+            self.restore()
+            raise
 
     def memory(self) -> Memory:
         """Bytes that the caches of this model hold now, and those that transformers' own would hold beside them.
@@ -158,7 +172,7 @@ class Handle:
         if not all(change.stands for change in self._changed):
             raise RuntimeError("restore: a later apply on this model is still active; restore that one first")
         if self._changed:
-            for change in self._changed:
+            for change in reversed(self._changed):
                 change.undo()
             for hook in self._hooks:
                 hook.remove()

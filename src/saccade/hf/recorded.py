@@ -29,7 +29,9 @@ class Steps:
         self.options: dict[str, Any] = {}
         layers: Any = cache.layers
         sessions: dict[int, Session] = {id(layer.session): layer.session for layer in layers}
-        self.recorded = Recorded(list(sessions.values()), self._run, room=room, replayed=self._replayed, graph=graph)
+        self.recorded = Recorded(
+            list(sessions.values()), self._run, room=room, replayed=self._replayed, others=layers, graph=graph
+        )
 
     def _run(self, *inputs: Tensor) -> Any:
         cache: Any = {self.named: self.cache()}

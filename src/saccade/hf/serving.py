@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -174,8 +175,12 @@ def serving(what: Any, layers: list[Layer]) -> list[Serving]:
     """
     if is_file(what):
         what = tuned(what, layers)
+    if isinstance(what, Mapping):
+        raise TypeError(f"what: got a dict of {[*what]}; layers go by their place, so pass a list of {len(layers)}")
     if not isinstance(what, Sequence) or isinstance(what, str):
         what = [what] * len(layers)
+    if files := [str(each) for each in what if is_file(each)]:
+        raise ValueError(f"what: got the file {files[0]!r} in a list; pass it alone, it says what is in each layer")
     if len(what) != len(layers):
         raise ValueError(f"what: got {len(what)} for {len(layers)} layers of attention; pass one a layer")
     each_layer = zip(_together(list(what), layers), layers, strict=True)
@@ -189,6 +194,8 @@ def _one(what: Any, layer: Layer) -> Serving:
         _plain(what, layer)
         return Caching(what, None, layer.index)
     cls = what if isinstance(what, type) else type(what)
+    if inspect.isroutine(what) or issubclass(cls, Policy):
+        raise TypeError(f"what: got {_name(what)} itself; pass a policy that it makes, {_name(what)}(...)")
     if not issubclass(cls, Mechanism):
         raise TypeError(
             f"what: got {_name(what)}; pass a mechanism's id, an Attention (class or instance), a policy, None, or a "

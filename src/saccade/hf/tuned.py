@@ -44,8 +44,11 @@ def tuned(path: str | Path, layers: list[Layer]) -> list[Mechanism]:
     try:
         cls, chosen, dims = serves(said["mechanism"]), said["layers"], said["dims"]
         sizes = tuple(dims[name] for name in SIZES)
+        unlike = [each for each in chosen if not isinstance(each, dict)]
     except (KeyError, TypeError) as error:
         raise ValueError(f"what: {path} is not what saccade tune writes (no {error}); tune again") from error
+    if unlike:
+        raise ValueError(f"what: {path} is not what saccade tune writes (a layer of {unlike[0]!r}); tune again")
     for layer in layers:
         mine = tuple(getattr(layer.dims, name) for name in SIZES)
         if len(chosen) != len(layers) or sizes != mine:
@@ -58,6 +61,11 @@ def tuned(path: str | Path, layers: list[Layer]) -> list[Mechanism]:
             f"what: {path} was tuned for {said.get('model')}, whose weights are not those of this model; what is "
             "learnt in one means nothing in another, so tune again"
         )
+    for params in chosen:
+        if unknown := [name for name in params if name not in cls.params()]:
+            raise ValueError(
+                f"what: {path} gives {said['mechanism']} a parameter {unknown[0]!r}, which it does not have; tune again"
+            )
     tensors = read_tensors(path, said.get("tensors"), len(layers))
     return [placed(layer, cls, *each) for layer, each in zip(layers, zip(chosen, tensors, strict=True), strict=True)]
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saccade.cache import Rotation
+from saccade.cache import Policy, Rotation, Turned
+from saccade.cache.wrapped import Wrapped
 from saccade.hf.interface import NAME, Tokens
 from saccade.hf.layers import Layer
 from saccade.hf.serving import Caching, Serving
@@ -67,3 +68,30 @@ def rotations_of(model: Any, layers: Sequence[Layer], served: Sequence[Serving])
         if isinstance(each, Caching) and (rotation := rotation_of(model, layer)) is not None:
             found.setdefault(id(each.policy), {})[each.index] = rotation
     return found
+
+
+def told(rotations: Mapping[int, Mapping[int, Rotation]], served: Sequence[Serving]) -> list[tuple[Turned, Rotation]]:
+    """Policies that are to be told how q and k come turned, and how that is. rotations: of `rotations_of`.
+
+    Errors: ValueError for one that layers share which turn in unlike ways.
+    """
+    found: dict[int, tuple[Turned, Rotation]] = {}
+    for each in served:
+        if not isinstance(each, Caching):
+            continue
+        policy, mine = innermost(each.policy), list(rotations.get(id(each.policy), {}).values())
+        if mine and isinstance(policy, Turned):
+            if len(mine) < each.num_layers or any(mine[0] != other for other in mine):
+                raise ValueError(
+                    f"what: {policy} is shared by layers that turn q and k in unlike ways, and knows one; pass a list "
+                    "of mechanisms, one a layer"
+                )
+            found[id(policy)] = policy, mine[0]
+    return list(found.values())
+
+
+def innermost(policy: Policy) -> Policy:
+    """Who decides, of a policy that others may be wrapped around."""
+    while isinstance(policy, Wrapped):
+        policy = policy.policy
+    return policy

@@ -100,6 +100,8 @@ class Engine:
         most: int = 64,
         prefixes: int = 32,
     ) -> None:
+        if policies is not None and not (isinstance(policies, Mapping) and policies):
+            raise TypeError(f"policies: got {policies!r}; pass a dict of policies by name, or None for dense attention")
         self.policies = dict(policies or {DENSE: Policy()})
         for name, policy in self.policies.items():
             if not isinstance(policy, Policy):
@@ -112,7 +114,7 @@ class Engine:
         if chunk % self.page:
             raise ValueError(f"chunk: got {chunk}; pass whole pages, a multiple of {self.page}")
         self.most, self.prefixes = positive("most", most), positive("prefixes", prefixes, least=0)
-        self.reader = Reader(model, next(iter(self.policies.values())))
+        self.reader = Reader(model, self.policies.values())
         self.pools: dict[Any, PagePool] = {}
         self.waiting: list[Request] = []  # by number
         self.filling: Batch | None = None  # of one request, whose prompt is being read
@@ -183,7 +185,7 @@ class Engine:
             return sum(heads * -(-t // self.page) if t == seen + more else -(-heads * t // self.page) for t in each)
 
         pieces = [(start, min(self.chunk, prompt - start)) for start in range(0, prompt, self.chunk)]
-        return max(pages(seen, more) for seen, more in [*pieces, (prompt + max(0, tokens - 1), 0)])
+        return max(pages(seen, more) for seen, more in [*pieces, (prompt, 0), (prompt + max(0, tokens - 1), 0)])
 
     def cancel(self, request: Request) -> None:
         """End a request and give its pages back now."""
@@ -453,7 +455,7 @@ class Engine:
             if found is not None:
                 self._read.move_to_end(self._key(request, count))
                 return found.fork(), count
-        return Session(self.policies[request.policy], self.reader.num_layers, self.pools), 0
+        return self.reader.session(self.policies[request.policy], self.pools), 0
 
     def _remember(self, request: Request, session: Session) -> None:
         key = self._key(request, request.read)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from saccade.cache import Policy, Session
+from saccade.cache import PagePool, Policy, Session
 from saccade.hf.caching import cache_name
 from saccade.hf.handle import Handle
 from saccade.hf.interface import NAME, Tokens
 from saccade.hf.layers import layers_of
 from saccade.hf.serving import Asked, Caching, serving
+from saccade.hf.turned import rotations_of
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,24 @@ class Passing(CacheLayerMixin):
 class Reader:
     """A model of transformers that reads into sessions, until `restore`.
 
-    model: what `saccade.hf.apply` can reach. policy: one of those that will read; no layer may have what it does not
-    know, a sliding window or a softcap. num_layers, kv_heads, longest: of the model.
+    model: what `saccade.hf.apply` can reach. policies: those that will read; no layer may have what they do not know, a
+    sliding window or a softcap. num_layers, kv_heads, longest: of the model.
     """
 
-    def __init__(self, model: Any, policy: Policy) -> None:
+    def __init__(self, model: Any, policies: Collection[Policy]) -> None:
         layers = layers_of(model)
         self.model, self.num_layers, self.kv_heads = model, len(layers), layers[0].dims.num_kv_heads
         self.longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._short = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-        self.handle = Handle(model, layers, [Shared(cast(Caching, each)) for each in serving(policy, layers)])
+        each_policy = [[cast(Caching, each) for each in serving(policy, layers)] for policy in policies]
+        self.handle = Handle(model, layers, [Shared(each) for each in each_policy[0]])
+        self._rotations = next(iter(rotations_of(model, layers, each_policy[0]).values()), {})
+        for served in each_policy:
+            self.handle.tell({id(served[0].policy): self._rotations}, served)
+
+    def session(self, policy: Policy, pools: dict[Any, PagePool]) -> Session:
+        """Nothing read yet. pools: where its pages lie."""
+        return Session(policy, self.num_layers, pools, rotations=self._rotations)
 
     @torch.no_grad()
     def __call__(self, parts: Sequence[tuple[Session, Sequence[Sequence[int]], Sequence[int]]]) -> Tensor:

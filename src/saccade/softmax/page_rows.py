@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from saccade.softmax.merge import merge
 from saccade.softmax.problem import Problem
 
 if TYPE_CHECKING:
     from saccade.softmax.paged import Chosen, Pages
 
 SHORT, LONG = 1024, 8192  # tokens of a row on a CPU: fewer are one product, and no product has more
+FEW = 8  # queries of a row from which on the kernel is faster than products of keys with each
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
@@ -26,7 +27,8 @@ class Chunk:
     """Some slots of the first `rows` rows, `tokens` of each.
 
     They lie one after another, from page `start` for the first row and `step` pages on for each further one; or they
-    are to be copied, pages (rows, K), of heads (rows,). seen (rows, n or 1, tokens): by which query; None for all.
+    are to be copied, pages (rows, K), of heads (rows,), None for the only one. seen (rows, n or 1, tokens): by which
+    query; None for all.
     """
 
     rows: int
@@ -38,104 +40,176 @@ class Chunk:
     seen: Tensor | None = None
 
 
+class Layout:
+    """Where slots of rows lie, as the host has found it: all that asks for no more than tables and numbers of pages.
+
+    at (R, K): physical pages, in NumPy; used (R, K): those that are read. order: the rows, those with more slots first;
+    None as they are. ends (R,): slots of each, in that order. runs: of slots `first` to `last` of the first `rows`
+    rows, page `start` and `step` of a `Chunk`, None where they do not lie one after another. pages: all, int64. newest
+    (R,): where, among all tokens, the last page of each row begins.
+    """
+
+    def __init__(self, at: Any, used: Any, page: int) -> None:
+        self.order: Any = None
+        ends = used.shape[1] - used[:, ::-1].argmax(1) if used.shape[1] else np.zeros(len(used), np.int64)
+        self.ends = ends * used.any(1)
+        width = int(self.ends.max(initial=0))
+        at, used = at[:, :width], used[:, :width]
+        if width and self.ends.min() < width:
+            self.order = (-self.ends).argsort(kind="stable")
+            at, used, self.ends = (x[self.order] for x in (at, used, self.ends))
+        self.pages = torch.from_numpy((at * used).astype(np.int64))
+        self.newest = self.pages[:, -1] * page if width else self.pages.sum(1)
+        self.width = width
+        follow = (at[:, 1:] == at[:, :-1] + 1).all(0)
+        self.runs: list[tuple[int, int, int, tuple[int, int] | None]] = []
+        for first, last in _bounds(width, page):
+            rows = len(at) if self.order is None else int((self.ends > first).sum())
+            starts = at[:rows, first]
+            steps = starts[1:] - starts[:-1]
+            apart = int(steps[0]) if rows > 1 else 0
+            together = follow[first : last - 1].all() and apart >= 0 and bool((steps == apart).all())
+            self.runs.append((first, last, rows, (int(starts[0]), apart) if together else None))
+
+
+class Found:
+    """What the host has found of the tables of some pages, on a CPU: as long as they say the same, it looks once."""
+
+    def __init__(self) -> None:
+        self._of: Any = None
+        self._layout: Layout | None = None
+
+    def layout(self, table: Any, ends: Any, page: int) -> Layout:
+        """Of tables (R, K) of which each row reads the first `ends`: a number for all, or (R,); both in NumPy."""
+        of = table.tobytes(), table.shape, page, ends if isinstance(ends, int) else ends.tobytes()
+        if self._layout is None or self._of != of:
+            slots, last = np.arange(table.shape[1])[None], np.broadcast_to(ends, len(table))
+            self._of, self._layout = of, Layout(table, slots < last[:, None], page)
+        return self._layout
+
+
+def alike(lengths: Tensor) -> int | None:
+    """The length of all rows, on a CPU; None where they differ.
+
+    >>> alike(torch.tensor([3, 3])), alike(torch.tensor([3, 4]))
+    (3, None)
+    """
+    told = lengths.tolist()
+    return told[0] if told.count(told[0]) == len(told) else None
+
+
 class Rows:
     """Keys and values of every key head of every sequence, a row each, and the slots that it reads.
 
-    On a CPU what tables and lists say is NumPy's and the host looks for what lies together; elsewhere, and while it is
-    recorded, it is PyTorch's, the host knows none of it, and all is one chunk, copied. slots (R or 1, K): logical
-    pages; at (R, K): physical ones, anything where there is none; left (R, K): tokens from the first of a page to the
-    last of its row, at most 0 for none. back (n or 1,): tokens behind the last one that each query sees. order: the
-    rows, long ones first; None as they are.
+    On a CPU what tables and lists say is NumPy's and the host looks for what lies together (`Layout`); elsewhere, and
+    while it is recorded, it is PyTorch's, the host knows none of it, and all is one chunk, copied. slots (R or 1, K):
+    logical pages; at (R, K): physical ones, anything where there is none; left (R, K): tokens from the first of a page
+    to the last of its row, at most 0 for none. behind: tokens behind the last one that the first query does not see.
+    length: of all rows, where it is one, and every query sees all of it. heads: of each row, where they are several.
     """
 
     def __init__(self, problem: Problem, pages: Pages, chosen: Chosen | None, *, causal: bool) -> None:
         self.k, self.v, self.page, self.kv_heads = pages.k, pages.v, pages.page, pages.k.shape[1]
-        self.host = pages.k.device.type == "cpu" and not _recorded()
-        arange = np.arange if self.host else lambda *of: torch.arange(*of, device=pages.k.device)
-
-        def known(x: Tensor) -> Any:
-            return x.numpy() if self.host else x
-
-        table, lengths = pages.table, pages.lengths
+        self.host = pages.k.device.type == "cpu" and not recorded()
+        table, lengths, self.heads = pages.table, pages.lengths, None
         if self.kv_heads > 1:
+            self.heads = self._range(self.kv_heads * table.shape[0]) % self.kv_heads
             table, lengths = (x.repeat_interleave(self.kv_heads, 0) for x in (table, lengths))
-        self.count, self.heads = len(table), arange(len(table)) % self.kv_heads
-        self.token = arange(self.page)
-        self.back = arange(problem.q.shape[2] - 1, -1, -1) if causal else arange(1)
+        self.count = table.shape[0]
+        self.behind = problem.q.shape[2] - 1 if causal else 0
         # What is kept for gradients must not change when tokens are added.
         self.in_place = self.host and self.kv_heads == 1 and not problem.wants_gradients
         self.in_place &= all(x.stride(0) == self.page * x.stride(2) for x in (self.k, self.v))
-        self.order: Any = None
+        self.length: int | None = None
+        self.at: Any
+        self.left: Any
+        if chosen is None and self.host:
+            self._all(table, lengths, pages.found)
+            return
         if chosen is None:
-            slots, self.at = arange(table.shape[1])[None], known(table)
-            self.left = known(lengths)[:, None] - slots * self.page
+            self.at = table
+            self.left = lengths[:, None] - self._range(table.shape[1]) * self.page
         else:
-            slots = known(listed(pages, chosen).flatten(0, 1))
-            self.at = known(table)[arange(self.count)[:, None], slots * (slots >= 0)]
-            self.left = (known(lengths)[:, None] - slots * self.page) * (slots >= 0)
+            given = table, lengths, listed(pages, chosen).flatten(0, 1)
+            known: Any = [x.numpy() for x in given] if self.host else given
+            own, ends, slots = known
+            self.at = own[self._range(self.count)[:, None], slots * (slots >= 0)]
+            self.left = (ends[:, None] - slots * self.page) * (slots >= 0)
         if self.host:
-            self._sort()
+            self._sorted(Layout(self.at, self.left > 0, self.page))
 
-    def _sort(self) -> None:
+    def _range(self, *of: int) -> Any:
+        return np.arange(*of) if self.host else torch.arange(*of, device=self.k.device)
+
+    def _all(self, table: Tensor, lengths: Tensor, found: Found) -> None:
+        """Every page of every row."""
+        length = None if self.behind else alike(lengths)
+        if length is not None:
+            self.length, self.layout = length, found.layout(table.numpy(), -(-length // self.page), self.page)
+            return
+        self.left = lengths.numpy()[:, None] - self._range(table.shape[1]) * self.page
+        self._sorted(found.layout(table.numpy(), -(-lengths.numpy() // self.page), self.page))
+
+    def _sorted(self, layout: Layout) -> None:
         """Rows with more slots first, without slots that no row uses behind the last that is used."""
-        used = self.left > 0
-        ends = used.shape[1] - used[:, ::-1].argmax(1) if used.shape[1] else np.zeros(self.count, np.int64)
-        ends = ends * used.any(1)
-        width = int(ends.max(initial=0))
-        self.at, self.left, self.ends = self.at[:, :width], self.left[:, :width], ends
-        if width and ends.min() < width:
-            self.order = (-ends).argsort(kind="stable")
-            self.at, self.left, self.ends, self.heads = (x[self.order] for x in (self.at, self.left, ends, self.heads))
+        self.layout, self.left = layout, self.left[:, : layout.width]
+        if layout.order is not None:
+            self.left = self.left[layout.order]
+            self.heads = None if self.heads is None else self.heads[layout.order]
+
+    @property
+    def order(self) -> Any:
+        """The rows, long ones first; None as they are."""
+        return self.layout.order if self.host else None
 
     def chunks(self) -> Iterator[Chunk]:
         """All slots, at the same bounds wherever they lie: so that no last bit depends on that."""
-        width = self.at.shape[1]
         if not self.host:
-            yield self._copied(self.count, self.at, self.left, self.page * width, masked=True)
+            yield self._copied(self.count, self.at * (self.left > 0), self.left, self.page * self.at.shape[1])
             return
-        if not width:
-            return
-        full = (self.left - self.back[0] >= self.page).all(0)
-        follow = (self.at[:, 1:] == self.at[:, :-1] + 1).all(0)
-        for first, last in _bounds(width, self.page):
-            rows = self.count if self.order is None else int((self.ends > first).sum())
-            at, left = self.at[:rows, first:last], self.left[:rows, first:last]
-            tokens, masked = self.page * (last - first), False
-            if not full[first:last].all():
-                end = left[:, -1]
-                alike = not self.back[0] and full[first : last - 1].all() and bool((end == end[0]).all()) and end[0] > 0
-                masked, tokens = not alike, tokens - self.page + min(self.page, int(end[0])) if alike else tokens
-            starts = at[:, 0]
-            steps = starts[1:] - starts[:-1]
-            apart = int(steps[0]) if rows > 1 else 0
-            together = follow[first : last - 1].all() and apart >= 0 and bool((steps == apart).all())
-            if self.in_place and together and not masked:
-                yield Chunk(rows, tokens, int(starts[0]), apart)
+        for first, last, rows, place in self.layout.runs:
+            tokens, left = self._seen(first, last, rows)
+            if self.in_place and place is not None and left is None:
+                yield Chunk(rows, tokens, *place)
             else:
-                yield self._copied(rows, at, left, tokens, masked=masked)
+                yield self._copied(rows, self.layout.pages[:rows, first:last], left, tokens)
 
-    def _copied(self, rows: int, at: Any, left: Any, tokens: int, *, masked: bool) -> Chunk:
-        pages = at * (left > 0)
-        heads: Any = self.heads[:rows]
-        seen: Any = None
-        if masked:
-            seen = self.token < (left[:, None] - self.back[:, None])[..., None]
-            seen = seen.reshape(rows, len(self.back), tokens)
+    def _seen(self, first: int, last: int, rows: int) -> tuple[int, Any]:
+        """Tokens of a chunk, and `left` where not all of them are seen by every query of every row."""
+        tokens = self.page * (last - first)
+        if self.length is not None:
+            return min(tokens, self.length - self.page * first), None
+        left = self.left[:rows, first:last]
+        full = left - self.behind >= self.page
+        if full.all():
+            return tokens, None
+        end = left[:, -1]
+        if not self.behind and full[:, :-1].all() and bool((end == end[0]).all()) and end[0] > 0:
+            return tokens - self.page + min(self.page, int(end[0])), None
+        return tokens, left
+
+    def _copied(self, rows: int, pages: Tensor, left: Any, tokens: int) -> Chunk:
+        heads, seen = None if self.heads is None else self.heads[:rows], None
+        if left is not None:
+            back = self._range(self.behind, -1, -1)
+            seen = self._range(self.page) < (left[:, None] - back[:, None])[..., None]
+            seen = seen.reshape(rows, len(back), tokens)
         if not self.host:
             return Chunk(rows, tokens, pages=pages.long(), heads=heads, seen=seen)
-        ids, of = torch.from_numpy(pages.astype(np.int64)), torch.from_numpy(heads)
-        return Chunk(rows, tokens, pages=ids, heads=of, seen=None if seen is None else torch.from_numpy(seen))
+        heads, seen = (None if x is None else torch.from_numpy(x) for x in (heads, seen))
+        return Chunk(rows, tokens, pages=pages, heads=heads, seen=seen)
 
     def read(self, x: Tensor, chunk: Chunk, dtype: torch.dtype) -> Tensor:
         """Keys or values of a chunk, (rows, tokens, C); zeros where no query sees them."""
         if chunk.pages is None:
-            size, stride = (chunk.rows, chunk.tokens, x.shape[3]), (chunk.step * x.stride(0), x.stride(2), x.stride(3))
-            return x.as_strided(size, stride, x.storage_offset() + chunk.start * x.stride(0)).to(dtype)
-        assert chunk.heads is not None
-        if self.kv_heads > 1 and x.stride(0) != self.kv_heads * x.stride(1):
+            page, _, token, channel = x.stride()
+            size, stride = (chunk.rows, chunk.tokens, x.shape[3]), (chunk.step * page, token, channel)
+            found = x.as_strided(size, stride, x.storage_offset() + chunk.start * page)
+            return found if found.dtype == dtype else found.to(dtype)
+        if chunk.heads is not None and x.stride(0) != self.kv_heads * x.stride(1):
             found = x[chunk.pages, chunk.heads[:, None]]
         else:
-            at = chunk.pages if self.kv_heads == 1 else chunk.pages * self.kv_heads + chunk.heads[:, None]
+            at = chunk.pages if chunk.heads is None else chunk.pages * self.kv_heads + chunk.heads[:, None]
             found = x.flatten(0, 1).index_select(0, at.flatten())
         found = found.view(chunk.rows, -1, x.shape[3])[:, : chunk.tokens].to(dtype)
         # What weighs nothing must still be finite.
@@ -143,18 +217,18 @@ class Rows:
 
 
 def attend_rows(problem: Problem, pages: Pages, chosen: Chosen | None, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """(o, lse) in float32 at least, without sinks; the same bits wherever the pages lie.
+    """(o, lse) in float32 at least, without sinks; the same bits wherever the pages lie. lse is anything where the
+    problem needs none.
 
     The B sequences of q share the S of pages; causal: their queries are the last tokens there, else they see them all.
     """
     q = problem.q
-    (batch, heads, n, dim), kv_heads, own = q.shape, pages.k.shape[1], len(pages.table)
+    (batch, heads, n, dim), kv_heads, own = q.shape, pages.k.shape[1], pages.table.shape[0]
     rows = Rows(problem, pages, chosen, causal=causal)
     # Rows of one key head: the sequences of a prefix, the heads of its group, their queries.
-    form = own, batch // own, kv_heads, heads // kv_heads
-    each = q.to(torch.promote_types(q.dtype, torch.float32))
+    each = q if q.dtype == torch.float32 else q.to(torch.promote_types(q.dtype, torch.float32))
     if batch > own and kv_heads > 1:
-        each = each.view(*form, n, dim).transpose(1, 2)
+        each = each.view(own, batch // own, kv_heads, heads // kv_heads, n, dim).transpose(1, 2)
     each = each.reshape(own * kv_heads, -1, dim)
     each = each if each.stride(2) == 1 else each.contiguous()  # the kernel takes channels to lie side by side
     if rows.order is None:
@@ -164,25 +238,89 @@ def attend_rows(problem: Problem, pages: Pages, chosen: Chosen | None, *, causal
         o, lse = (x.index_select(0, back) for x in _attend(problem, rows, each.index_select(0, order)))
     if batch > own and kv_heads > 1:
         o, lse = (x.unflatten(0, (own, kv_heads)).unflatten(2, (batch // own, -1)).transpose(1, 2) for x in (o, lse))
-    return o.reshape(batch, heads, n, -1), lse.reshape(batch, heads, n).contiguous()
+    o = o.reshape(batch, heads, n, -1)
+    return o, lse.reshape(batch, heads, n).contiguous() if problem.needs_lse else lse
 
 
 def _attend(problem: Problem, rows: Rows, q: Tensor) -> tuple[Tensor, Tensor]:
     """(o (R, queries, Dv), lse (R, queries)) of q (R, queries, D)."""
-    parts = []
+    if rows.host and problem.q.shape[2] == 1 and q.shape[1] < FEW and not problem.wants_gradients:
+        return _few(problem, rows, q)
+    found = None
     for chunk in rows.chunks():
         k, v = (rows.read(x, chunk, q.dtype) for x in (rows.k, rows.v))
-        o, lse = _part(problem, q[: chunk.rows], k, v, chunk.seen)
-        if chunk.rows < len(q):
-            more = len(q) - chunk.rows
-            o, lse = (
-                torch.nn.functional.pad(o, (0, 0, 0, 0, 0, more)),
-                torch.nn.functional.pad(lse, (0, 0, 0, more), value=-torch.inf),
-            )
-        parts.append((o, lse))
-    if not parts:
-        return q.new_zeros(*q.shape[:2], rows.v.shape[3]), q.new_full(q.shape[:2], -torch.inf)
-    return parts[0] if len(parts) == 1 else merge(parts)
+        whole = chunk.rows == q.shape[0]
+        part = _part(problem, q if whole else q[: chunk.rows], k, v, chunk.seen)
+        found = _both(found or _nothing(rows, q), part) if found or not whole else part
+    return found or _nothing(rows, q)
+
+
+def _few(problem: Problem, rows: Rows, q: Tensor) -> tuple[Tensor, Tensor]:
+    """`_attend` where a row has few queries, all of one token: two products a chunk and one softmax over all of them.
+
+    Keys times queries takes the keys as they come, where queries times keys would first lay them out anew.
+    """
+    chunks, count = list(rows.chunks()), q.shape[0]
+    if not chunks:
+        return _nothing(rows, q)
+    columns, scores = (q * problem.scale).mT, q.new_empty(*q.shape[:2], sum(chunk.tokens for chunk in chunks))
+    ends = 0
+    for chunk in chunks:
+        part = scores.narrow(2, ends, chunk.tokens)
+        ends += chunk.tokens
+        if chunk.rows < count:
+            part[chunk.rows :] = -torch.inf
+            part = part[: chunk.rows]
+        each = columns if chunk.rows == count else columns[: chunk.rows]
+        part.copy_(torch.bmm(rows.read(rows.k, chunk, q.dtype), each).mT)
+        if problem.softcap is not None:
+            part.div_(problem.softcap).tanh_().mul_(problem.softcap)
+        if chunk.seen is not None:
+            part.masked_fill_(~chunk.seen, -torch.inf)
+    if chunks[0].rows == count:
+        weights = scores.softmax(2)
+        o = _weighed(rows, q, chunks, weights)
+        if math.isfinite(o.sum().item()):
+            return o, scores.amax(2) - weights.amax(2).log() if problem.needs_lse else scores[:, :, 0]
+    # A row may have seen nothing.
+    top = scores.amax(2, keepdim=True).clamp_(min=torch.finfo(q.dtype).min)  # -inf has no difference from itself
+    weights = scores.sub_(top).exp_()
+    total = weights.sum(2, keepdim=True)
+    o = _weighed(rows, q, chunks, weights)
+    o.div_(total.clamp(min=1))  # where anything is seen, the total is 1 at least
+    return o, total.log_().add_(top)[:, :, 0]
+
+
+def _weighed(rows: Rows, q: Tensor, chunks: list[Chunk], weights: Tensor) -> Tensor:
+    """Sums of the values of chunks, each with its columns of weights (R, queries, tokens)."""
+    first, o = 0, None
+    for chunk in chunks:
+        each = weights.narrow(2, first, chunk.tokens)
+        first += chunk.tokens
+        v = rows.read(rows.v, chunk, q.dtype)
+        if chunk.rows < q.shape[0]:
+            o = q.new_zeros(*q.shape[:2], v.shape[2]) if o is None else o
+            o[: chunk.rows].baddbmm_(each[: chunk.rows], v)
+        else:
+            o = torch.bmm(each, v) if o is None else o.baddbmm_(each, v)
+    assert o is not None
+    return o
+
+
+def _nothing(rows: Rows, q: Tensor) -> tuple[Tensor, Tensor]:
+    """What queries find that see no key."""
+    return q.new_zeros(*q.shape[:2], rows.v.shape[3]), q.new_full(q.shape[:2], -torch.inf)
+
+
+def _both(whole: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """What `merge` makes of two partial results, the second of the first rows alone, in fewer calls."""
+    (o, lse), (more, its), rows = whole, part, len(part[0])
+    if rows < len(o):
+        first = _both((o[:rows], lse[:rows]), part)
+        return torch.cat([first[0], o[rows:]]), torch.cat([first[1], lse[rows:]])
+    least = torch.finfo(lse.dtype).min  # two rows that saw nothing have no difference
+    share = (its.clamp(min=least) - lse.clamp(min=least)).sigmoid()
+    return o.lerp(more, share[:, :, None]), torch.logaddexp(lse, its)
 
 
 def _part(problem: Problem, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -213,7 +351,7 @@ def _part(problem: Problem, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None
     return o.flatten(1, 2), (top + total.log()).flatten(1)
 
 
-def _recorded() -> bool:
+def recorded() -> bool:
     """Whether what PyTorch is told is written down to be told again, so that what the host reads would be out of date:
     by a dispatch mode that says `records`.
     """

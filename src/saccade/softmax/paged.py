@@ -3,20 +3,56 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, replace
-from typing import Literal, overload
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from saccade.errors import known, positive
 from saccade.softmax.merge import absorb, merge
-from saccade.softmax.page_rows import attend_rows
+from saccade.softmax.normalizers import Softmax
+from saccade.softmax.page_rows import Found, attend_rows
 from saccade.softmax.problem import Problem
+from saccade.where import Full
 
 Chosen = Tensor | tuple[Tensor, Tensor]
 BACKENDS = ("auto", "triton", "torch")
 WIDEST = 256  # channels that the kernels hold
+FULL, SOFTMAX = Full(), Softmax()
+
+
+class Codes(NamedTuple):
+    """Keys or values of C frames in few bits: x'_td = zero + step code_td.
+
+    codes uint8 (C, tokens, bytes), two codes a byte of 4 `bits`, the first in the low ones. zero in the dtype of x',
+    step: (C, tokens, groups) of each `group` channels of a token, the last one perhaps of fewer; or, where group is 0,
+    (C, 1, D) of each channel of a frame. All contiguous.
+    """
+
+    codes: Tensor
+    zero: Tensor
+    step: Tensor
+    bits: int
+    group: int
+
+
+class Coded(NamedTuple):
+    """Where pages lie of which some are codes: tables name pages that have a frame in full precision or one of codes.
+
+    k, v: the codes. hot_at, cold_at (P,): the frame of a page among those in full precision, and among those of codes;
+    0 for none, so that nothing lies in frame 0 of either.
+    """
+
+    k: Codes
+    v: Codes
+    hot_at: Tensor
+    cold_at: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Of a frame."""
+        return self.k.codes.shape[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +62,8 @@ class Pages:
     k (P, Hkv, page, D), v (P, Hkv, page, Dv): what one head keeps of a page is one stretch of memory, 4 KiB of keys at
     16 tokens of 128 channels in bfloat16, so that a head which reads pages of its own reads nothing else. table (B,
     max_pages) int32: the physical page of each logical one; pages may be shared. lengths (B,) int32: tokens of each
-    sequence. What lies in pages that no table names, or behind a sequence's end, reaches no result.
+    sequence. What lies in pages that no table names, or behind a sequence's end, reaches no result. found: what a host
+    that reads these pages itself has found of the tables, for those who ask again; pages that follow these share it.
 
     >>> k, v = torch.randn(2, 2, 3, 50, 8)
     >>> pages = Pages.of(k, v, page=16, room=14)
@@ -40,6 +77,8 @@ class Pages:
     v: Tensor
     table: Tensor
     lengths: Tensor
+    found: Found = field(default_factory=Found, repr=False)
+    coded: Coded | None = None
 
     def __post_init__(self) -> None:
         for name, x in (("k", self.k), ("v", self.v)):
@@ -64,6 +103,13 @@ class Pages:
             )
 
     @classmethod
+    def trusted(cls, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, found: Found) -> Pages:
+        """Pages as they are, for a store, whose tensors are right by their making: nothing is checked."""
+        pages = object.__new__(cls)
+        vars(pages).update(k=k, v=v, table=table, lengths=lengths, found=found)
+        return pages
+
+    @classmethod
     def of(cls, k: Tensor, v: Tensor, page: int = 16, lengths: Tensor | None = None, room: int = 0) -> Pages:
         """k (B, Hkv, M, D), v (B, Hkv, M, Dv) in pages of `page` tokens, with room for `room` tokens more.
 
@@ -86,6 +132,11 @@ class Pages:
     def page(self) -> int:
         """Tokens a page."""
         return self.k.shape[2]
+
+    @property
+    def count(self) -> int:
+        """Pages that tables may name."""
+        return len(self.k) if self.coded is None else len(self.coded.hot_at) * self.coded.tokens // self.page
 
     @property
     def capacity(self) -> int:
@@ -121,7 +172,7 @@ class Pages:
 
         The host waits for the device: for doubt, and done at every call on a CPU.
         """
-        lengths, count = self.lengths, len(self.k)
+        lengths, count = self.lengths, self.count
         low, high = (int(end) for end in lengths.aminmax()) if len(lengths) else (0, 0)
         if low < 0 or high > self.capacity:
             raise ValueError(
@@ -221,13 +272,30 @@ def attend_pages(
     problem = _checked(q, pages, scale, sink, softcap)
     _check_batch(q, pages)
     _check_chosen(chosen, pages)
+    return _answer(*_found(problem, pages, chosen, backend), q.dtype, return_lse)
+
+
+def read_pages(
+    q: Tensor, pages: Pages, chosen: Chosen | None, scale: float | None, *, needs_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """(o, lse) of `attend_pages`, o in float32 or wider where it was computed in that; lse is anything if not needed.
+
+    For a store, whose tables, lengths and lists are right by their making, and that reads at every step: nothing is
+    checked.
+    """
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    problem = Problem(q, pages.k, pages.v, FULL, scale, None, None, None, SOFTMAX, needs_lse)
+    if q.is_cpu:
+        return attend_rows(problem, pages, chosen, causal=True)
+    return _found(problem, pages, chosen, "auto")
+
+
+def _found(problem: Problem, pages: Pages, chosen: Chosen | None, backend: str) -> tuple[Tensor, Tensor]:
     if _choose(backend, problem, pages) == "triton":
         from saccade.softmax.kernels import decode
 
-        found = decode.attend(problem, pages, chosen)
-    else:
-        found = _sunk(problem, *attend_rows(problem, pages, chosen, causal=True))
-    return _answer(*found, q.dtype, return_lse)
+        return decode.attend(problem, pages, chosen)
+    return _sunk(problem, *attend_rows(problem, pages, chosen, causal=True))
 
 
 def attend_cascade(

@@ -136,8 +136,10 @@ class Setting:
         made, own = serves(id), dict(params or {})
         if unknown := [name for name in own if name not in made.params()]:
             raise ValueError(f"id: {id} has no parameter {unknown[0]!r}; it has {', '.join(made.params())}")
-        if "theta" in made.params():
-            own = {"theta": theta_of(reader.model.config)} | own
+        try:
+            json.dumps(own)
+        except TypeError as error:
+            raise ValueError(f"params: got {own}, which the file cannot hold ({error}); leave it out") from error
         return cls(id, reader, layers_of(reader.model), own, lengths, beyond, count, seed)
 
     @property
@@ -202,14 +204,6 @@ class Setting:
             found,
             held_out,
         )
-
-
-def theta_of(config: Any) -> float | None:
-    """The base of a model's rotary positions, None where they are none or of another kind than the first paper's."""
-    said = getattr(config, "rope_parameters", None) or {}
-    plain = said.get("rope_type", "default") == "default" and said.get("partial_rotary_factor", 1.0) == 1.0
-    base = said.get("rope_theta", getattr(config, "rope_theta", None))
-    return float(base) if plain and base is not None else None
 
 
 def until_stopped() -> AbstractContextManager[Any]:

@@ -66,7 +66,7 @@ def teach(
 ) -> Adjusted:
     """Learn a mechanism's gates in all layers of a model.
 
-    id: of a mechanism that is `Taught`. params: of it (default: its own); theta is the model's. model: bundled, a
+    id: of a mechanism that is `Taught`. params: of it (default: its own). model: bundled, a
     transformers model by id or path, or a `Reader`; it stays as it is. steps: a prompt each (100). lengths: of these,
     in turns (1024). beyond: a length at which it is measured too (2048; None: not). count: held-out prompts measured a
     length (8). seed: of the prompts, and of what is random in gates and their training (0). device: of a model that is

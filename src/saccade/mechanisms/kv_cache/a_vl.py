@@ -10,14 +10,14 @@ from torch import Tensor
 
 from saccade.cache import Cached, Policy, Stored, Tokens, View, top
 from saccade.contract import Case, Dims, Finding, Held, Spec, claim, replay
-from saccade.errors import positive
+from saccade.errors import part, positive
 
 TEXT, SECONDARY, CORE = 0.0, 1.0, 2.0
 
 
-def share_of(part: float, count: int) -> int:
+def share_of(share: float, count: int) -> int:
     """A part of `count` tokens, rounded; at least one, where there is one."""
-    return min(count, max(1, int(part * count + 0.5)))
+    return min(count, max(1, int(share * count + 0.5)))
 
 
 class ByModality(Policy):
@@ -87,9 +87,7 @@ class ByModality(Policy):
 
     def whole(self, step: Stored) -> Tensor:
         """Which sequences read all that they hold, (G,) on the host."""
-        before = step.stored.aimed
-        since = step.seen - (before if step.rows is None else before[list(step.rows)])
-        return since % self.rule.period == 0
+        return (step.seen - step.mine(step.stored.aimed)) % self.rule.period == 0
 
     def read(self, step: Stored) -> Tensor | None:
         """Which tokens a step reads, (G, Hkv, M); None for all."""
@@ -171,12 +169,9 @@ class AVL(Cached):
         decoded: int = 16,
     ) -> None:
         super().__init__(dims, decoded=decoded)
-        for name, part, most in (("secondary", secondary, 1), ("core", core, secondary), ("text", text, 1)):
-            if not 0 < part <= most:
-                raise ValueError(f"{name}: got {part}; pass a part above 0 and up to {most}")
-        if not 0 <= recent <= 1:
-            raise ValueError(f"recent: got {recent}; pass a part from 0 to 1")
-        self.secondary, self.core, self.text, self.recent = secondary, core, text, recent
+        for name, share, most in (("secondary", secondary, 1), ("core", core, secondary), ("text", text, 1)):
+            part(name, share, zero=False, most=most)
+        self.secondary, self.core, self.text, self.recent = secondary, core, text, part("recent", recent)
         self.period, self.image = positive("period", period), image
         self.policy = ByModality(self)
 

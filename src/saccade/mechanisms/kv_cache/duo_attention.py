@@ -16,7 +16,7 @@ from saccade import attend
 from saccade.cache import Policy, Session, Stored, View
 from saccade.cache.view import usual
 from saccade.contract import CachePolicy, Case, Dims, Finding, Spec, claim
-from saccade.errors import positive
+from saccade.errors import part, positive
 from saccade.where import Causal, Pattern, PerHead, Plan, Sinks, Window
 
 
@@ -105,8 +105,8 @@ class DuoAttention(CachePolicy):
 
     def __init__(self, dims: Dims, *, share: float | None = 0.5, sink: int = 64, recent: int = 256) -> None:
         super().__init__(dims)
-        if share is not None and not 0 <= share <= 1:
-            raise ValueError(f"share: got {share}; pass a number from 0 to 1, or None to train the gates")
+        if share is not None:
+            part("share", share, "or None to train the gates")
         self.share, self.sink, self.recent = share, positive("sink", sink, least=0), positive("recent", recent)
         self.alpha = nn.Parameter(torch.ones(dims.num_kv_heads))
 

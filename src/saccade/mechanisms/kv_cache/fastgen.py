@@ -12,7 +12,7 @@ from torch import Tensor
 from saccade.cache import Cached, Policy, Session, Stored, View, top
 from saccade.cache.view import Place, attention_at
 from saccade.contract import Case, Dims, Finding, Held, Spec, claim, replay
-from saccade.errors import positive
+from saccade.errors import part, positive
 
 SPECIAL, PUNCTUATION, FREQUENT, LOCAL, FULL = range(5)
 
@@ -40,26 +40,26 @@ class Profiled(Policy):
     def sets(self, view: View, sums: Tensor) -> Tensor:
         """The five sets of every key head, (5, G, Hkv, M). sums (G, Hkv, M): attention that each token received."""
         there, positions, device = view.there, view.positions, sums.device
-        near = torch.tensor(self.widths(view), device=device)
-        rare = torch.tensor([[math.ceil(r * n) for r in self.rule.frequent] for n in view.seen.tolist()], device=device)
+        near = self.widths(view).to(device)
+        rare = view.by_seen(lambda seen: [math.ceil(r * seen) for r in self.rule.frequent]).to(device)
         special = (there & (positions < self.rule.sinks)) | self.named(view, self.rule.special)
         kind = special | self.named(view, self.rule.punctuation)
         frequent = kind | (there & top(sums.masked_fill(kind | ~there, -torch.inf), rare))
         local = frequent | (there & (positions >= view.ends[:, None, None] - near[..., None]))
         return torch.stack([special, kind, frequent, local, there])
 
-    def widths(self, view: View) -> list[list[int]]:
-        """How many of the newest tokens are local, of each sequence and key head."""
-        return [[max(1, int(r * seen)) for r in self.rule.local] for seen in view.seen.tolist()]
+    def widths(self, view: View) -> Tensor:
+        """How many of the newest tokens are local, (G, Hkv) on the host."""
+        return view.by_seen(lambda seen: [max(1, int(r * seen)) for r in self.rule.local])
 
     def missing(self, view: View, received: Tensor, sets: Tensor) -> Tensor:
         """Attention that the first four sets miss, the most of a key head's query heads, as a part: (4, G, Hkv).
 
         received (G, H, M): what each token got of the queries.
         """
-        each = received.unflatten(1, (-1, view.group))
+        each = view.grouped(received)
         beside = [(each * ~marks[:, :, None]).sum(-1) for marks in sets[:LOCAL]]
-        near = torch.tensor(self.widths(view), device=sets.device)
+        near = self.widths(view).to(sets.device)
         return torch.stack([*beside, self.far(view, sets[FREQUENT], near)]).amax(3) / view.q.shape[2]
 
     def piece(self, view: View) -> Tensor:
@@ -74,7 +74,7 @@ class Profiled(Policy):
             head = torch.tensor(self.rule.heads, device=sets.device).expand(sets.shape[1:3])
         keep = sets.gather(0, head[None, ..., None].expand(1, *sets.shape[1:]))[0]
 
-        widths = torch.tensor(self.widths(view))
+        widths = self.widths(view)
         view.note("near", torch.where(head == LOCAL, widths.to(head.device), (head > PUNCTUATION).long()))
         policy, count, most = torch.stack([head, keep.sum(-1), sets[FREQUENT].sum(-1)]).cpu()
         room = torch.where(policy == LOCAL, most + widths, count)
@@ -88,16 +88,17 @@ class Profiled(Policy):
         for block in view.blocks():
             oldest = at[..., None] + torch.arange(block.shape[2], device=at.device)
             out = ~kept[:, :, None] & (view.positions[:, :, None] <= oldest[..., None])
-            total = total + (block.unflatten(1, (-1, view.group)) * out[:, :, None]).sum((3, 4))
+            total = total + (view.grouped(block) * out[:, :, None]).sum((3, 4))
             at = at + block.shape[2]
         return total
 
     def after(self, step: Stored) -> None:
         head, room = step.notes("head"), step.notes("room")
         last = step.positions == step.ends[:, None, None] - 1
-        known = "token_ids" in step.shared and bool(self.rule.special + self.rule.punctuation)
+        names = self.rule.special + self.rule.punctuation
+        known = bool(names) and step.ids is not None
         if known:
-            fresh = last & self.named(step, self.rule.special + self.rule.punctuation)
+            fresh = last & self.named(step, names)
             room = room + (fresh.any(-1).cpu() & (head != SPECIAL) & (head != FULL))
             step.note("room", room)
         over = step.counts > room
@@ -190,9 +191,9 @@ class FastGen(Cached):
         """One for each key head."""
         heads = self.dims.num_kv_heads
         found = tuple(value) if isinstance(value, Sequence) else (value,) * heads
-        if len(found) != heads or not all(0 <= each <= 1 for each in found):
+        if len(found) != heads:
             raise ValueError(f"{name}: got {value}; pass a number from 0 to 1, or one for each of {heads} key heads")
-        return found
+        return tuple(part(name, each, f"or one for each of {heads} key heads") for each in found)
 
     @classmethod
     def calibrated(cls, dims: Dims, seen: Sequence[Any], **params: Any) -> FastGen:
@@ -226,7 +227,7 @@ class FastGen(Cached):
             missing = torch.cat([made.policy.missing(view, received, sets), torch.zeros_like(sets[:1, ..., 0]).float()])
             out = ~sets[min(head, FREQUENT)][:, :, None, None]
             if head >= LOCAL:
-                out = out & (age >= made.policy.widths(view)[0][0]) & (head == LOCAL)  # a full head misses nothing
+                out = out & (age >= int(made.policy.widths(view)[0, 0])) & (head == LOCAL)  # a full head misses nothing
             lost = (late[..., :n] * out).sum(-1) + later * (head <= PUNCTUATION)
             lost = torch.maximum(missing[head], lost.mean(-1).amax(-1))
             found.append(torch.stack([1 - lost[0].double(), sets[head][0].double().mean(-1)]).cpu())

@@ -57,13 +57,18 @@ class KVCompose(Cached):
     q (B, L H, N, D), k, v (B, L Hkv, N, D) -> o (B, L H, N, D), the heads of layer 0 first. p: attention of the task
     prompt to the context and to itself, not renormalised. What stays has its positions; what is decoded is appended.
     Paper: arXiv 2509.05165; the scores and the rule of layer 0 follow the authors' code (KVComposePress in kvpress).
-    Deviations: their task prompt is fed in a second pass and thrown away, which takes a model, and is the context once
-    more by default; here it is the end of the prompt, which stays and counts in the budget. A share is rounded for one
-    layer before it is multiplied by their number; theirs of all layers is rounded down. budget: a part of the prompt's
-    tokens, or tokens, the mean over layers (default 0.25). probe: tokens of the task prompt (32). structured: False
-    shares the budget over the heads of all layers instead, which makes them ragged (True). value_norm: scores times
-    ||v_j|| (False). decoded: tokens that are decoded (16). num_layers: L (1). Costs N^2 / 2 pairs of the prompt, and
-    probe N more; then budget N a step. Errors: ValueError for a budget that does not hold the task prompt.
+    Deviations: the task prompt. Theirs is read in a second pass behind the whole context, at positions that follow it,
+    by default the context once more; its attention is noted, its keys are thrown away, and what comes next takes the
+    positions behind the context. That takes a model, which a policy has not, and tokens that were read and count for
+    nothing. Here there is one pass: the task prompt is the end of the prompt, `probe` tokens that see what is before
+    them, stay, and count in the budget. So a prompt that ends with its question is scored by the question; one that
+    ends with nothing in particular is scored by its last tokens, where theirs is by all of it, read again. A share is
+    rounded for one layer before it is multiplied by their number; theirs of all layers is rounded down. budget: a part
+    of the prompt's tokens, or tokens, the mean over layers (default 0.25). probe: tokens of the task prompt (32).
+    structured: False shares the budget over the heads of all layers instead, which makes them ragged (True).
+    value_norm: scores times ||v_j|| (False). decoded: tokens that are decoded (16). num_layers: L (1). Costs N^2 / 2
+    pairs of the prompt, and probe N more; then budget N a step. Errors: ValueError for a budget that does not hold the
+    task prompt.
 
     >>> x = torch.randn(1, 4, 40, 8)
     >>> KVCompose(Dims(4, 8), probe=4, num_layers=2)(x, x, x).shape

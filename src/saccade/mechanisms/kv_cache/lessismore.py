@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from saccade.cache import Cached, Reader, Session, Stored, Tokens
-from saccade.contract import Case, Dims, Finding, Spec, claim, replay
-from saccade.errors import positive
+from saccade.contract import Case, Dims, Finding, Spec, claim, replay, tokens_of
+from saccade.errors import part, positive
 
 
 class Union(Reader):
@@ -97,16 +97,15 @@ class LessIsMore(Cached):
         decoded: int = 16,
     ) -> None:
         super().__init__(dims, decoded=decoded, num_layers=num_layers)
-        if not 0 < ratio <= 1:
-            raise ValueError(f"ratio: got {ratio}; pass a number in (0, 1], the part of the budget that heads choose")
-        self.budget, self.ratio, self.sinks = budget, ratio, positive("sinks", sinks, least=0)
+        self.ratio = part("ratio", ratio, "the part of the budget that heads choose", zero=False)
+        self.budget, self.sinks = budget, positive("sinks", sinks, least=0)
         self.start, self.correction = positive("start", start, least=0), positive("correction", correction, least=start)
         self.policy = Union(self)
 
     def chosen(self, q: Tensor, k: Tensor) -> list[int]:
         """S of one layer, by the book: q (H, D), k (Hkv, L, D)."""
         (heads, _), (kv_heads, length) = q.shape, k.shape[:2]
-        count = math.ceil(self.budget * length) if isinstance(self.budget, float) else self.budget
+        count = tokens_of(self.budget, length)
         if length <= count:
             return list(range(length))
         most = int(self.ratio * count)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from saccade.cache import Cached, Reader, Stored, Tokens, View
-from saccade.contract import Case, Dims, Finding, Spec, claim, replay
+from saccade.cache import Cached, Reader, Stored, Tokens, View, budgeted
+from saccade.cache.view import widened
+from saccade.contract import Case, Dims, Finding, Spec, claim, replay, tokens_of
 from saccade.errors import positive
 
 
@@ -101,7 +101,7 @@ class Recall(Reader):
     def enter(self, view: View, q: Tensor) -> None:
         """Find the spans of the newest tokens, and enter them into the index."""
         ltri, n = self.ltri, q.shape[2]
-        at = view.ends[:, None] - n + torch.arange(-ltri.window, n, device=q.device)
+        at = view.ends[:, None] - n + torch.arange(-ltri.window, n, device=q.device)  # of a window before them, too
         keys = view.k.take_along_dim(at.clamp(min=0)[:, None, :, None], 2)
         maps, there = local_maps(q, keys, at >= 0, ltri.window, view.scale)
         at, keys = at[:, ltri.window :], keys[:, :, ltri.window :]
@@ -150,13 +150,12 @@ class Recall(Reader):
 
     def labels(self, step: Stored) -> Tensor:
         """(G, M): which index vectors are of the span of each token, -1 for none yet."""
-        label = step.notes("label")
-        return pad(label, (0, step.num_seen - label.shape[1]), value=-1)
+        return widened(step.notes("label"), step.num_seen)
 
     @torch.no_grad()
     def select(self, step: Stored) -> Tokens:
         ltri, ends, index = self.ltri, step.ends[:, None], step.notes("index")
-        q = step.q[:, :, 0].to(index.dtype).unflatten(1, (-1, step.group))
+        q = step.grouped(step.q[:, :, 0].to(index.dtype))
         scores = torch.einsum("bhgd,bhsvd->bhgsv", q, index).amax(-1).flatten(1, 2) * step.scale
         p = scores.masked_fill(~step.notes("exists")[:, None], -torch.inf).softmax(-1)
         votes = ltri.persist * step.notes("votes") + (p if ltri.lead is None else p * ltri.lead.to(p)[:, None]).sum(1)
@@ -230,7 +229,7 @@ class LtriLLM(Cached):
     ) -> None:
         super().__init__(dims, decoded=decoded)
         self.sinks, self.recent = positive("sinks", sinks, least=0), positive("recent", recent)
-        if isinstance(budget, int) and budget < sinks + recent:
+        if isinstance(budgeted("budget", budget), int) and budget < sinks + recent:
             raise ValueError(
                 f"budget: got {budget} tokens, which does not hold {sinks} sinks and {recent} recent tokens; pass at "
                 f"least {sinks + recent}, or fewer of those"
@@ -306,7 +305,7 @@ class LtriLLM(Cached):
                 best = [(one[h // group] @ queries[b, h, t]).max() / d**0.5 for one in vectors[b]]
                 votes = [u + lead[h] * p for u, p in zip(votes, torch.stack(best).softmax(-1).tolist(), strict=True)]
             before[b] = votes
-            count = math.ceil(self.budget * (t + 1)) if isinstance(self.budget, float) else self.budget
+            count = tokens_of(self.budget, t + 1)
             order = [*range(t, max(-1, t - self.recent), -1), *range(min(self.sinks, t + 1))]
             for s in sorted(range(len(votes)), key=lambda s: -votes[s]):
                 order += places[b][s]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from saccade import attend
 from saccade.cache import Cached, Reader, Stored, Tokens, View
-from saccade.contract import Case, Dims, Finding, Spec, claim, replay
-from saccade.errors import positive
+from saccade.cache.view import widened
+from saccade.contract import Case, Dims, Finding, Spec, claim, replay, tokens_of
+from saccade.errors import part, positive
 from saccade.where import Causal, Plan
 
 Read = Callable[[int, int, list[list[int]]], list[list[int]]]
@@ -47,9 +48,7 @@ class Slots(Reader):
         step.pass_on("picked", picked, fill=-1)
         if bool(mine.all()):
             return None
-        short = nn.functional.pad(picked, (0, step.there.shape[2] - picked.shape[2]), value=-1)
-        whole = step.slots.masked_fill(~step.there, -1)
-        return Tokens(torch.where(retrieves, whole, short))
+        return Tokens(torch.where(retrieves, step.only(), widened(picked, step.there.shape[2])))
 
 
 class LycheeDecode(Cached):
@@ -110,11 +109,10 @@ class LycheeDecode(Cached):
         decoded: int = 16,
     ) -> None:
         super().__init__(dims, decoded=decoded, num_layers=num_layers)
-        if share is not None and not 0 <= share <= 1:
-            raise ValueError(f"share: got {share}; pass a number from 0 to 1, or None: heads with E z > 0.5")
-        if not 0 < keep <= 1:
-            raise ValueError(f"keep: got {keep}; pass a number in (0, 1], the part of the keys seen in training")
-        self.budget, self.share, self.keep, self.soft = budget, share, keep, soft
+        if share is not None:
+            part("share", share, "or None: heads with E z > 0.5")
+        self.keep = part("keep", keep, "the part of the keys seen in training", zero=False)
+        self.budget, self.share, self.soft = budget, share, soft
         self.every = every if every is None else positive("every", every)
         self.a, self.b = (nn.Parameter(torch.ones(dims.num_kv_heads)) for _ in range(2))
         self.policy = Slots(self)
@@ -189,8 +187,7 @@ class LycheeDecode(Cached):
         full = {*range(first), *(g for g in best if self.share is not None or values[g] > 0.5)}
 
         def largest(row: Tensor, query: Tensor, part: float | int) -> list[int]:
-            count = math.ceil(part * len(row)) if isinstance(part, float) else part
-            return sorted((row @ query).argsort(descending=True)[:count].tolist())
+            return sorted((row @ query).argsort(descending=True)[: tokens_of(part, len(row))].tolist())
 
         def deployed(b: int, t: int, held: list[list[int]]) -> list[list[int]]:
             if self.every is not None and (t - prompt + 1) % self.every == 0:

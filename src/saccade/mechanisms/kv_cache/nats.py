@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saccade import attend
-from saccade.cache import Policy, Stored, View
+from saccade.cache import Policy, Rotation, Stored, Turned, View
 from saccade.cache.view import usual
 from saccade.contract import Attention, Case, Dims, Finding, Mixer, Spec, apart, claim, rotated, sample
 from saccade.errors import positive
-from saccade.mix import turn_at
+from saccade.mix import rotary_rates, turn_at
 from saccade.softmax import Pages, attend_lifetimes, attend_pages
 from saccade.softmax.lifetimes import alive
 from saccade.where import Causal, Window
@@ -87,13 +87,14 @@ class Lifetimes:
         return o
 
 
-class Typed(Policy):
+class Typed(Turned, Policy):
     """Keeps globals, locals since the last of them, and sliding tokens of ages up to W. Column: a token's type."""
 
     columns = 1
 
-    def __init__(self, layer: InLayer) -> None:
+    def __init__(self, layer: InLayer, rotation: Rotation | None) -> None:
         self.layer = layer
+        self.turned_by(rotation, layer.dims.head_dim)
 
     def tokens(self, seen: int, index: int = 0, num_layers: int = 1) -> None:
         return None
@@ -105,11 +106,10 @@ class Typed(Policy):
     @torch.no_grad()
     def piece(self, view: View) -> Tensor:
         """Which tokens live on, when the types of those that just came are noted."""
-        n = view.q.shape[2]
-        new = torch.arange(-n, 0, device=view.q.device)
-        place = view.there.sum(-1)[..., None] + new  # behind those that are held
+        new = view.at - view.ends[:, None]  # -N, ..., -1
+        place = view.there.sum(-1)[..., None] + new[:, None]  # behind those that are held
         k, v = (x.gather(2, place[..., None].expand(-1, -1, -1, x.shape[3])) for x in (view.k, view.v))
-        kinds = self.layer.types(view.q, k, v, view.ends[:, None] + new).argmax(-1)
+        kinds = self.layer.types(view.q, k, v, view.at).argmax(-1)
         view.columns[..., 0].scatter_(2, place, kinds.to(view.columns))
         kinds, at = view.columns[..., 0].round(), view.positions
         newest = at.masked_fill((kinds != GLOBAL) | ~view.there, -1).amax(-1, keepdim=True)
@@ -131,31 +131,26 @@ class InLayer(Lifetimes, Attention):
 
     q (B, H, N, D), k, v (B, Hkv, N, D) -> o (B, H, N, D); W (3 Hkv, (H + 2 Hkv) D), zeros at first: all is global. The
     projections are linear in what the layer reads, so that this is the W_t x of the paper wherever they lose nothing
-    of x, and norms of q and k aside. In training `charged` is what the last call owes for lifetimes. theta: None for a
-    model whose rotary turn is not known; then q and k come turned.
+    of x, and norms of q and k aside. In training `charged` is what the last call owes for lifetimes. rotation: R, None
+    for 1; a model says its own where that is known (`saccade.cache.Turned`), and else q and k count as they come.
     """
 
     causal = True
     per_head = True
     learning: ClassVar[Mapping[str, Any]] = {"lr": 2e-3, "weight_decay": 0.1, "betas": (0.9, 0.95)}
 
-    def __init__(self, dims: Dims, *, window: int = 16, lam: float = 5e-7, theta: float | None = 10000.0) -> None:
+    def __init__(self, dims: Dims, *, window: int = 16, lam: float = 5e-7, rotation: Rotation | None = None) -> None:
         super().__init__(dims)
-        if theta is not None and (dims.head_dim % 2 or not theta > 0):
-            raise ValueError(
-                f"theta: got {theta} with head_dim {dims.head_dim}; pass a base > 0 and an even one, or None"
-            )
-        self.window, self.lam, self.theta = positive("window", window), lam, theta
+        self.window, self.lam = positive("window", window), lam
         channels = (dims.num_heads + 2 * dims.num_kv_heads) * dims.head_dim
         self.kind = nn.Parameter(torch.zeros(3 * dims.num_kv_heads, channels))
         self.charged: Tensor | None = None
-        self.policy = Typed(self)
+        self.policy = Typed(self, rotation)
 
     def types(self, q: Tensor, k: Tensor, v: Tensor, at: Tensor) -> Tensor:
         """One-hot (B, Hkv, N, 3) of tokens at positions at (N,) or (B, N)."""
         q, k, v = (x.detach().to(self.kind.dtype) for x in (q, k, v))
-        if self.theta is not None:
-            q, k = (turn_at(x, -at[..., None, :], self.theta) for x in (q, k))
+        q, k = (self.policy.back(x, at[..., None, :]) for x in (q, k))
         z = F.linear(torch.cat([q, k, v], 1).transpose(1, 2).flatten(2), self.kind)
         return self.typed(z.unflatten(2, (-1, 3)).transpose(1, 2), at)
 
@@ -171,12 +166,11 @@ class InLayer(Lifetimes, Attention):
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (batch, heads, n, d), kv_heads, w = q.shape, k.shape[1], dict(self.named_parameters())["kind"].to(q.dtype)
-        rows = q.new_zeros(q.shape)
+        rows, (rates, scale) = q.new_zeros(q.shape), self.policy.numbers
         for b in range(batch):
             kinds: list[list[str]] = []
             for j in range(n):
-                parts = torch.cat([q[b, :, j], k[b, :, j]])
-                parts = parts if self.theta is None else rotated(parts, torch.tensor(-j), self.theta)
+                parts = rotated(torch.cat([q[b, :, j], k[b, :, j]]), torch.tensor(-j), rates, 1 / scale)
                 z = (w @ torch.cat([*parts, *v[b, :, j]])).view(kv_heads, 3).argmax(-1).tolist()
                 kinds.append([("global", "local", "sliding")[x if j else 0] for x in z])
             for h in range(heads):
@@ -196,7 +190,8 @@ class InLayer(Lifetimes, Attention):
 
     @classmethod
     def cases(cls) -> list[Case]:
-        return [Case(Dims(4, 8, 2), 29, {"window": 3}), Case(Dims(2, 6), 23, {"theta": None}, batch=1)]
+        part = Rotation(rotary_rates(3, 100.0), scale=1.3)
+        return [Case(Dims(4, 8, 2), 29, {"window": 3, "rotation": part}), Case(Dims(2, 6), 23, batch=1)]
 
     @classmethod
     def learner(cls, dims: Dims, **params: Any) -> InLayer:

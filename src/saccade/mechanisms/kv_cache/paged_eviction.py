@@ -43,7 +43,7 @@ class WholePages(Policy):
         return top(scores, self.counts(view)[:, 0])[:, None].expand(view.there.shape)
 
     def counts(self, view: View) -> Tensor:
-        return torch.minimum(view.counts, torch.tensor([[self.tokens(seen)] for seen in view.seen.tolist()]))
+        return torch.minimum(view.counts, view.by_seen(lambda seen: [self.tokens(seen)]))
 
     def after(self, step: Stored) -> None:
         held = step.counts[:, 0].tolist()

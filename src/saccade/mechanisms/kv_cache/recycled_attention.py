@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saccade.cache import Cached, Policy, Stored, Tokens, Uniform, View
+from saccade.cache.view import widened
 from saccade.contract import Case, Dims, Finding, Spec, claim, replay
 from saccade.errors import positive
 
@@ -35,7 +36,7 @@ class Recycles(Policy):
         newest = (step.ends - 1)[:, None, None].expand(-1, step.counts.shape[1], 1)
         slots = torch.cat([step.notes("recycled"), newest], -1)
         if due:
-            every = torch.where(step.there, step.slots, -1)
+            every = step.only()
             apart = self._apart(step)
             if whole or bool(apart.any()):  # by similarity the host waits, once every so many steps
                 slots = every if whole else self._mixed(apart, every, slots)
@@ -53,13 +54,13 @@ class Recycles(Policy):
 
     def _mixed(self, apart: Tensor, every: Tensor, slots: Tensor) -> Tensor:
         """All tokens of some sequences, the list of the others."""
-        return torch.where(apart[:, None, None], every, F.pad(slots, (0, every.shape[2] - slots.shape[2]), value=-1))
+        return torch.where(apart[:, None, None], every, widened(slots, every.shape[2]))
 
     def _weights(self, step: Stored, slots: Tensor) -> Tensor:
         """Attention of a step's query to some slots (G, Hkv, K): (G, H, K)."""
         keys = step.stored.read(step.stored.pool.k, slots.clamp(min=0), step.rows)
         dtype = torch.promote_types(keys.dtype, torch.float32)
-        q = step.q[:, :, 0].unflatten(1, (-1, step.group)).to(dtype)
+        q = step.grouped(step.q[:, :, 0]).to(dtype)
         scores = torch.einsum("bhgd,bhmd->bhgm", q, keys.to(dtype)) * step.scale
         return scores.masked_fill((slots < 0)[:, :, None], -torch.inf).softmax(-1).flatten(1, 2)
 

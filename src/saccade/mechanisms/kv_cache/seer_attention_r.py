@@ -10,23 +10,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saccade.cache import Cached, Reader, Session, Stored
+from saccade.cache import Cached, Reader, Rotation, Session, Stored, Turned
 from saccade.cache.view import attention_at
 from saccade.contract import Case, Dims, Finding, Spec, claim, replay, rotated
-from saccade.errors import positive
-from saccade.mix import turn_at
+from saccade.errors import part, positive
+from saccade.mix import rotary_rates
 
 EPS = 1e-6
 
 
-class Gated(Reader):
+class Gated(Turned, Reader):
     """Reads the pages, which are the blocks, of the largest gates, and the newest.
 
     The note "gates" (B, Hkv, blocks, E) holds the gate keys of finished blocks, zeros where there is none.
     """
 
-    def __init__(self, seer: SeerAttentionR, budget: float | int, threshold: float | None) -> None:
+    def __init__(
+        self, seer: SeerAttentionR, budget: float | int, threshold: float | None, rotation: Rotation | None
+    ) -> None:
         super().__init__(budget, seer.block)
+        self.turned_by(rotation, seer.dims.head_dim)
         self.seer, self.threshold = seer, threshold
 
     @torch.no_grad()
@@ -51,15 +54,8 @@ class Gated(Reader):
         scores = scores.masked_fill(block > newest, -torch.inf)
         if self.threshold is not None:
             return torch.where((scores.softmax(-1) > self.threshold) | (block == newest), block, -1)
-        best = scores.masked_fill(block == newest, -torch.inf).topk(min(blocks - 1, self._most(step)), -1)
-        taken = torch.arange(best.indices.shape[2], device=at.device) < self.reads(step, self.page)[:, None, None]
-        chosen = best.indices.masked_fill(~taken | (best.values == -torch.inf), -1)
+        chosen = self.best(step, scores.masked_fill(block == newest, -torch.inf), self.page)
         return torch.cat([chosen, newest.expand(-1, chosen.shape[1], 1)], -1)
-
-    def _most(self, step: Stored) -> int:
-        if isinstance(self.budget, int):
-            return max(1, self.budget // self.page)
-        return math.ceil(step.num_seen * self.budget / self.page) + 1  # one for rounding; `reads` has the number
 
     def _finish(self, step: Stored) -> None:
         """Gate keys of the blocks that the newest tokens complete; the host knows which."""
@@ -85,8 +81,8 @@ class SeerAttentionR(Cached):
 
     q (B, H, N, D), k, v (B, Hkv, N, D) -> o (B, H, N, D); W_h (D, E), h the query heads of a key head, which share what
     they read; W_k (3 D, E); norm: of the root mean square, with a weight. q and k come as attention meets them, turned
-    by rotary angles; the gates see them turned back, and turn what they make by R, at the first token of a block. With
-    a threshold a step reads the blocks whose softmax over all blocks is above it, c_b = 0 for an unfinished one.
+    by `rotation`; the gates see them turned back, and turn what they make by R, at the first token of a block. With a
+    threshold a step reads the blocks whose softmax over all blocks is above it, c_b = 0 for an unfinished one.
     `fit` trains by `loss(q, k)`: 10 KL(target || softmax_b(g_i . c_b / sqrt(E))), a mean over all elements, queries of
     the second half, blocks before the query's; the target is the largest weight of attention in a block and group,
     divided by their sum. The paper trains the gates alone: AdamW at 1e-3, 800 steps of 16 texts of 32k tokens.
@@ -94,10 +90,11 @@ class SeerAttentionR(Cached):
     newest block takes no place of the others, where in their code it does, with a score of 0 until it is finished;
     blocks that are finished while decoding are turned by their first position, as in training, where their cache takes
     the last. budget: tokens, in whole blocks, or a part of those so far, rounded up (default 4096). threshold: a
-    probability, in place of the budget (None). block: s, tokens (64). gate_dim: E, even (128). theta: base of the
-    rotary angles (10000.0), None for models without. decoded: tokens that are decoded (16). Costs N^2 / 2 pairs of the
-    prompt; a step reads E numbers a block, and budget + s tokens at most. The loss makes the attention of 128 queries
-    at a time. Errors: ValueError for a budget of 0, odd gate_dim or head_dim, a threshold outside [0, 1].
+    probability, in place of the budget (None). block: s, tokens (64). gate_dim: E (128). rotation: by which q and k
+    come turned, None for as they are; a model says its own where that is known (`saccade.cache.Turned`). R is the same
+    over E channels (`Rotation.over`). decoded: tokens that are decoded (16). Costs N^2 / 2 pairs of the prompt; a step
+    reads E numbers a block, and budget + s tokens at most. The loss makes the attention of 128 queries at a time.
+    Errors: ValueError for a budget of 0, a threshold outside [0, 1], a rotation of more than D channels.
 
     >>> seer, (q, k) = SeerAttentionR(Dims(2, 8), budget=16, block=8, gate_dim=4), torch.randn(2, 1, 2, 60, 8)
     >>> seer(q, k, k).shape, seer.loss(q, k).shape
@@ -111,7 +108,7 @@ class SeerAttentionR(Cached):
         paper="2506.08889",
         year=2025,
         family="kv_cache",
-        uses=("Cached", "Reader", "turn_at"),
+        uses=("Cached", "Reader", "Rotation"),
         discrete=True,
     )
     per_head = True
@@ -126,39 +123,35 @@ class SeerAttentionR(Cached):
         threshold: float | None = None,
         block: int = 64,
         gate_dim: int = 128,
-        theta: float | None = 10000.0,
+        rotation: Rotation | None = None,
         decoded: int = 16,
     ) -> None:
         super().__init__(dims, decoded=decoded)
-        self.block, self.theta, d, e = positive("block", block), theta, dims.head_dim, positive("gate_dim", gate_dim)
-        if threshold is not None and not 0 <= threshold <= 1:
-            raise ValueError(f"threshold: got {threshold}; pass a probability, or None")
-        if theta is not None and (d % 2 or e % 2 or not theta > 0):
-            raise ValueError(
-                f"theta: got {theta} with head_dim {d} and gate_dim {e}; rotary angles take a base > 0 and even sizes, "
-                "or pass None"
-            )
+        self.block, d, e = positive("block", block), dims.head_dim, positive("gate_dim", gate_dim)
+        if threshold is not None:
+            part("threshold", threshold, "a probability, or None")
         heads = dims.num_kv_heads
         self.query = nn.Parameter(torch.randn(heads, dims.group, d, e) * (dims.group * d) ** -0.5)
         self.key = nn.Parameter(torch.randn(heads, 3 * d, e) * (3 * d) ** -0.5)
         self.query_norm, self.key_norm = (nn.Parameter(torch.ones(e)) for _ in range(2))
         self.budget, self.threshold = budget, threshold
-        self.policy = Gated(self, budget, threshold)
+        self.policy = Gated(self, budget, threshold, rotation)
 
-    def turned(self, x: Tensor, at: Tensor, back: bool = False) -> Tensor:
-        """x (..., N, C), turned by the rotary angles of positions at (..., N), or back."""
-        return x if self.theta is None else turn_at(x, -at if back else at, self.theta)
+    def turned(self, x: Tensor, at: Tensor) -> Tensor:
+        """What gates are made of, x (..., N, E), turned by the angles of positions at (..., N)."""
+        rotation = self.policy.rotation
+        return x if rotation is None else rotation.over(x.shape[-1] // 2).turn(x, at)
 
     def gate_queries(self, q: Tensor, at: Tensor) -> Tensor:
         """g (B, Hkv, N, E) of q (B, H, N, D) at positions at (N,), or what broadcasts to (B, H, N)."""
-        q = self.turned(q.to(self.query.dtype), at, back=True).unflatten(1, (self.dims.num_kv_heads, -1))
+        q = self.policy.back(q.to(self.query.dtype), at).unflatten(1, (self.dims.num_kv_heads, -1))
         g = F.rms_norm(torch.einsum("bhgnd,hgde->bhne", q, self.query), self.query_norm.shape, self.query_norm, EPS)
         return self.turned(g, at)
 
     def gate_keys(self, keys: Tensor, at: Tensor) -> Tensor:
         """c (B, Hkv, blocks, E) of whole blocks (B, Hkv, blocks, s, D) whose first positions are at (blocks,)."""
         places = at[..., None] + torch.arange(keys.shape[3], device=keys.device)
-        keys = self.turned(keys.to(self.key.dtype), places, back=True)
+        keys = self.policy.back(keys.to(self.key.dtype), places)
         c = torch.cat([keys.amax(3), keys.amin(3), keys.mean(3)], -1) @ self.key
         return self.turned(F.rms_norm(c, self.key_norm.shape, self.key_norm, EPS), at)
 
@@ -225,8 +218,17 @@ class SeerAttentionR(Cached):
         (_, heads, n, _), kv_heads, w = q.shape, k.shape[1], {x: y.detach() for x, y in self.named_parameters()}
         prompt, group, size = max(1, n - self.decoded), heads // kv_heads, self.block
 
+        rates, scale = self.policy.numbers
+        logs = [math.log(rate) for rate in rates]
+        count = len(w["query_norm"]) // 2 if logs else 0
+        wide = []  # of the gates: on the line through the two nearest logarithms
+        for place in (len(rates) * j / count for j in range(count)):
+            low = max(0, min(int(place), len(rates) - 2))
+            slope = logs[low + 1] - logs[low] if len(rates) > 1 else 0.0
+            wide.append(math.exp(logs[low] + slope * (place - low)))
+
         def spun(x: Tensor, t: int, sign: int) -> Tensor:
-            return x if self.theta is None else rotated(x, torch.tensor(sign * t), self.theta)
+            return rotated(x, torch.tensor(sign * t), rates if sign < 0 else wide, scale**sign)
 
         def normed(x: Tensor, weight: Tensor) -> Tensor:
             return x / (x.square().mean() + 1e-6) ** 0.5 * weight
@@ -259,15 +261,18 @@ class SeerAttentionR(Cached):
 
     @classmethod
     def cases(cls) -> list[Case]:
+        all_of, some = Rotation(rotary_rates(4, 50.0), scale=1.2), Rotation(rotary_rates(2, 9.0), scale=1.6)
+        few = {"block": 3, "gate_dim": 4, "decoded": 9}
         return [
-            Case(Dims(4, 8, 2), 37, {"budget": 0.3, "block": 4, "gate_dim": 6, "theta": 50.0, "decoded": 13}),
-            Case(Dims(2, 6), 29, {"budget": 11, "block": 5, "gate_dim": 4, "decoded": 12}, batch=3),
-            Case(Dims(3, 5, 1), 23, {"threshold": 0.15, "block": 3, "gate_dim": 4, "theta": None, "decoded": 9}),
+            Case(Dims(4, 8, 2), 37, {"budget": 0.3, "block": 4, "gate_dim": 6, "rotation": all_of, "decoded": 13}),
+            Case(Dims(2, 6), 29, {"budget": 11, "block": 5, "gate_dim": 7, "rotation": some, "decoded": 12}, batch=3),
+            Case(Dims(3, 5, 1), 23, {"threshold": 0.2, "rotation": some, **few}),
+            Case(Dims(3, 5, 1), 23, {"threshold": 0.15, **few}),
         ]
 
     @classmethod
     def full_budget(cls, dims: Dims, length: int) -> dict[str, float | int | None]:
-        return {"budget": length, "block": 4, "theta": None}
+        return {"budget": length, "block": 4}
 
     @classmethod
     def planted(cls, seed: int) -> tuple[Tensor, Tensor]:
@@ -295,7 +300,7 @@ class SeerAttentionR(Cached):
     def distils(cls) -> Finding:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            seer = cls(Dims(4, 32, 2), block=16, gate_dim=16, theta=None)
+            seer = cls(Dims(4, 32, 2), block=16, gate_dim=16)
         losses, (q, k) = seer.fit(map(cls.planted, range(200)), 1e-2), cls.planted(1000)
         with torch.no_grad():
             gates = seer.logits(q, k, 256)

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saccade.cache import Cached, Policy, Session, Stored, Tokens, View
-from saccade.cache.view import Place
+from saccade.cache.view import Place, widened
 from saccade.contract import Case, Dims, Finding, Spec, claim, replay
-from saccade.errors import positive
+from saccade.errors import part, positive
 
 GOLDEN = (5**0.5 - 1) / 2
 ROUNDS = 300
@@ -89,7 +89,7 @@ class Squeezes(Policy):
             sizes = counted(labels, count, points)
             for name, value in (("centroids", points), ("sizes", sizes), ("labels", labels)):
                 view.note(f"{level}_{name}", value.unflatten(0, shape), fill=-1 if name == "labels" else 0)
-            q = view.q[:, :, -self.window :].unflatten(1, (-1, view.group)).to(points.dtype)
+            q = view.grouped(view.q[:, :, -self.window :]).to(points.dtype)
             scores = torch.einsum("bhgnd,bhkd->bhgnk", q, points.unflatten(0, shape)) * view.scale
             worth = estimate(scores, sizes.unflatten(0, shape)[:, :, None, None]).exp().mean((2, 3))
             view.note(f"{level}_worth", worth)
@@ -129,17 +129,17 @@ class Squeezes(Policy):
         kept = F.pad(kept, (0, 1), value=True)  # of label -1: the window, and all after it
         tokens = step.slots.shape[2]
         labels = step.notes("fine_labels")[..., :tokens]
-        labels = F.pad(labels, (0, tokens - labels.shape[2]), value=-1) % kept.shape[2]
-        return Tokens(torch.where(kept.gather(2, labels) & step.there, step.slots, -1))
+        labels = widened(labels, tokens) % kept.shape[2]
+        return Tokens(step.only(kept.gather(2, labels)))
 
     def _kept(self, step: Stored, level: str, alive: Tensor | None) -> Tensor:
         """Which clusters are worth the threshold, of those that are alive: bool (G, Hkv, K)."""
         centroids, sizes = step.notes(f"{level}_centroids"), step.notes(f"{level}_sizes")
-        q = step.q[:, :, 0].unflatten(1, (-1, step.group)).to(centroids.dtype)
+        q = step.grouped(step.q[:, :, 0]).to(centroids.dtype)
         if alive is not None:
             sizes = sizes * alive
         worth = estimate(q @ centroids.mT * step.scale, sizes[:, :, None]).logsumexp(2) - math.log(step.group)
-        limit = step.shared[level] if step.rows is None else step.shared[level][list(step.rows)]
+        limit = step.mine(step.shared[level])
         # What equals the threshold but for rounding reaches it: all that there is, where all keys are in one cluster.
         kept = worth >= (limit - torch.finfo(worth.dtype).eps ** 0.75)[:, None, None]
         return kept if alive is None else kept & alive
@@ -200,8 +200,8 @@ class SqueezedAttention(Cached):
         super().__init__(dims, decoded=decoded, num_layers=num_layers)
         shares = {"budget": budget, "clusters": clusters, "coarse": coarse, "coarse_budget": coarse_budget}
         for name, share in shares.items():
-            if share is not None and not 0 < share <= 1:
-                raise ValueError(f"{name}: got {share}; pass a part, in (0, 1]")
+            if share is not None:
+                part(name, share, zero=False)
         if coarse is not None and coarse > clusters:
             raise ValueError(f"coarse: got {coarse} beside clusters {clusters}; pass fewer, they are made of those")
         self.budget, self.clusters, self.window = budget, clusters, positive("window", window)

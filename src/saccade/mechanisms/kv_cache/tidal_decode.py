@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from saccade.cache import Cached, Reader, Session, Stored, Tokens
-from saccade.contract import Case, Dims, Finding, Spec, claim, replay
+from saccade.contract import Case, Dims, Finding, Spec, claim, replay, tokens_of
 from saccade.errors import positive
 
 
@@ -85,7 +83,7 @@ class TidalDecode(Cached):
         heads, group = q.shape[1] // self.num_layers, q.shape[1] // k.shape[1]
 
         def read(b: int, t: int, held: list[list[int]]) -> list[list[int]]:
-            count = math.ceil(self.budget * (t + 1)) if isinstance(self.budget, float) else self.budget
+            count = tokens_of(self.budget, t + 1)
             sets: list[list[int]] = []
             for at in range(q.shape[1]):  # query heads of all layers
                 layer = at // heads

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from saccade import attend
 from saccade.cache import Cached, Policy, Quantized, Session, Stored, Tokens, View
-from saccade.cache.view import Place
+from saccade.cache.view import Place, widened
 from saccade.contract import Case, Dims, Finding, Spec, claim
-from saccade.errors import positive
+from saccade.errors import part, positive
 from saccade.where import BlockBand, Causal, Pattern, PerHead, Sinks
 
 
@@ -42,9 +42,8 @@ class Serves(Policy):
         if len(dense):
             none = order.new_full((len(view.q), len(dense) * view.group, self.engine.pages), -1)
             view.note("pages", none, fill=-1)
-            new = view.ends[:, None] - view.q.shape[2] + torch.arange(view.q.shape[2], device=order.device)
             keys = view.k.index_select(1, dense)
-            self._widen(view, keys.gather(2, new[:, None, :, None].expand(-1, len(dense), -1, keys.shape[3])))
+            self._widen(view, keys.gather(2, view.at[:, None, :, None].expand(-1, len(dense), -1, keys.shape[3])))
         if len(dense) == len(streams):
             return None
         first = (view.ends[:, None, None] // self.page - self.engine.local // self.page) * self.page
@@ -52,17 +51,16 @@ class Serves(Policy):
         return near | ~streams.to(near.device)[:, None]
 
     def counts(self, view: View) -> Tensor:
-        streaming = torch.tensor([self.engine.window(seen) for seen in view.seen.tolist()])[:, None]
+        streaming = view.by_seen(self.engine.window)[:, None]
         return torch.where(view.notes("streams"), streaming, view.seen[:, None])
 
     @torch.no_grad()
     def _widen(self, view: View, keys: Tensor) -> None:
-        """Let the bounds hold keys (G, dense heads, n, D) of the last n tokens."""
-        engine, (batch, heads, n, d) = self.engine, keys.shape
+        """Let the bounds hold keys (G, dense heads, N, D) of the tokens that ask."""
+        engine, (batch, heads, _, d) = self.engine, keys.shape
         known = "low" in view.stored.notes if isinstance(view, Stored) else False
         width = -(-view.num_seen // engine.page) * (engine.page // engine.logical)
-        first = view.ends[:, None] - n + torch.arange(n, device=keys.device)
-        at = (first // engine.logical)[:, None, :, None].expand(-1, heads, -1, d)
+        at = (view.at // engine.logical)[:, None, :, None].expand(-1, heads, -1, d)
         for name, fill, reduce in (("low", torch.inf, "amin"), ("high", -torch.inf, "amax")):
             bounds = view.notes(name) if known else keys.new_empty(batch, heads, 0, d)
             if bounds.shape[2] < width:
@@ -77,7 +75,7 @@ class Serves(Policy):
         """
         low, high = step.notes("low"), step.notes("high")
         heads, dtype = step.notes("heads")[0, : low.shape[1]], torch.promote_types(low.dtype, torch.float32)
-        q = step.q[:, :, 0].unflatten(1, (-1, step.group)).index_select(1, heads).to(dtype)
+        q = step.grouped(step.q[:, :, 0]).index_select(1, heads).to(dtype)
         # Of each channel the larger of two products: that with high where q > 0, with low where q < 0.
         scores = q.clamp(min=0) @ high.to(dtype).mT + q.clamp(max=0) @ low.to(dtype).mT
         begins = torch.arange(low.shape[2], device=low.device) * self.engine.logical
@@ -90,8 +88,7 @@ class Serves(Policy):
         scores = scores.masked_fill(torch.arange(scores.shape[2], device=last.device) == last, -torch.inf)
         best = scores.topk(min(self.engine.pages - 1, scores.shape[2]), -1)
         pages = best.indices.masked_fill(best.values == -torch.inf, -1)
-        pages = torch.cat([pages, last.expand(-1, pages.shape[1], -1)], 2)
-        return nn.functional.pad(pages, (0, self.engine.pages - pages.shape[2]), value=-1)
+        return widened(torch.cat([pages, last.expand(-1, pages.shape[1], -1)], 2), self.engine.pages)
 
     def select(self, step: Stored) -> Tokens | None:
         past, device = step.seen - 1, step.q.device
@@ -99,8 +96,7 @@ class Serves(Policy):
         dense = int((~streams).sum())
         if not dense:
             return None
-        pieces = step.stored.aimed if step.rows is None else step.stored.aimed[list(step.rows)]
-        due = (past % self.engine.every == 0) | (past == pieces)
+        due = (past % self.engine.every == 0) | (past == step.mine(step.stored.aimed))
         if bool(due.any()):
             pages = self._listed(step)
             if not bool(due.all()):
@@ -115,22 +111,20 @@ class Serves(Policy):
         parts = [torch.cat([slots, now.expand(-1, slots.shape[1], -1)], 2)]
         if dense < len(streams):
             heads = step.notes("heads")[0, dense:]
-            lengths = step.stored.lengths[step.stored._rows(step.rows)].view(len(past), -1, 1).index_select(1, heads)
+            lengths = step.lengths[..., None].index_select(1, heads)
             held = torch.arange(int(step.counts[:, streams].max()), device=device)
             held = held.masked_fill(held >= lengths, -1).repeat_interleave(step.group, 1)
             width = max(held.shape[2], parts[0].shape[2])
-            parts = [nn.functional.pad(x, (0, width - x.shape[2]), value=-1) for x in (*parts, held)]
+            parts = [widened(x, width) for x in (*parts, held)]
         place = step.notes("heads")[0].argsort()
-        return Tokens(torch.cat(parts, 1).unflatten(1, (-1, step.group)).index_select(1, place).flatten(1, 2))
+        return Tokens(step.grouped(torch.cat(parts, 1)).index_select(1, place).flatten(1, 2))
 
     def after(self, step: Stored) -> None:
         store, streams = step.stored, step.notes("streams")
         if dense := int((~streams[0]).sum()):
-            newest = (store.lengths[store._rows(step.rows)].view(len(streams), -1, 1) - 1).long()
-            keys = store.read(store.pool.k, newest, step.rows)
+            keys = store.read(store.pool.k, (step.lengths[..., None] - 1).long(), step.rows)
             self._widen(step, keys.index_select(1, step.notes("heads")[0, :dense]))
-        kept = torch.tensor([self.engine.window(seen) for seen in step.seen.tolist()])[:, None]
-        over = streams & (step.counts > kept)
+        over = streams & (step.counts > step.by_seen(self.engine.window)[:, None])
         if bool(over.any()):
             page = torch.full(over.shape, self.engine.sinks // self.page, device=step.q.device)
             store.drop_page(page, step.rows, over)
@@ -218,9 +212,8 @@ class LServe(Cached):
         num_layers: int = 1,
     ) -> None:
         super().__init__(dims, decoded=decoded, num_layers=num_layers)
-        if not 0 <= streaming <= 1:
-            raise ValueError(f"streaming: got {streaming}; pass a part of the key heads, from 0 to 1")
-        self.streaming, self.every, self.page = streaming, positive("every", every), positive("page", page)
+        self.streaming = part("streaming", streaming, "the part of the key heads that stream")
+        self.every, self.page = positive("every", every), positive("page", page)
         self.logical, self.budget = positive("logical", logical), positive("budget", budget)
         self.sinks, self.local = positive("sinks", sinks, least=0), positive("local", local)
         self.prefill_sinks = positive("prefill_sinks", prefill_sinks, least=0)

@@ -23,12 +23,51 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from saccade.softmax.kernels.arguments import Heads
+from saccade.softmax import paged
 from saccade.softmax.kernels.scores import LOG2E, along, tanh
 from saccade.softmax.paged import Chosen, Pages
 from saccade.softmax.problem import Problem
 
 SHARED = 227 * 1024  # bytes of shared memory that programs of a multiprocessor divide
 OVERHEAD = 2 * 1024  # of it, what a program needs beside its keys, values and queries
+
+
+class Codes(NamedTuple):
+    """Codes as the kernels are given them: see `softmax.paged.Codes`, whose tensors these are.
+
+    BITS: a code. GROUP: channels of a token that share zero and step; 0 where all tokens of a frame share those of a
+    channel, of PER pages that the tables may name.
+    """
+
+    x: Tensor
+    zero: Tensor
+    step: Tensor
+    BITS: tl.constexpr
+    GROUP: tl.constexpr
+    PER: tl.constexpr
+
+    @classmethod
+    def of(cls, codes: paged.Codes, per: int) -> Codes:
+        given = (codes.bits, codes.group, per)
+        return cls(codes.codes, codes.zero, codes.step, *(tl.constexpr(x) for x in given))
+
+
+class Memory(NamedTuple):
+    """Keys or values of all pages: those in full precision, x as in `Heads`, and the codes of the others, if any."""
+
+    x: Tensor
+    stride_b: int
+    stride_h: int
+    stride_n: int
+    codes: Codes | None
+
+
+class Places(NamedTuple):
+    """Where pages lie that may be codes: see `softmax.paged.Coded`."""
+
+    hot_at: Tensor
+    cold_at: Tensor
+    PER: tl.constexpr
 
 
 class Lists(NamedTuple):
@@ -163,6 +202,20 @@ def located(table, logical, length, PAGE: tl.constexpr):
 
 
 @triton.jit
+def placed(places, physical, origin, length):
+    """Where physical pages lie: i > 0, page i of those in full precision; -i < 0, page i of codes; 0, none is there."""
+    if places is None:
+        return physical
+    else:
+        there = origin < length
+        cold = tl.load(places.cold_at + physical // places.PER, mask=there, other=0).to(tl.int32)
+        hot = tl.load(places.hot_at + physical // places.PER, mask=there, other=0).to(tl.int32)
+        within = physical % places.PER
+        own = tl.where(cold > 0, -(cold * places.PER + within), hot * places.PER + within)
+        return tl.where(there, own, 0)
+
+
+@triton.jit
 def fetch(
     heads, head, physical, slot, there,
     PAGE: tl.constexpr, BN: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
@@ -185,14 +238,76 @@ def fetch(
 
 
 @triton.jit
+def restore(
+    codes, page, slot, there, dtype: tl.constexpr,
+    PAGE: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """As `fetch`, from codes: zero + step code, in float32, then in dtype."""
+    PACK: tl.constexpr = 8 // codes.BITS
+    BYTES: tl.constexpr = (WIDTH + PACK - 1) // PACK
+    GROUP: tl.constexpr = PADDED if codes.GROUP == 0 else min(codes.GROUP, PADDED)
+    GROUPS: tl.constexpr = PADDED // GROUP
+    token = (slot + tl.arange(0, BN)) % PAGE
+    row = page.to(tl.int64) * PAGE + token
+    group = tl.arange(0, GROUPS)
+    byte = group[:, None] * (GROUP // PACK) + tl.arange(0, GROUP // PACK)[None, :]
+    packed = tl.load(
+        codes.x + row[:, None, None] * BYTES + byte[None, :, :],
+        mask=there[:, None, None] & (byte < BYTES)[None, :, :],
+        other=0,
+    ).to(tl.int32)
+    if PACK == 2:
+        packed = tl.reshape(tl.join(packed & 15, packed >> 4), [BN, GROUPS, GROUP])
+    # A whole number below 2^23 behind the exponent of 2^23 is that number on top of it: no conversion, which is slow.
+    number = (packed | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    if codes.GROUP > 0:
+        COUNT: tl.constexpr = (WIDTH + codes.GROUP - 1) // codes.GROUP
+        beside = row[:, None] * COUNT + group[None, :]
+        here = there[:, None] & (group < COUNT)[None, :]
+        zero = tl.load(codes.zero + beside, mask=here, other=0.0).to(tl.float32)[:, :, None]
+        step = tl.load(codes.step + beside, mask=here, other=0.0).to(tl.float32)[:, :, None]
+    else:
+        channel = tl.arange(0, PADDED)
+        if PAGE % BN == 0:
+            beside = (page // codes.PER).to(tl.int64) * WIDTH + channel[None, None, :]
+            here = (page > 0) & (channel < WIDTH)[None, None, :]
+        else:
+            beside = (page // codes.PER).to(tl.int64)[:, None, None] * WIDTH + channel[None, None, :]
+            here = there[:, None, None] & (channel < WIDTH)[None, None, :]
+        zero = tl.load(codes.zero + beside, mask=here, other=0.0).to(tl.float32)
+        step = tl.load(codes.step + beside, mask=here, other=0.0).to(tl.float32)
+    x = tl.reshape((zero + step * number).to(dtype), [BN, PADDED])
+    return x if DIM == 0 else tl.trans(x)
+
+
+@triton.jit
+def read(
+    x, head, place, slot, there,
+    PAGE: tl.constexpr, BN: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    DIM: tl.constexpr,
+):  # fmt: skip
+    """As `fetch`, of pages that lie where `placed` says."""
+    if x.codes is None:
+        return fetch(x, head, place, slot, there, PAGE, BN, STRIDE, WIDTH, PADDED, DIM)
+    else:
+        hot = fetch(x, head, place, slot, there & (place > 0), PAGE, BN, STRIDE, WIDTH, PADDED, DIM)
+        dtype = x.x.dtype.element_ty
+        cold = restore(x.codes, -place, slot, there & (place < 0), dtype, PAGE, BN, WIDTH, PADDED, DIM)
+        if PAGE % BN == 0:
+            return tl.where(place < 0, cold, hot)
+        else:
+            return tl.where(along(place < 0, DIM), cold, hot)
+
+
+@triton.jit
 def attend_split(
-    q, k, v, table, table_stride, lengths, lists, part_o, part_lse, scale, cap, shared, all_rows, kept, parts,
+    q, k, v, places, table, table_stride, lengths, lists, part_o, part_lse, scale, cap, shared, all_rows, kept, parts,
     NQ: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     PAD_D: tl.constexpr, PAD_DV: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, PAGE: tl.constexpr,
     UNIT: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, AXIS: tl.constexpr,
     CAUSAL: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q: Heads; k, v: Heads over (P, Hkv, page, D); part_o (programs + lists, kept, DV), part_lse (programs + lists,
+    """q: Heads; k, v: Memory of (P, Hkv, page, D); part_o (programs + lists, kept, DV), part_lse (programs + lists,
     kept), in base 2. all_rows = GROUP shared NQ: what reads a key head, heads first, then the `shared` sequences of a
     prefix, then their queries; ROWS of them a list, `parts` lists; BN tokens a step.
     """
@@ -225,6 +340,8 @@ def attend_split(
         origin, physical = located(row_table, logical, length, PAGE)
         origin_1, physical_1 = located(row_table, logical_1, length, PAGE)
         origin_2, physical_2 = located(row_table, logical_2, length, PAGE)
+        place = placed(places, physical, origin, length)
+        place_1 = placed(places, physical_1, origin_1, length)
         logical = listed(lists, names, first + 3 * BN, last, PAGE, BN)
         nought = tl.minimum(length, 0)  # loops that only hand a value on are not pipelined; this sum looks like work
 
@@ -257,8 +374,8 @@ def attend_split(
             else:
                 position = origin + (slot + tl.arange(0, BN)) % PAGE
                 some = position < length
-            ks = fetch(k, head, physical, slot, some, PAGE, BN, K_STRIDE, D, PAD_D, AXIS)
-            vs = fetch(v, head, physical, slot, position < length, PAGE, BN, V_STRIDE, DV, PAD_DV, 1 - AXIS)
+            ks = read(k, head, place, slot, some, PAGE, BN, K_STRIDE, D, PAD_D, AXIS)
+            vs = read(v, head, place, slot, position < length, PAGE, BN, V_STRIDE, DV, PAD_DV, 1 - AXIS)
             if AXIS == 0:
                 z = tl.dot(ks, qs, input_precision=PRECISION) * scale
             else:
@@ -278,9 +395,9 @@ def attend_split(
                 acc = tl.dot(p.to(vs.dtype), vs, acc, input_precision=PRECISION)
             top = new
             origin = origin_1 + nought
-            physical = physical_1 + nought
+            place = place_1 + nought
             origin_1 = origin_2 + nought
-            physical_1 = physical_2 + nought
+            place_1 = placed(places, physical_2, origin_2, length) + nought
             origin_2, physical_2 = located(row_table, logical, length, PAGE)
             logical = listed(lists, names, slot + 4 * BN, last, PAGE, BN)
         blind = mass == 0
@@ -412,7 +529,7 @@ def partial(
     cap = None if problem.softcap is None else problem.softcap * log2e
     overlap = q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) >= (9, 0)
     attend_split[(programs,)](
-        Heads.of(q), Heads.of(pages.k), Heads.of(pages.v), table, table.stride(0), lengths, lists,
+        Heads.of(q), *memory(pages), table, table.stride(0), lengths, lists,
         part_o, part_lse, problem.scale * log2e, cap, shared, all_rows, kept, parts,
         nq, kv_heads, group, d, dv, pad_d, pad_dv, pages.k.stride(2), pages.v.stride(2), page, unit, cut.rows,
         cut.tokens, block, cut.axis, causal, overlap, "ieee" if q.dtype == torch.float32 else "tf32",
@@ -426,6 +543,16 @@ def partial(
         num_warps=1, launch_pdl=overlap,
     )  # fmt: skip
     return o, lse
+
+
+def memory(pages: Pages) -> tuple[Memory, Memory, Places | None]:
+    """Keys, values, and where pages lie if some are codes."""
+    k, v, coded = Heads.of(pages.k), Heads.of(pages.v), pages.coded
+    if coded is None:
+        return Memory(*k, None), Memory(*v, None), None
+    per = coded.tokens // pages.page
+    places = Places(coded.hot_at, coded.cold_at, tl.constexpr(per))
+    return Memory(*k, Codes.of(coded.k, per)), Memory(*v, Codes.of(coded.v, per)), places
 
 
 def cut_of(rows: int, pad_d: int, pad_dv: int, bytes_each: int) -> Cut:
