@@ -5,6 +5,8 @@ that leave other types behind, what is None in one variant alone. Prints a line 
 """
 
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 
 import torch
 import triton
@@ -12,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from saccade.scan.kernels import launch, selective_ops, step_ops
+from saccade.scan.kernels.abreast import compiling
 from saccade.scan.kernels.delta_launch import DeltaLaunch
 from saccade.scan.kernels.launch import Launch, Sizes, Tile
 
@@ -47,6 +50,7 @@ def main(dtype: torch.dtype) -> None:
     Sizes.of = classmethod(lambda cls, *problem: cls(32, Tile(16, 4, 2)))
     Launch.stretches = 2
     launch.ANCHORED = 64
+    first_calls(dtype)
     steps(dtype)
     selective(dtype)
     delta(dtype)
@@ -62,6 +66,29 @@ def main(dtype: torch.dtype) -> None:
             o, found, after, after_sums, starts, start_sums = problem.forward(memory, sums, dtype)
             given = (found, after, after_sums) if mass else (None, after, None)
             problem.backward(o, *given, memory, sums, starts, start_sums)
+
+
+def first_calls(dtype: torch.dtype) -> None:
+    """A call whose kernels were compiled side by side compiles none when it launches them."""
+    found: list[str] = []
+
+    def note(**compiled) -> None:
+        found.append(compiled["repr"])
+
+    q, k, v = (torch.zeros(1, 2, 64, 16, dtype=dtype) for _ in range(3))
+    gates, beta, memory = torch.zeros(1, 2, 64), torch.zeros(1, 2, 64), torch.zeros(1, 2, 16, 16)
+    linear = Launch(q, k, v, gates, None, 0.5, False)
+    delta = DeltaLaunch(q, k, v, gates, None, 0.5, beta)
+    triton.knobs.runtime.jit_post_compile_hook = note
+    for trial in (lambda: linear.trial(memory, None, dtype, True), lambda: delta.trial(memory, True)):
+        with compiling():
+            trial()
+        assert found
+        found.clear()
+        with redirect_stdout(StringIO()):
+            trial()
+        print(f"compiled late: {found}", flush=True)
+    triton.knobs.runtime.jit_post_compile_hook = None
 
 
 def steps(dtype: torch.dtype) -> None:

@@ -14,7 +14,7 @@ from saccade.testing.budget import assert_close
 
 module = importlib.import_module("saccade.scan.associative_scan")  # the name in the package is the function
 
-LENGTHS = [1, 2, 3, 4, 7, 13, 31, 32]
+LENGTHS = [1, 2, 3, 4, 7, 13, 31, 32, 33, 50, 600]
 
 
 def run(function, tensors, dtype, cotangents):
@@ -69,6 +69,77 @@ def test_both_outputs_and_an_initial_element(length):
         return [a0.unsqueeze(1) * a.cumprod(1), recurrence(a, b, h0)]
 
     verify(fast, plain, [randn(2, length, 3), randn(2, length, 3), randn(2, 3), randn(2, 3)], terms=length)
+
+
+def reversing(reverse):
+    """A twin of `_neighbours` that takes the token after for the one before."""
+    late, early = slice(1, None), slice(None, -1)
+    return (late, early) if reverse else (early, late)
+
+
+def test_a_gradient_of_wrong_neighbours_is_caught(monkeypatch):
+    monkeypatch.setattr(module, "_neighbours", reversing)
+    with pytest.raises(AssertionError, match="max error"):
+        test_affine_is_the_recurrence(13)
+
+
+def test_only_inputs_and_outputs_are_kept_for_the_gradient():
+    """A graph of every level of the scan would keep several times the elements."""
+    a, b = (torch.rand(600, 3, requires_grad=True) for _ in range(2))
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.numel()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        associative_scan(affine, (a, b), dim=0)
+    assert sum(kept.values()) <= 3 * a.numel()
+
+
+@pytest.mark.parametrize("length", [1, 20, 50])
+def test_zero_decays_and_gradients_of_the_decay_since(length):
+    """Products of decays of which some are zero have a gradient too."""
+
+    def fast(a, b):
+        return associative_scan(affine, (a, b), dim=0)
+
+    def plain(a, b):
+        decays = [a[: t + 1].prod(0) for t in range(length)]
+        return [torch.stack(decays), recurrence(a.expand_as(b), b, dim=0)]
+
+    a = torch.rand(length, 2, 1).double() * (torch.rand(length, 2, 1) > 0.1)
+    verify(fast, plain, [a, randn(length, 2, 3)], terms=length)
+
+
+def test_one_sequence_a_time_under_vmap():
+    a, b = torch.rand(3, 37, 2).double(), randn(3, 37, 2)
+
+    def total(a, b):
+        decay, h = associative_scan(affine, (a, b), dim=0)
+        return h.square().sum() + decay.sum()
+
+    for dims in ((0, 0), (0, None), (None, 0)):
+        given = [x if at == 0 else x[0] for x, at in zip((a, b), dims, strict=True)]
+        found = torch.func.vmap(torch.func.grad(total, (0, 1)), dims)(*given)
+        for i in range(3):
+            one = [x[i] if at == 0 else x for x, at in zip(given, dims, strict=True)]
+            for x, exact in zip(found, torch.func.grad(total, (0, 1))(*one), strict=True):
+                assert_close(x[i], exact, exact, terms=37)
+
+
+def test_compiles():
+    given = [x.requires_grad_() for x in (torch.rand(1, 40, 3), torch.randn(1, 40, 3))]
+
+    def scan(a, b):
+        return associative_scan(affine, (a, b), dim=1)[1]
+
+    torch.compiler.reset()
+    compiled = torch.compile(scan, backend="aot_eager", fullgraph=True)
+    for x, y in zip(
+        *([f(*given), *torch.autograd.grad(f(*given).sum(), given)] for f in (compiled, scan)), strict=True
+    ):
+        assert_close(x.detach(), y.detach(), y.detach(), terms=40)
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 12])

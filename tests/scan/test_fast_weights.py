@@ -32,6 +32,7 @@ from saccade.scan.fast_weights import (
     SwitchedHuber,
     fast_weights,
 )
+from saccade.scan.snapshot import fork
 from saccade.testing.budget import assert_close
 
 module = importlib.import_module("saccade.scan.fast_weights")  # the name in the package is the function
@@ -401,14 +402,72 @@ def test_twins_are_caught(monkeypatch):
     for twin in twins:
         with pytest.raises(AssertionError, match=r"in torch\.float64"):
             verify(memory, twin, plain, given)
-    gradients = module._gradients
+    steps = module._steps
 
     def first_order(*inputs):
-        return tuple(tuple(x.detach() for x in part) for part in gradients(*inputs))
+        return tuple(tuple(x.detach() for x in part) for part in steps(*inputs))
 
-    monkeypatch.setattr(module, "_gradients", first_order)
+    monkeypatch.setattr(module, "_steps", first_order)
     with pytest.raises(AssertionError, match=r"in torch\.float64"):
         verify(memory, fast, plain, given)
+
+
+class OwnMLP(MLPMemory):
+    """An `MLPMemory` in its own words, whose gradients autograd finds."""
+
+    def forward(self, linear, x):
+        return super().forward(linear, x)
+
+
+class OwnL2(L2):
+    """An `L2` in its own words."""
+
+    def __call__(self, y, v):
+        return super().__call__(y, v)
+
+
+@pytest.mark.parametrize(("memory", "loss"), [(OwnMLP, L2), (MLPMemory, OwnL2), (OwnMLP, OwnL2)])
+def test_a_forward_of_its_own_takes_no_gradient_from_its_parent(memory, loss):
+    assert (OwnMLP.pull, OwnL2.slope) == (Memory.pull, module.Loss.slope)
+    given = draw(MLPMemory(D, HIDDEN), 7)
+    verify(
+        MLPMemory(D, HIDDEN),
+        lambda g: call(memory(D, HIDDEN), g, 3, loss=loss()),
+        lambda g: loop(NETWORKS["mlp"][1], LOSSES["l2"][1], RETENTIONS["decay"][1:], 3, g),
+        given,
+    )
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "twin"),
+    [
+        (MLPMemory, "pull", lambda self, weights, products, slope: (slope @ weights[1].mT, slope)),
+        (L2, "slope", lambda self, y, v: y - 2 * v),
+    ],
+)
+def test_wrong_gradients_are_caught(owner, name, twin, monkeypatch):
+    monkeypatch.setattr(owner, name, twin)
+    with pytest.raises(AssertionError, match="max error"):
+        check("mlp")
+
+
+@pytest.mark.parametrize("retention", RETENTIONS)
+def test_a_copy_of_a_state_goes_on_bitwise(retention):
+    memory, options = MLPMemory(D, HIDDEN), {"retention": RETENTIONS[retention][0], "optimizer": Momentum()}
+    given = draw(memory, 8, momentum=True)
+    _, state = call(memory, given, 5, return_state=True, **options)
+    rest = {name: x for name, x in given.items() if not name.startswith("param")}
+    o, copied = (call(memory, rest, 5, state=s, **options) for s in (state, fork(state)))
+    assert torch.equal(o, copied)
+
+
+def test_autocast_is_ignored():
+    memory = MLPMemory(D, HIDDEN)
+    given = {name: x.float() for name, x in draw(memory, 7, momentum=True).items()}
+    plain = call(memory, given, 3, optimizer=Momentum())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = call(memory, given, 3, optimizer=Momentum())
+    assert torch.equal(plain, cast)
 
 
 def delta_rule(k, v, q, eta, log_decay, state):

@@ -17,7 +17,7 @@ import torch
 from recurrences import GATES, differentiate, draw, draw_gate, linear, per_head, verify
 
 from saccade.scan import kernels
-from saccade.scan.kernels import launch, ops
+from saccade.scan.kernels import abreast, launch, ops
 from saccade.scan.kernels.launch import Sizes, Tile
 from saccade.scan.linear_attention import linear_attention
 from saccade.scan.normalizers import MeanShift, Sum
@@ -403,6 +403,23 @@ def test_sizes_fit_every_width():
         assert sizes.tile.values >= 16
 
 
+def test_a_call_is_tried_once_a_kind(monkeypatch):
+    """Before the first of its kind, where kernels are compiled and nothing is recorded."""
+    tried, recording = [], True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: recording)
+    monkeypatch.setattr(abreast, "_known", set())
+
+    def call(kind, device="cuda"):
+        abreast.compile_abreast(kind, torch.device(device), lambda: tried.append(abreast._compiling.get()))
+        return len(tried)
+
+    assert call("one") == call("one", "cpu") == 0
+    recording = False
+    assert [call(kind) for kind in ("one", "one", "other")] == [1, 1, 2]
+    assert tried == [True, True]
+    assert not abreast._compiling.get()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_compiler_takes_every_variant(dtype):
     """What the interpreter cannot see; in a process of its own, for here it interprets."""
@@ -410,6 +427,7 @@ def test_the_compiler_takes_every_variant(dtype):
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, script, dtype], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("compiled late: []") == 2
     # Walks for o, dq, dk and dv and those before for two of them, without and with a normalizer, and for a decay a
     # channel in both ways of splitting it, but for float32.
     assert done.stdout.count("scan_walk") == 6 * 2 * (3 if dtype == "float32" else 4)

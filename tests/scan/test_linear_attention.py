@@ -444,6 +444,29 @@ def test_a_large_gate_costs_later_tokens_no_digits(gate):
     assert torch.equal(a, b)
 
 
+def summed(g):
+    """A twin of `chunks.Lifted`: the exponential of the sum, which a large gate leaves few digits of."""
+    return chunks.LIFT * torch.nn.functional.pad(g[..., 1:, :], (0, 0, 1, 0)).cumsum(-2).exp()
+
+
+@pytest.mark.parametrize("apply", [chunks.Lifted.apply, summed])
+def test_steep_gates_cost_later_tokens_no_digits(apply, monkeypatch):
+    """After decays by a factor of exp(-70), tokens that hardly decay are weighed as exactly as without them."""
+    tokens, gates = 64, torch.full((1, 2, 64, 1), -0.01)
+    gates[:, :, 1:11] = -6.97
+    exact = (gates.double().cumsum(2) - gates.double().cumsum(2).mT).tril().exp().tril()
+    monkeypatch.setattr(chunks.Lifted, "apply", apply)
+    q = k = torch.ones(1, 2, tokens, 1)
+    weights = linear_attention(q, k, torch.eye(tokens).expand(1, 2, -1, -1), log_decay=gates)
+    late = (..., slice(16, None), slice(16, None))
+    eager = exact.float()[late]
+    if apply is summed:
+        with pytest.raises(AssertionError, match="max error"):
+            assert_close(weights[late], exact[late], eager, terms=8)
+    else:
+        assert_close(weights[late], exact[late], eager, terms=8)
+
+
 # Sums of a chunk's gates from hardly any to more than exp holds, in one product, in one of few tokens, and in none.
 STEEPNESS = [0.01, 0.5, 1.0, 4.0, 40.0]
 
@@ -485,7 +508,8 @@ def test_vector_gates_of_any_steepness(steepness):
 
 def test_a_product_beyond_what_exp_holds_is_caught(monkeypatch):
     """The twin takes every row by one product."""
-    monkeypatch.setattr(chunks, "SAFE", math.inf)
+    every = property(lambda decay: None, lambda decay, near: None)
+    monkeypatch.setattr(chunks.VectorDecay, "near", every, raising=False)
     given = [*inputs(4, 2, 131), steep(4.0), draw(2, 2, D, DV, seed=9)]
     with pytest.raises(AssertionError, match="output 0"):
         verify(fast(chunk=64), linear, given, terms=131 * D, dtypes=(torch.float32,))

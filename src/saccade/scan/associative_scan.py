@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Element = tuple[Tensor, ...]
 Combine = Callable[[Element, Element], Element]
+# Tokens of a chunk of `Chain`: that many steps of all chunks abreast leave a chain of that many times fewer tokens.
+CHUNK = 16
 
 
 def associative_scan(
@@ -32,8 +36,9 @@ def associative_scan(
     dim: the scanned dimension of every tensor; a negative one counts from the end of each.
     reverse: scan from the last position to the first, "earlier" then meaning "of higher index" (default False).
     initial: an element of size 1 along `dim` that goes before all others and is not returned (default None).
-    Returns a tuple like `elements`. Differentiable by autograd. Costs fewer than 2 N combinations in at most
-    2 log2(N) + 1 calls.
+    Returns a tuple like `elements`. Differentiable by autograd; of `affine` the gradient is one scan the other way, and
+    nothing is kept for it but elements and results. Costs fewer than 2 N combinations in at most 2 log2(N) + 1 calls;
+    `affine` goes through chunks of 16 abreast instead, and through what is left between them likewise.
     Errors: TypeError for what is not tensors; ValueError for sizes along `dim` that differ or are zero, an initial
     element that does not fit, or a `combine` that changes a shape or dtype.
 
@@ -53,7 +58,9 @@ def associative_scan(
         led = _combined(combine, before, tuple(e.narrow(dim, 0, 1) for e in whole))
         rest = tuple(e.narrow(dim, 1, e.shape[dim] - 1) for e in whole)
         whole = tuple(torch.cat(both, dim) for both in zip(led, rest, strict=True))
-    scanned = _scan(combine, whole, dim)
+    # Combinations of whole tensors are what a compiler melts into few kernels, and steps in place are not.
+    by_hand = combine is affine and len(whole) == 2 and not torch.compiler.is_compiling()
+    scanned = _affine(*whole, dim=dim) if by_hand else _scan(combine, whole, dim)
     return tuple(e.flip(dim) for e in scanned) if reverse else scanned
 
 
@@ -89,6 +96,94 @@ def _interleave(even: Tensor, odd: Tensor, dim: int) -> Tensor:
         return torch.stack((even, odd), dim + 1).flatten(dim, dim + 1)
     even, end = even.split([pairs, 1], dim)
     return torch.cat((torch.stack((even, odd), dim + 1).flatten(dim, dim + 1), end), dim)
+
+
+def _affine(a: Tensor, b: Tensor, *, dim: int) -> Element:
+    """The scan of `affine`, whose gradient is a scan of its own."""
+    one = a.narrow(dim, 0, 1), b.narrow(dim, 0, 1)
+    _combined(affine, one, one)
+    a, b = a.movedim(dim, 0), b.movedim(dim, 0)
+    # Tokens are on the left now; what a is broadcast over stays on the right of them.
+    wide = a.reshape(a.shape[0], *[1] * (b.ndim - a.ndim), *a.shape[1:])
+    first, links = wide.split([1, wide.shape[0] - 1])
+    decay, h = Chain.apply(links, first, b, False)
+    return decay.reshape(a.shape).movedim(0, dim), h.movedim(0, dim)
+
+
+class Chain(torch.autograd.Function):
+    """h_0 = b_0, h_(t+1) = l_t h_t + b_(t+1); in reverse, h_N = b_N, h_t = l_t h_(t+1) + b_t. Tokens are dimension 0.
+
+    links l: N. b: N + 1. first: a decay before l_0, or None, as it is in reverse. Returns first l_0 ... l_(t-1) at t,
+    None without `first`, and h. The gradient p of b is the other way's chain of what is asked of h, with the same
+    links, and that of l_t is p_(t+1) conj(h_t), in reverse p_t conj(h_(t+1)): so it can be differentiated again, and
+    nothing is kept but links and outputs.
+    """
+
+    @staticmethod
+    def forward(links: Tensor, first: Tensor | None, b: Tensor, reverse: bool) -> tuple[Tensor | None, Tensor]:
+        return _chained(links, first, b, reverse)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, Tensor]) -> None:
+        ctx.save_for_backward(inputs[0], *output)
+        ctx.reverse = inputs[3]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], links: Tensor, first: Tensor | None, b: Tensor, reverse: bool
+    ) -> tuple[tuple[Tensor | None, Tensor], tuple[int | None, int]]:
+        def beside(x: Tensor, at: int | None) -> Tensor:
+            return x.expand(info.batch_size, *x.shape).transpose(0, 1) if at is None else x.movedim(at, 1)
+
+        moved = (None if x is None else beside(x, at) for x, at in zip((links, first, b), in_dims, strict=False))
+        return Chain.apply(*moved, reverse), (None if first is None else 1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        links, *outputs = ctx.saved_tensors
+        after, before = _neighbours(ctx.reverse)
+        pulls = [None if g is None else Chain.apply(links.conj(), None, g, not ctx.reverse)[1] for g in gradients]
+        to_links = None
+        for pull, output in zip(pulls, outputs, strict=True):
+            if pull is not None:
+                own = pull[after] * output[before].conj()
+                own = (own.real if own.is_complex() and not links.is_complex() else own).sum_to_size(links.shape)
+                to_links = own if to_links is None else to_links + own
+        return to_links, None if pulls[0] is None else pulls[0][:1], pulls[1], None
+
+
+def _neighbours(reverse: bool) -> tuple[slice, slice]:
+    """Of every two neighbours the one that comes after, and the one before."""
+    late, early = slice(1, None), slice(None, -1)
+    return (early, late) if reverse else (late, early)
+
+
+def _chained(links: Tensor, first: Tensor | None, b: Tensor, reverse: bool) -> tuple[Tensor | None, Tensor]:
+    """`Chain` without a graph: all chunks abreast, each as if nothing came before it, and then what did."""
+    h, nothing = b.clone(), links.new_zeros(1, *links.shape[1:]) if first is None else first
+    # The link to every token, to become the decay since what came before its chunk, and then before all.
+    decay = torch.cat([links, nothing] if reverse else [nothing, links])
+    tokens, (after, before) = b.shape[0], _neighbours(reverse)
+    chunks = tokens // CHUNK if tokens >= 2 * CHUNK else 0
+    rest = tokens - chunks * CHUNK
+    if chunks:
+        x, w = ((t[rest:] if reverse else t[: tokens - rest]).unflatten(0, (chunks, CHUNK)) for t in (h, decay))
+        steps = range(CHUNK - 1, -1, -1) if reverse else range(CHUNK)
+        for old, new in itertools.pairwise(steps):
+            x[:, new].addcmul_(w[:, new], x[:, old])
+            w[:, new].mul_(w[:, old])
+        ends = w[:, steps[-1]]
+        since, past = _chained(ends[1:-1], None if first is None else ends[:1], x[before, steps[-1]], reverse)
+        x[after].addcmul_(w[after], past.unsqueeze(1))
+        if since is not None:
+            w[after].mul_(since.unsqueeze(1))
+    # A last chunk that is none comes token by token, and so does all that is shorter than two.
+    left = range(tokens)[: rest + bool(chunks)][::-1] if reverse else range(tokens)[tokens - rest - bool(chunks) :]
+    for old, new in itertools.pairwise(left):
+        h[new].addcmul_(decay[new], h[old])
+        decay[new].mul_(decay[old])
+    return None if first is None else decay, h
 
 
 def _combined(combine: Combine, earlier: Element, later: Element) -> Element:

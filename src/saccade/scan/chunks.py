@@ -2,8 +2,9 @@
 
 Tensors here are (B, Hkv, C, R or 1, c, ...): C chunks of c tokens, R query heads a key head. A decay knows, within its
 chunk, what is left of key j at query i (`scores`), of the chunk's start at token i (`from_start`), of token j at the
-chunk's end (`to_end`), and of the start at the end (`total`). Each is an exponential of plain sums of g, never of a
-difference of large sums: that would be NaN for g = -inf, inexact, and its exponential could overflow.
+chunk's end (`to_end`), and of the start at the end (`total`). Each is an exponential of plain sums of g, or a product
+of such, never the exponential of a difference of large sums: that would be NaN for g = -inf, inexact, and could
+overflow.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from torch.nn import functional as F
 
 # Chunks that are computed side by side; more would only hold more temporaries at once.
 ABREAST = 64
-# The largest sum of decays whose exponential is taken with either sign. Far from what overflows; what bounds it is that
-# the rounding of a sum becomes an error of a weight near 1.
-SAFE = 16.0
-# Tokens of the blocks that are tried in one product where a whole chunk decays by more than that.
+# On a CPU also no more than hold so many numbers of queries: temporaries that fit a cache cost less than calls.
+CACHED = 2**19
+# A decay, multiplied by LIFT, and its inverse are taken as factors where neither is larger than LIFT. So it may fall to
+# 1 / LIFT**2, which is 80 nats, and the factors stay far from what overflows. A power of two rounds nothing.
+LIFT = 2.0**58
+# Tokens of the blocks that are tried in one product where a whole chunk decays by more than LIFT**2.
 FEW = 8
 
 
@@ -65,28 +68,29 @@ class ScalarDecay:
 class VectorDecay:
     """One g a token and channel: (..., R or 1, c, F).
 
-    As long as the sums G of g over the tokens after the chunk's first are at most `SAFE`, what is left of key j at
-    query i is split there, exp(G_i) exp(-G_j), which is one product of matrices. Further rows are split at the middle
-    of ever smaller blocks. Which way a row goes is its own past's affair, so that no later gate changes a bit of it.
+    As long as the decays P of the tokens after the chunk's first, multiplied up, are at least 1 / `LIFT`**2, what is
+    left of key j at query i is split there, P_i (1 / P_j), which is one product of matrices; rounding errors before j
+    are in both, and cancel. Further rows are split at the middle of ever smaller blocks. Which way a row goes is its
+    own past's affair, so that no later gate changes a bit of it.
     """
 
     def __init__(self, g: Tensor) -> None:
         self.g = g
-        sums = F.pad(g[..., 1:, :], (0, 0, 1, 0)).cumsum(-2)
-        self.since = sums.exp()
-        self.start = self.since * g[..., :1, :].exp()
-        self.total = self.start[..., -1:, :].mT
         # The rows that one product gives; None: all.
         self.near: Tensor | None = None
         self.factors = _may_look_at(g)
         if self.factors:
-            plain = sums.detach()
+            self.since = since = Lifted.apply(g)
+            self.start = since * (g[..., :1, :].exp() / LIFT)
+            low, high = since.detach().aminmax(dim=-1, keepdim=True)
+            near = (low >= 1 / LIFT) & (high <= LIFT)
             # Under vmap the choice is for the whole batch.
-            least, most = torch.func.debug_unwrap(plain).aminmax()
-            if not bool((least >= -SAFE) & (most <= SAFE)):
-                self.near = (plain.abs() <= SAFE).all(-1, keepdim=True)
-                sums = sums.clamp(-SAFE, SAFE)
-            self.back = (-sums).exp()
+            if not bool(torch.func.debug_unwrap(near).all()):
+                self.near, since = near, since.clamp(1 / LIFT, LIFT)
+            self.back = since.reciprocal()
+        else:
+            self.start = g.cumsum(-2).exp()
+        self.total = self.start[..., -1:, :].mT
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         if not self.factors:
@@ -97,38 +101,66 @@ class VectorDecay:
     def _halved(self, q: Tensor, k: Tensor) -> Tensor:
         size = q.shape[-2]
         width = 1 << (size - 1).bit_length()
-        q, k, g = (F.pad(x, (0, 0, 0, width - size)) for x in (q, k, self.g))
+        q, k, g = (F.pad(x, (0, 0, 0, width - size)) if width > size else x for x in (q, k, self.g))
         # Diagonal blocks of few tokens, then of 2, 4, ... times as many: a block's lower left quarter decays by way of
         # its middle.
         half = FEW if self.factors and width > FEW else 1
+        few, own, gates = (x.unflatten(-2, (-1, half)) for x in (q, k, g))
         if half > 1:
-            few, own, gates = (x.unflatten(-2, (-1, half)) for x in (q, k, g))
-            blocks = VectorDecay(gates).scores(few, own)
+            within = VectorDecay(gates)
+            blocks, start, end = within.scores(few, own), within.start, within.end
         else:
-            blocks = (q * k).sum(-1)[..., None, None]
+            blocks, start, end = (few * own).sum(-1, keepdim=True), gates.exp(), torch.ones_like(gates)
         blocks = blocks.expand(*torch.broadcast_shapes(q.shape[:-2], g.shape[:-2]), *blocks.shape[-3:])
         while half < width:
-            halves = (-2, (width // (2 * half), 2, half))
-            left, right = g.unflatten(*halves).unbind(-3)
-            late = q.unflatten(*halves)[..., 1, :, :] * right.cumsum(-2).exp()
-            early = k.unflatten(*halves)[..., 0, :, :] * _after(left).exp()
-            corner = late @ early.mT
+            (before, after), (early, late) = (x.unflatten(-3, (-1, 2)).unbind(-3) for x in (start, end))
+            left, right = k.unflatten(-2, (-1, 2, half)), q.unflatten(-2, (-1, 2, half))
+            corner = (right.select(-3, 1) * after) @ (left.select(-3, 0) * early).mT
             first, second = blocks.unflatten(-3, (-1, 2)).unbind(-3)
             top = torch.cat([first, torch.zeros_like(first)], -1)
             blocks = torch.cat([top, torch.cat([corner, second], -1)], -2)
             half *= 2
+            if half < width:
+                start = torch.cat([before, before[..., -1:, :] * after], -2)
+                end = torch.cat([early * after[..., -1:, :], late], -2)
         return blocks.squeeze(-3)[..., :size, :size]
 
     def from_start(self, x: Tensor) -> Tensor:
         return x * self.start
 
     def to_end(self, x: Tensor) -> Tensor:
-        if not self.factors:
-            return x * _after(self.g).exp()
-        near = self.back * self.since[..., -1:, :]
+        return x * self.end
+
+    @property
+    def end(self) -> Tensor:
+        """What is left of each token at the last."""
+        if self.factors and self.near is None:
+            return self.back * self.since[..., -1:, :]
+        after = F.pad(self.g[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2).exp()
         if self.near is None:
-            return x * near
-        return x * torch.where(self.near[..., -1:, :], near, _after(self.g).exp())
+            return after
+        return torch.where(self.near[..., -1:, :], self.back * self.since[..., -1:, :], after)
+
+
+class Lifted(torch.autograd.Function):
+    """`LIFT` exp(g_1 + ... + g_i) at token i of a chunk, (..., c, F), multiplied up: no large sum makes it inexact."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(g: Tensor) -> Tensor:
+        return F.pad(g[..., 1:, :].exp(), (0, 0, 1, 0), value=LIFT).cumprod(-2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (decay,) = ctx.saved_tensors
+        own = gradient * decay
+        later = own[..., 1:, :].flip(-2).cumsum(-2).flip(-2)
+        return F.pad(later, (0, 0, 1, 0))
 
 
 Decay = NoDecay | ScalarDecay | VectorDecay
@@ -137,11 +169,6 @@ Decay = NoDecay | ScalarDecay | VectorDecay
 def _may_look_at(x: Tensor) -> bool:
     """Whether a choice may hang on the values of x: not where that would wait for a device or break a graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _after(g: Tensor) -> Tensor:
-    """Sums of g over the tokens after each, (..., c, F)."""
-    return F.pad(g[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
 
 
 def grouped(x: Tensor, y: Tensor) -> Tensor:
@@ -179,8 +206,11 @@ class Stretch:
         tensors: (B, heads, N, ...), the first one of N tokens; None and what has one token for all are passed on whole.
         The last stretch may be one shorter chunk.
         """
-        length = cast(Tensor, tensors[0]).shape[2]
-        whole, step = length - length % chunk, chunk * ABREAST
+        first = cast(Tensor, tensors[0])
+        length, abreast = first.shape[2], ABREAST
+        if first.device.type == "cpu":
+            abreast = max(1, min(ABREAST, CACHED * length // max(1, first.numel() * chunk)))
+        whole, step = length - length % chunk, chunk * abreast
         sizes = [min(step, whole - a) for a in range(0, whole, step)] + [length - whole] * (whole < length)
         # One split for all: the gradient of a slice is a tensor of N tokens, zero but for its own.
         parts = [[x] * len(sizes) if x is None or x.shape[2] != length else x.split(sizes, 2) for x in tensors]

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saccade.errors import check_qkv, positive
+from saccade.scan.linear_attention import full_precision
 
 Linear = Callable[[int, Tensor], Tensor]
 
@@ -28,8 +29,12 @@ class Memory:
     shapes: (in, out) of each weight matrix; a subclass gives it, and `forward(linear, x)`, which must call
     `linear(i, x)` for the product of x with matrix i exactly once a matrix and may do anything else that keeps tokens
     apart. That is all the scan needs: the gradient of a matrix is then a sum of outer products, never formed for a
-    single token.
+    single token. `pull`, which goes with a `forward`, saves autograd the finding of these gradients.
     """
+
+    def __init_subclass__(cls) -> None:
+        if "forward" in vars(cls) and "pull" not in vars(cls):
+            cls.pull = Memory.pull  # type: ignore[method-assign]
 
     def __init__(self, shapes: Sequence[tuple[int, int]]) -> None:
         self.shapes = tuple((positive("dim", a), positive("dim", b)) for a, b in shapes)
@@ -37,6 +42,10 @@ class Memory:
 
     def forward(self, linear: Linear, x: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__}.forward")
+
+    def pull(self, weights: Sequence[Tensor], products: Sequence[Tensor], slope: Tensor) -> tuple[Tensor, ...]:
+        """The gradient of each of the `products`, what `linear` gave, from that of y, `slope`."""
+        raise NotImplementedError(f"{type(self).__name__}.pull")
 
     def __call__(self, params: Sequence[Tensor], x: Tensor) -> Tensor:
         return self.forward(lambda i, x: x @ params[i], x)
@@ -58,6 +67,9 @@ class LinearMemory(Memory):
 
     def forward(self, linear: Linear, x: Tensor) -> Tensor:
         return linear(0, x)
+
+    def pull(self, weights: Sequence[Tensor], products: Sequence[Tensor], slope: Tensor) -> tuple[Tensor, ...]:
+        return (slope,)
 
     def init(self, batch: int, heads: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
         """A matrix of zeros (batch, heads, D, Dv), float32 on the CPU."""
@@ -82,6 +94,17 @@ class MLPMemory(Memory):
             y = linear(i, F.gelu(y))
         return x + F.layer_norm(y, y.shape[-1:]) if self.residual else y
 
+    def pull(self, weights: Sequence[Tensor], products: Sequence[Tensor], slope: Tensor) -> tuple[Tensor, ...]:
+        *inner, y = products
+        if self.residual:
+            normed, of_y = y.shape[-1:], [True, False, False]
+            _, mean, rstd = torch.native_layer_norm(y, normed, None, None, 1e-5)
+            slope = torch.ops.aten.native_layer_norm_backward(slope, y, normed, mean, rstd, None, None, of_y)[0]
+        found = [slope]
+        for x, w in zip(reversed(inner), reversed(weights), strict=False):
+            found.append(torch.ops.aten.gelu_backward(found[-1] @ w.mT, x))
+        return tuple(reversed(found))
+
 
 class SwiGLUMemory(Memory):
     """y = (silu(x W_0) * (x W_1)) W_2 (LaCT). dim: D. hidden: channels between. dim_v: Dv (default D)."""
@@ -94,10 +117,21 @@ class SwiGLUMemory(Memory):
 
 
 class Loss:
-    """What the memory is asked for, Miras' attentional bias: y, v (..., Dv) -> (...), summed over tokens."""
+    """What the memory is asked for, Miras' attentional bias: y, v (..., Dv) -> (...), summed over tokens.
+
+    `slope`, which goes with a `__call__`, saves autograd the finding of its gradient in y.
+    """
+
+    def __init_subclass__(cls) -> None:
+        if "__call__" in vars(cls) and "slope" not in vars(cls):
+            cls.slope = Loss.slope  # type: ignore[method-assign]
 
     def __call__(self, y: Tensor, v: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__}.__call__")
+
+    def slope(self, y: Tensor, v: Tensor) -> Tensor:
+        """The gradient in y, (..., Dv)."""
+        raise NotImplementedError(f"{type(self).__name__}.slope")
 
     def span(self, start: int, stop: int) -> Loss:
         """The loss of tokens start .. stop - 1, for a loss with parameters of its own for each token."""
@@ -110,12 +144,18 @@ class Dot(Loss):
     def __call__(self, y: Tensor, v: Tensor) -> Tensor:
         return -(y * v).sum(-1)
 
+    def slope(self, y: Tensor, v: Tensor) -> Tensor:
+        return -v
+
 
 class L2(Loss):
     """|y - v|^2 / 2: the loss behind the delta rule, Titans and Memora. (Papers that drop the 1/2 double eta.)"""
 
     def __call__(self, y: Tensor, v: Tensor) -> Tensor:
         return (y - v).square().sum(-1) / 2
+
+    def slope(self, y: Tensor, v: Tensor) -> Tensor:
+        return y - v
 
 
 class Lp(Loss):
@@ -394,35 +434,39 @@ def fast_weights(
         state = _begin(memory, params or (), optimizer, retention, (batch, heads), wide)
     else:
         state = state.to(wide)
+        if type(retention).open is Decay.open:
+            # The weights are A itself, which a copy of a state holds twice.
+            state = replace(state, layers=tuple(layer._replace(memory=layer.accumulator) for layer in state.layers))
     first = min(length, chunk - state.position)
     sizes = [first, *(min(chunk, length - a) for a in range(first, length, chunk))]
     # Split, not sliced: the gradient of a slice is a tensor of all tokens, zero but for its own.
     parts = (x.to(wide).split(sizes, -2) for x in (k, v, q.unflatten(1, (heads, -1))))
     numbers = (x.split(sizes, -1) for x in steps.values())
     outputs, start = [], 0
-    for size, key, value, query, *own in zip(sizes, *parts, *numbers, strict=True):
-        stop = start + size
-        advanced, read = _advance(
-            memory,
-            loss.span(start, stop),
-            optimizer,
-            state,
-            key,
-            value,
-            **dict(zip(steps, own, strict=True)),
-        )
-        ends = advanced.position == chunk
-        if ends:
-            advanced = _close(advanced, optimizer, retention)
-        if not inclusive:
-            outputs.append(memory([layer.start.unsqueeze(2) for layer in state.layers], query))
-        elif ends and not retention.linear:
-            # The token that completes a chunk reads the exact map, which is there to be read anyway.
-            outputs.append(memory.forward(read, query)[..., :-1, :])
-            outputs.append(memory([layer.start.unsqueeze(2) for layer in advanced.layers], query[..., -1:, :]))
-        else:
-            outputs.append(memory.forward(read, query))
-        state, start = advanced, stop
+    with full_precision(k):
+        for size, key, value, query, *own in zip(sizes, *parts, *numbers, strict=True):
+            stop = start + size
+            advanced, read = _advance(
+                memory,
+                loss.span(start, stop),
+                optimizer,
+                state,
+                key,
+                value,
+                **dict(zip(steps, own, strict=True)),
+            )
+            ends = advanced.position == chunk
+            if ends:
+                advanced = _close(advanced, optimizer, retention)
+            if not inclusive:
+                outputs.append(memory([layer.start.unsqueeze(2) for layer in state.layers], query))
+            elif ends and not retention.linear:
+                # The token that completes a chunk reads the exact map, which is there to be read anyway.
+                outputs.append(memory.forward(read, query)[..., :-1, :])
+                outputs.append(memory([layer.start.unsqueeze(2) for layer in advanced.layers], query[..., -1:, :]))
+            else:
+                outputs.append(memory.forward(read, query))
+            state, start = advanced, stop
     o = torch.cat(outputs, -2).flatten(1, 2).to(q.dtype)
     return (o, state) if return_state else o
 
@@ -457,58 +501,80 @@ def _advance(
     log_momentum: Tensor | None = None,
 ) -> tuple[FastState, Linear]:
     """The state n tokens on in the same chunk, and the product of query rows with the weights of their token."""
-    inputs, errors = _gradients(memory, [layer.start for layer in state.layers], loss, k, v)
-    if log_decay is None:
-        since = torch.ones_like(eta[:1, :1])
-        decays = torch.ones_like(since.unsqueeze(-1).expand(-1, -1, -1, since.shape[-1])).tril()
-    else:
-        decays, since = _products(log_decay), log_decay.cumsum(-1).exp()
-    if log_momentum is None:
-        kept, kept_since = decays, since
-        mixed, mixed_since = decays, since
-    else:
+    inputs, steps = _steps(memory, [layer.start for layer in state.layers], loss, k, v, eta)
+    # Row t of `mixed` weighs the steps in A_t, row t of `kept` those in S_t; None: all up to t alike.
+    mixed, since = (None, None) if log_decay is None else (_products(log_decay), log_decay.cumsum(-1).exp())
+    kept, kept_since, mixed_since = mixed, since, since
+    if log_momentum is not None:
         kept, kept_since = _products(log_momentum), log_momentum.cumsum(-1).exp()
+        decays = torch.ones_like(kept).tril() if mixed is None else mixed
         mixed, mixed_since = decays @ kept, (decays @ kept_since.unsqueeze(-1)).squeeze(-1)
     momentum, held = isinstance(optimizer, Momentum), optimizer.step is not None
-    # Row t of `mixed` weighs the gradients in A_t, row t of `kept` those in S_t.
-    mixed, kept = (-x * eta.unsqueeze(-2) for x in (mixed, kept))
 
-    def last(x: Tensor) -> Tensor:
-        return x[..., -1, None, None]
+    def left(number: Tensor | None, x: Tensor) -> Tensor:
+        return x if number is None else number[..., -1, None, None] * x
 
     layers = []
-    for layer, x, e in zip(state.layers, inputs, errors, strict=True):
-        velocity = layer.velocity
-        added = x.mT @ (mixed[..., -1, :, None] * e)
+    for layer, x, e in zip(state.layers, inputs, steps, strict=True):
+
+        def summed(before: Tensor | None, weights: Tensor | None, x: Tensor = x, e: Tensor = e) -> Tensor:
+            return _plus(before, x.mT, e if weights is None else weights[..., -1, :, None] * e)
+
+        velocity, accumulator, now = layer.velocity, left(since, layer.accumulator), layer.memory
+        old = left(mixed_since, velocity) if momentum and velocity is not None else None
+        if layer.memory is layer.accumulator:
+            accumulator = now = (
+                accumulator if held else summed(accumulator if old is None else accumulator + old, mixed)
+            )
+        else:
+            now = left(since, now)
+            if not held:
+                added = summed(old, mixed)
+                accumulator, now = accumulator + added, now + (added if layer.gain is None else layer.gain * added)
         if velocity is not None:
-            if momentum:
-                added = added + last(mixed_since) * velocity
-            velocity = last(kept_since) * velocity + x.mT @ (kept[..., -1, :, None] * e)
-        if held:
-            added = torch.zeros_like(added)
-        forgotten = last(since)
-        accumulator = forgotten * layer.accumulator + added
-        now = accumulator
-        if layer.memory is not layer.accumulator:
-            now = forgotten * layer.memory + (added if layer.gain is None else layer.gain * added)
+            velocity = summed(left(kept_since, velocity), kept)
         layers.append(layer._replace(memory=now, accumulator=accumulator, velocity=velocity))
 
     def read(i: int, x: Tensor) -> Tensor:
-        layer = state.layers[i]
-        step = ((x @ inputs[i].mT.unsqueeze(2)) * mixed.unsqueeze(2)) @ errors[i].unsqueeze(2)
-        if momentum and layer.velocity is not None:
+        layer, rows = state.layers[i], x.flatten(2, 3)
+        scores = (rows @ inputs[i].mT).unflatten(2, x.shape[2:4])
+        scores = (scores.tril() if mixed is None else scores * mixed.unsqueeze(2)).flatten(2, 3)
+        before = rows @ layer.memory
+        if since is None and layer.velocity is None and layer.gain is None:
+            return _plus(before, scores, steps[i]).unflatten(2, x.shape[2:4])
+        before, step = (y.unflatten(2, x.shape[2:4]) for y in (before, scores @ steps[i]))
+        if momentum and layer.velocity is not None and mixed_since is not None:
             step = step + mixed_since[:, :, None, :, None] * (x @ layer.velocity.unsqueeze(2))
         if layer.gain is not None:
             step = step * layer.gain.unsqueeze(2)
-        return since[:, :, None, :, None] * (x @ layer.memory.unsqueeze(2)) + step
+        return step + (before if since is None else since[:, :, None, :, None] * before)
 
     return FastState(tuple(layers), state.position + k.shape[-2]), read
 
 
-def _gradients(
-    memory: Memory, weights: list[Tensor], loss: Loss, k: Tensor, v: Tensor
+def _plus(before: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
+    """before + x @ y, which is one call."""
+    if before is None:
+        return x @ y
+    lead = before.shape[:2]
+    return torch.baddbmm(*(z.expand(*lead, -1, -1).flatten(0, 1) for z in (before, x, y))).unflatten(0, lead)
+
+
+def _steps(
+    memory: Memory, weights: list[Tensor], loss: Loss, k: Tensor, v: Tensor, eta: Tensor
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """For each matrix x (B, Hkv, n, in) and e (B, Hkv, n, out); the gradient of token i is their outer product."""
+    """For each matrix x (B, Hkv, n, in) and e (B, Hkv, n, out), whose outer product is the step of a token, -eta g."""
+    if type(memory).pull is not Memory.pull and type(loss).slope is not Loss.slope:
+        given: dict[int, Tensor] = {}
+        products: dict[int, Tensor] = {}
+
+        def product(i: int, x: Tensor) -> Tensor:
+            given[i], products[i] = x, x @ weights[i]
+            return products[i]
+
+        slope = -eta.unsqueeze(-1) * loss.slope(memory.forward(product, k), v)
+        order = range(len(weights))
+        return tuple(given[i] for i in order), memory.pull(weights, [products[i] for i in order], slope)
 
     def total(offsets: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         inputs: dict[int, Tensor] = {}
@@ -528,11 +594,12 @@ def _gradients(
             )
         if len(inputs) < len(weights):
             raise ValueError(f"memory: {type(memory).__name__}.forward uses {len(inputs)} of {len(weights)} matrices")
-        return lost.sum(), tuple(inputs[i] for i in range(len(weights)))
+        # Weighed here, where it is a number a token, and not where it is a gradient.
+        return -(lost * eta).sum(), tuple(inputs[i] for i in range(len(weights)))
 
-    offsets = tuple(k.new_zeros(*k.shape[:-1], w.shape[-1]) for w in weights)
-    errors, inputs = torch.func.grad(total, has_aux=True)(offsets)
-    return inputs, errors
+    offsets = tuple(k.new_zeros(()).expand(*k.shape[:-1], w.shape[-1]) for w in weights)
+    steps, inputs = torch.func.grad(total, has_aux=True)(offsets)
+    return inputs, steps
 
 
 def _products(log: Tensor) -> Tensor:

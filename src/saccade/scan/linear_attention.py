@@ -65,9 +65,9 @@ def linear_attention(
 
     Computed in float32 (float64 for float64), whatever autocast says; "triton" rounds the factors of matrix products,
     features among them, to the dtype of q, as dense attention does, and sums in float32. A vector gate is split at the
-    middle of ever smaller blocks, so that every exponent is a sum of decays and none is positive; on a CPU, rows before
-    which a chunk decays by no more than exp(-16) take one product with exponents of either sign. Costs N F Dv +
-    N chunk (F + Dv) multiply-adds; memory N (F + Dv + chunk) + N / chunk F Dv with gradients, less without.
+    middle of ever smaller blocks, so that no factor is ever above 1; on a CPU, rows before which a chunk decays by no
+    more than exp(-80) take one product with decays and their inverses. Costs N F Dv + N chunk (F + Dv) multiply-adds;
+    memory N (F + Dv + chunk) + N / chunk F Dv with gradients, less without.
     Errors: ValueError and TypeError name the argument; a decay without `causal` is refused, for nothing says which
     token is the older one; a named backend that cannot run says why.
 

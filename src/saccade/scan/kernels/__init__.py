@@ -10,7 +10,7 @@ the gradient of one a state every 256 tokens.
 The delta rule (`delta`) solves the system of each chunk beforehand and walks likewise; the selective scan
 (`selective`) goes through tiles of a few tokens by associative scans. One token, as a decoder has it, is a kernel of
 its own for each state (`step`). No sum depends on the order of programs, so equal
-inputs give equal bits.
+inputs give equal bits. The kernels of a first call are compiled side by side (`abreast`).
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from saccade.scan.kernels.abreast import Launched
 from saccade.scan.kernels.tiles import (
     between,
     chunk_of,
@@ -132,7 +133,7 @@ def inverted(system, rows, LEVELS: tl.constexpr, EXACTLY: tl.constexpr):
     return inverse
 
 
-@triton.jit
+@Launched
 def delta_prepare(
     q, k, beta, g, t, scores, edges, cuts, scale,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr, SUMS: tl.constexpr, LEVELS: tl.constexpr,
@@ -202,7 +203,7 @@ def walker(cuts, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.const
     return stretch_of(cuts, seq, C), row, column, at, entry, column[:, None] * K + row[None, :], exists
 
 
-@triton.jit
+@Launched
 def delta_walk(
     q, k, v, t, scores, edges, first, last, o, u, states, cuts, scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
@@ -256,7 +257,7 @@ def delta_walk(
         tl.store(last + at + entry, state, mask=exists)
 
 
-@triton.jit
+@Launched
 def delta_walk_back(
     q, k, do, t, scores, edges, dlast, y, dstates, dfirst, cuts, scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
@@ -304,7 +305,7 @@ def delta_walk_back(
     tl.store(dfirst + at + entry, grad, mask=exists)
 
 
-@triton.jit
+@Launched
 def delta_gradients(
     q, k, v, beta, g, do, u, y, edges, states, dstates, dq, dk, dbeta, dg, cuts, scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,

@@ -61,6 +61,12 @@ class DeltaLaunch(Problem):
         held = 2 * chunk * (wide + chunk + self.fan * (wide + chunk + 64))  # k, t; q, scores and do of each query head
         return Sizes(chunk, Tile(64, tile.warps, max(1, min(RUN_AHEAD, ROOM // held))))
 
+    def trial(self, memory: Tensor, gradients: bool) -> None:
+        """All that a call launches, with results in the place of their gradients."""
+        o, after, found = self.forward(memory, self.q.dtype)
+        if gradients:
+            self.backward(o, after, memory, found)
+
     def forward(self, memory: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Solved]:
         """o in `dtype`, the memory after the last token, and what `solved` found.
 

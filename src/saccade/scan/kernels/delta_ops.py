@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.scan.kernels.abreast import compile_abreast, trained
 from saccade.scan.kernels.delta_launch import DeltaLaunch, Solved
 
 
@@ -27,7 +28,10 @@ def delta_scan(
     cu: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    o, after, found = DeltaLaunch(q, k, v, g, cu, scale, beta).forward(memory, q.dtype)
+    launch = DeltaLaunch(q, k, v, g, cu, scale, beta)
+    gradients = trained(q, k, v, beta, g, memory)
+    compile_abreast((launch.variant, gradients), q.device, lambda: launch.trial(memory, gradients))
+    o, after, found = launch.forward(memory, q.dtype)
     return o, after, list(found)
 
 
@@ -61,7 +65,9 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     launch = DeltaLaunch(q, k, v, g, cu, scale, beta)
-    dq, dk, dv, dbeta, dg, dmemory = launch.backward(do, dafter, memory, Solved(*found))
+    given = do, dafter, memory, Solved(*found)
+    compile_abreast((launch.variant, True), q.device, lambda: launch.backward(*given))
+    dq, dk, dv, dbeta, dg, dmemory = launch.backward(*given)
     return dq, dk, dv, dbeta, q.new_empty(0, dtype=torch.float32) if dg is None else dg, dmemory
 
 

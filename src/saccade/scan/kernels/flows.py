@@ -8,14 +8,14 @@ they have the state S and its gradient dS, and the sum is taken up to there alon
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from saccade.scan.kernels.abreast import alike
 from saccade.scan.kernels.prepare import past_middle
 from saccade.scan.kernels.tiles import any_harmful, place, read, stretch_of, write
 
 
-@triton.jit
+@alike("spans", "ends")
 def token_flows(
     q, k, dq, dk, past, dg, cuts, spans, ends,
     V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, EVERY: tl.constexpr,
@@ -51,7 +51,7 @@ def token_flows(
         carry += tl.sum(passed, 0)
 
 
-@triton.jit
+@alike("spans", "ends")
 def channel_flows(
     q, k, reads, keys, dreads, dkeys, g, bounds, past, dq, dk, dg, cuts, spans, ends,
     V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, EVERY: tl.constexpr, MADE: tl.constexpr,

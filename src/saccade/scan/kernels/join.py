@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from saccade.scan.kernels.abreast import alike
 
-@triton.jit
+
+@alike("count")
 def join_stretches(parts, kept, before, count, D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     """In place: parts (S * count, heads, D, COLUMNS), kept (S * count, heads, D), before (S, heads, D, COLUMNS)."""
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from saccade.scan.kernels.walk import scan_walk
 LEAST_CHUNKS = 8  # that a stretch has: all but the last of a sequence are read twice where there is more than one
 ANCHORED = 256  # tokens between the states that the gradient of a gate starts from; a chunk where digits are to be kept
 NARROW = 32  # channels of a chunk that one warp holds
+MIXED_WARPS = 8  # of walks over harmful chunks: half of what 4 keep in local memory, compiled in two thirds of the time
 JOINED = 1024  # entries of a state that one program carries from stretch to stretch
 
 
@@ -56,6 +58,7 @@ def state_heads(k: Tensor, g: Tensor | None) -> int:
     return k.shape[1] if g is None else g.shape[1]
 
 
+@lru_cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
@@ -151,6 +154,15 @@ class Problem:
         return torch.bfloat16 if self.q.dtype == torch.bfloat16 else torch.float32
 
     @property
+    def variant(self) -> tuple[Any, ...]:
+        """What calls have in common that launch the same kernels: all that is told the compiler, but for alignments."""
+        (_, _, length, d), g = self.q.shape, self.g
+        return (
+            type(self), self.q.device, self.q.dtype, d, self.v.shape[3], self.k.shape[1] == self.memories, self.fan,
+            length % self.sizes.chunk == 0, self.gate, None if g is None else g.dtype, self.cu is None, self.scale == 1,
+        )  # fmt: skip
+
+    @property
     def products(self) -> dict[str, Any]:
         """The same for the kernels, and how factors are multiplied."""
         kind = tl.bfloat16 if self.kind == torch.bfloat16 else tl.float32
@@ -163,7 +175,7 @@ class Problem:
             return Prepared(q, k, q, k, g, None)
         chunk, (batch, heads, length, d) = self.sizes.chunk, q.shape
         kept = g.shape[1]
-        parts = triton.cdiv(d, NARROW)
+        parts = triton.cdiv(d, 2 * NARROW)
         grid = (self.chunks, kept)
         if self.gate == 1:
             sums = self.single(batch, kept, length)
@@ -174,7 +186,7 @@ class Problem:
         bounds = Bounds(self.single(*grid, 2, d), harmful, kept, d, parts, heads // kept)
         prepare_tokens[(*grid, parts)](
             Heads.of(g, kept), Heads.of(q, heads), Heads.of(k, kept), Heads.of(reads, heads), Heads.of(keys, kept),
-            bounds, cuts, self.fan, D=d, C=chunk, BD=NARROW, num_warps=1,
+            bounds, cuts, self.fan, D=d, C=chunk, BD=2 * NARROW, num_warps=2,
         )  # fmt: skip
         return Prepared(q, k, reads, keys, g, bounds)
 
@@ -191,10 +203,40 @@ class Launch(Problem):
     @property
     def stretches(self) -> int:
         """Into how many a sequence is cut, to have a program for every multiprocessor, or two that take turns."""
-        tiles = triton.cdiv(self.v.shape[3], self.sizes.tile.values)
+        return 1 if self.narrow else self._cut(self.sizes.tile.values)
+
+    def _cut(self, values: int) -> int:
         programs = multiprocessors(self.q.device) * (1 if self.g is None else 2)
-        wanted = programs // (self.sequences * self.q.shape[1] * tiles)
+        wanted = programs // (self.sequences * self.q.shape[1] * triton.cdiv(self.v.shape[3], values))
         return max(1, min(wanted, self.chunks // (self.sequences * LEAST_CHUNKS)))
+
+    @property
+    def narrow(self) -> bool:
+        """Whether programs take half the values, so that a sequence need not be cut in two and half of it read twice.
+
+        Forward that is a tenth faster; with a decay a channel, whose chunks weigh more, it is not.
+        """
+        return self.gate == 1 and not self.exact and self._cut(self.sizes.tile.values) == 2
+
+    def tile(self, k: int, v: int, gate: int, reverse: bool) -> Tile:
+        """Of a walk over K channels that are summed and V that are kept."""
+        tile = Sizes.of(k, v, self.q.dtype, gate).tile
+        if self.narrow:
+            tile = tile._replace(values=max(16, tile.values // 2))
+        if gate == 2 and not reverse and not self.exact and k <= 128:  # what walks back holds more beside its loads
+            tile = tile._replace(stages=3)
+        return tile
+
+    @property
+    def variant(self) -> tuple[Any, ...]:
+        return (*super().variant, self.mass, self.narrow, self.stretches == 1)
+
+    def trial(self, memory: Tensor, memory_sums: Tensor | None, dtype: torch.dtype, gradients: bool) -> None:
+        """All that a call launches, with results in the place of their gradients."""
+        o, found, after, after_sums, starts, start_sums = self.forward(memory, memory_sums, dtype)
+        if gradients:
+            mass, sums = (found, after_sums) if self.mass else (None, None)
+            self.backward(o, mass, after, sums, memory, memory_sums, starts, start_sums)
 
     def forward(
         self, memory: Tensor, memory_sums: Tensor | None, dtype: torch.dtype
@@ -365,20 +407,21 @@ class Launch(Problem):
         """`scan_walk` over all sequences and heads; what it is given and writes, see there."""
         a, b, y = streams
         heads, (k, v) = self.q.shape[1], (b.shape[3], y.shape[3])
-        chunk, tile = self.sizes.chunk, Sizes.of(k, v, self.q.dtype, gate).tile
+        chunk, tile = self.sizes.chunk, self.tile(k, v, gate, reverse)
         states, rows, past, ends = (None, None, None, 0) if anchors is None else anchors
 
         def of(x: Tensor | None) -> Heads | None:
             return None if x is None else Heads.of(x, heads)
 
         for split in ["none"] if self.exact else ["made"] if gate < 2 else ["made", "mixed"]:
+            warps = max(tile.warps, MIXED_WARPS) if split == "mixed" else tile.warps
             scan_walk[(triton.cdiv(v, tile.values) * self.sequences * self.stretches, heads)](
                 of(a), of(b), of(y), *(of(made.raw(x)) for x in streams), of(made.gates), made.bounds, of(a_row),
                 of(b_row), None if first is None else States.of(first), first_row,
                 None if last is None else States.of(last), last_row, left, of(o), of(mass), states, rows, past, cuts,
                 self.scale, self.stretches, ends, K=k, V=v, C=chunk, BK=padded(k), BV=tile.values, GATE=gate,
                 REVERSE=reverse, READ=a is not None, MASS=column, ROW=row, UNIT=self.scale == 1, EVERY=self.every,
-                SPLIT=split, LEVELS=chunk.bit_length() - 1, num_warps=tile.warps, num_stages=tile.stages,
+                SPLIT=split, LEVELS=chunk.bit_length() - 1, num_warps=warps, num_stages=tile.stages,
                 **self.products,
             )  # fmt: skip
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.scan.kernels.abreast import compile_abreast, trained
 from saccade.scan.kernels.launch import Launch, state_heads
 
 
@@ -29,7 +30,10 @@ def linear_scan(
     mass: bool,
     wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return Launch(q, k, v, g, cu, scale, mass).forward(memory, sums, torch.float32 if wide else q.dtype)
+    launch, dtype = Launch(q, k, v, g, cu, scale, mass), torch.float32 if wide else q.dtype
+    gradients = trained(q, k, v, g, memory, sums)
+    compile_abreast((launch.variant, gradients), q.device, lambda: launch.trial(memory, sums, dtype, gradients))
+    return launch.forward(memory, sums, dtype)
 
 
 @linear_scan.register_fake
@@ -81,7 +85,9 @@ def _backward(
     mass: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     launch = Launch(q, k, v, g, cu, scale, mass)
-    found = launch.backward(do, dmass, dafter, dafter_sums, memory, sums, starts, start_sums)
+    given = do, dmass, dafter, dafter_sums, memory, sums, starts, start_sums
+    compile_abreast((launch.variant, True), q.device, lambda: launch.backward(*given))
+    found = launch.backward(*given)
     dq, dk, dv, dg, dbefore, dbefore_sums = found
     dg, dbefore_sums = (q.new_empty(0, dtype=torch.float32) if x is None else x for x in (dg, dbefore_sums))
     return dq, dk, dv, dg, dbefore, dbefore_sums

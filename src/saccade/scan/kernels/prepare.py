@@ -13,18 +13,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from saccade.scan.kernels.abreast import Launched
 from saccade.scan.kernels.tiles import chunk_of, place, read, read_row, write
 
 SAFE = tl.constexpr(60.0)
 LEAST = tl.constexpr(-100.0)  # a gate below it forgets all that float32 can tell
 
 
-@triton.jit
+@Launched
 def prepare_tokens(g, q, k, reads, keys, bounds, cuts, fan, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr):
     """One chunk of a state head and BD channels a program.
 
     reads (B, H, N, D): of q, keys (B, state heads, N, D): of k; where a chunk is harmful, in any of its channels, they
-    are of no use to anybody. One warp, so that sums over tokens cross none.
+    are of no use to anybody.
     """
     slot = tl.program_id(0)
     head = tl.program_id(1)
@@ -62,7 +63,7 @@ def past_middle(gates, C: tl.constexpr):
     return tl.cumsum(gates, 0) - early[None, :], early, late
 
 
-@triton.jit
+@Launched
 def prepare_sums(g, sums, cuts, C: tl.constexpr):
     """(B, heads, N) -> sums of g from the start of each chunk, for one chunk of one head a program."""
     batch, start, end = chunk_of(cuts, tl.program_id(0), C)

@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from saccade.scan.kernels.abreast import Launched
+
 
 @triton.jit
 def combine(decay, addition, next_decay, next_addition):
@@ -49,7 +51,7 @@ def shared_of(x, batch, length, rows, inside, group, groups, state, S: tl.conste
     return tl.load(x + at, mask=inside[:, None] & (state < S)[None, :], other=0.0).to(tl.float32)
 
 
-@triton.jit
+@Launched
 def selective_walk(
     x, delta, a, b, c, first, last, kept, y, marks, length, groups, channels,
     T: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr,
@@ -98,7 +100,7 @@ def selective_walk(
         tl.store(kept + slot + at_state, tl.exp(passed[:, None] * rates), mask=exists)
 
 
-@triton.jit
+@Launched
 def selective_pull(
     x, delta, a, b, c, dy, marks, first, last, kept, dx, ddelta, da, db, dc, length, groups, channels,
     T: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr,

@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from saccade.scan.kernels.abreast import compile_abreast, trained
 from saccade.scan.kernels.join import join_stretches
 from saccade.scan.kernels.launch import JOINED, multiprocessors
 from saccade.scan.kernels.selective import selective_pull, selective_walk
@@ -60,6 +61,10 @@ class Shape(NamedTuple):
         wanted = PROGRAMS * multiprocessors(device) // (self.batch * self.groups * self.blocks)
         return max(1, min(wanted, self.length // (LEAST * TOKENS)))
 
+    def variant(self, x: Tensor) -> tuple[Any, ...]:
+        """What calls have in common that launch the same kernels, but for alignments."""
+        return Shape, x.device, x.dtype, self.block, self.states, self.stretches(x.device) == 1
+
     def grid(self, stretches: int) -> tuple[int, int, int]:
         return self.batch, self.groups * self.blocks, stretches
 
@@ -75,6 +80,8 @@ def selective(
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = Shape.of(x, b)
     count = shape.stretches(x.device)
+    gradients = trained(x, delta, a, b, c, before)
+    compile_abreast((shape.variant(x), gradients), x.device, lambda: trial(gradients, x, delta, a, b, c, before))
     starts = states_before(shape, count, before, x, delta, a, b)
     y, ends = x.new_empty(x.shape, dtype=torch.float32), like_states(shape, count, x)
     sizes = shape.length, shape.groups, shape.channels
@@ -103,6 +110,8 @@ def selective_backward(
     starts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape = Shape.of(x, b)
+    given = dy, dafter, x, delta, a, b, c, before, starts
+    compile_abreast((shape.variant(x), True), x.device, lambda: selective_backward(*given))
     count, sizes = shape.stretches(x.device), (shape.length, shape.groups, shape.channels)
     grid, constants = shape.grid(count), shape.constants
     tiles = triton.cdiv(shape.length, TOKENS)
@@ -137,6 +146,13 @@ def _(
     starts: Tensor,
 ) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(z) for z in (x, delta, a, b, c, before))
+
+
+def trial(gradients: bool, *given: Tensor) -> None:
+    """All that a call launches, with results in the place of their gradients."""
+    y, after, starts = selective(*given)
+    if gradients:
+        selective_backward(y, after, *given, starts)
 
 
 def like_states(shape: Shape, count: int, x: Tensor) -> Tensor:

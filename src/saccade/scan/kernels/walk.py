@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from saccade.scan.kernels.abreast import alike
 from saccade.scan.kernels.tiles import (
     any_harmful,
     apart,
@@ -156,7 +157,7 @@ def by_levels(
     return acc, scores, found, state, total, below, left
 
 
-@triton.jit
+@alike("stretches", "ends")
 def scan_walk(
     a, b, y, raw_a, raw_b, raw_y, g, bounds, a_row, b_row, first, first_row, last, last_row, kept, o, mass, anchors,
     anchor_rows, past, cuts, scale, stretches, ends,
