@@ -178,9 +178,30 @@ def test_two_points_are_close(lost, close):
     assert len(section.losses()) == (not close)
 
 
+def test_who_was_asked_for_needles_alone_is_counted_among_those_that_find_them():
+    alone = cell("alone(budget=0.25)", "multi_key", HALF, answer_kept=1.0, held=0.6)
+    (section,) = sections(evaluation(*policy("both", 0.25, ALL, ALL), *policy("other", 0.25, ALL, ALL), alone))
+    assert "alone" not in {point.policy for point in section.points}
+    assert section.needles().startswith("2 of 3 policies")
+    assert section.losses() == [
+        "alone 25 % loses 50 of 100 points on multi_key (holds 60 %): it keeps all tokens, in less memory."
+    ]
+
+
+def test_that_nothing_was_timed_is_said(found):
+    plain = replace(found, times=())
+    assert "Decoded tokens were not timed" in frontier.left(plain)
+    assert "Decoded tokens were not timed" not in frontier.left(found)
+    assert "decoded<br>token" in frontier.page(found)
+    assert "decoded<br>token" not in frontier.page(plain)
+    assert [panel.chart.title for panel in sections(plain)[0].panels({})] == [
+        "Mean against memory held", "Worst task against memory held",
+    ]  # fmt: skip
+
+
 def test_what_was_scored_on_some_tasks_only_is_not_compared(found):
     assert not [p for section in sections(found) for p in section.points if p.policy == "half"]
-    assert "Not shown, since not scored on every task: half(budget=0.1)." in frontier.left(found)
+    assert "Not shown at 1k, query-aware, since not scored on every task: half(budget=0.1)." in frontier.left(found)
     assert "3 measurements were left, by the budget or an interrupt" in frontier.left(replace(found, left=3))
 
 
@@ -198,7 +219,7 @@ def test_a_task_that_few_were_asked_is_in_no_mean():
     )
     half = evaluation(*(each for each in cells if each.task != "multi_key" or not each.what.startswith("three")))
     assert [point.policy for point in sections(half)[0].points] == ["dense", "one", "two"]
-    assert frontier.left(half) == "Not shown, since not scored on every task: three(budget=0.25)."
+    assert frontier.left(half) == "Not shown at 1k, query-aware, since not scored on every task: three(budget=0.25)."
 
 
 def test_times_of_recorded_steps_are_not_mixed_with_others():

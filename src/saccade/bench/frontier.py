@@ -108,12 +108,15 @@ class Panel:
 
 @dataclass(frozen=True)
 class Section:
-    """Points of one length and protocol, dense attention's among them. budgets: those that were asked for."""
+    """Points of one length and protocol, dense attention's among them. budgets: those that were asked for. scored:
+    these points and those that were not scored on every task.
+    """
 
     length: int
     protocol: Protocol
     points: tuple[Point, ...]
     budgets: tuple[float, ...]
+    scored: tuple[Point, ...]
 
     @property
     def title(self) -> str:
@@ -179,7 +182,7 @@ class Section:
         What was asked for so much, or holds no more; what keeps all and reads a quarter is among them.
         """
         share = focus(self.budgets)
-        known = [(point, cell) for point in self.points if point.what != DENSE and (cell := point.on(NEEDLES))]
+        known = [(point, cell) for point in self.scored if point.what != DENSE and (cell := point.on(NEEDLES))]
         asked = [
             (point, cell)
             for point, cell in known
@@ -242,7 +245,8 @@ def _why(point: Point, cell: Cell) -> str:
     if not told:
         return "what it attends to is not told"
     if all(kept in (None, 1.0) for kept, _ in parts):
-        return "it keeps all tokens, and reads too little of them"
+        less = point.memory is not None and point.memory < 1
+        return f"it keeps all tokens, {'in less memory' if less else 'and reads too little of them'}"
     return f"it keeps {' and '.join(told)} tokens"
 
 
@@ -273,20 +277,29 @@ def pareto(points: Iterable[tuple[float, float, T]]) -> list[T]:
 
 def sections(found: Evaluation) -> list[Section]:
     """One a length and protocol at which something but dense attention was scored, and a task tells something."""
-    own: dict[tuple[int, Protocol], list[Point]] = {}
     times = timed(found)
-    for line in _whole(found):
-        point = Point(line.what, *_split(line.what), line.length, line.cells, times.get((line.what, line.length)))
-        protocols = ABOUT if line.protocol == Protocol.EITHER else (line.protocol,)
-        for protocol in protocols:
-            own.setdefault((line.length, protocol), []).append(point)
+    own, all_of = (_points_of(known, times) for known in (_whole(found), lines(found)))
     return [
         Section(
-            length, protocol, tuple(points), tuple(sorted({p.budget for p in points if isinstance(p.budget, float)}))
+            length,
+            protocol,
+            tuple(points),
+            tuple(sorted({p.budget for p in points if isinstance(p.budget, float)})),
+            tuple(all_of[length, protocol]),
         )
         for (length, protocol), points in sorted(own.items(), key=lambda item: (item[0][0], [*ABOUT].index(item[0][1])))
         if points[0].what == DENSE and len(points) > 1
     ]
+
+
+def _points_of(known: Iterable[Line], times: dict[tuple[str, int], Time]) -> dict[tuple[int, Protocol], list[Point]]:
+    """By length and protocol; what has one score for both protocols is a point of both."""
+    own: dict[tuple[int, Protocol], list[Point]] = {}
+    for line in known:
+        point = Point(line.what, *_split(line.what), line.length, line.cells, times.get((line.what, line.length)))
+        for protocol in ABOUT if line.protocol == Protocol.EITHER else (line.protocol,):
+            own.setdefault((line.length, protocol), []).append(point)
+    return own
 
 
 def timed(found: Evaluation) -> dict[tuple[str, int], Time]:
@@ -325,14 +338,14 @@ def _whole(found: Evaluation) -> list[Line]:
     ]
 
 
-def partial(found: Evaluation) -> list[str]:
-    """Contestants that are in no mean, since they were scored on some of the tasks only."""
+def partial(found: Evaluation) -> dict[tuple[int, Protocol], list[str]]:
+    """Contestants that are in no mean, by length and protocol, since they were scored on some of the tasks only."""
     whole = {(line.what, line.length, line.protocol) for line in _whole(found)}
-    return list(
-        dict.fromkeys(
-            line.what for line in lines(found) if line.cells and (line.what, line.length, line.protocol) not in whole
-        )
-    )
+    named: dict[tuple[int, Protocol], list[str]] = {}
+    for line in lines(found):
+        if line.cells and (line.what, line.length, line.protocol) not in whole:
+            named.setdefault((line.length, line.protocol), []).append(line.what)
+    return named
 
 
 def _split(what: str) -> tuple[str, float | None]:
@@ -475,7 +488,7 @@ def noise(found: Evaluation) -> str:
         ) else "Times"  # fmt: skip
         told.append(f"{how} were taken in turns with dense attention, which against itself shows {span}.")
     load, cores = found.environment.get("load") or 0.0, found.environment.get("cores") or 1
-    if load > BUSY * cores:
+    if times and load > BUSY * cores:
         told.append(f"Other programs were running (load {load:.1f} on {cores} processors as this began).")
     return " ".join(told)
 
@@ -491,11 +504,16 @@ def left(found: Evaluation) -> str:
         if line.what == DENSE
         for task in sorted({cell.task for cell in line.cells} - counted(found)[line.length])
     ]
+    if not found.times and sections(found):
+        told.append("Decoded tokens were not timed, so that nothing here tells what is faster.")
     if tasks:
         told.append(f"In no mean, since asked of less than half of the contestants so far: {', '.join(tasks)}.")
-    if names := partial(found):
+    for (length, protocol), names in partial(found).items():
         more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-        told.append(f"Not shown, since not scored on every task: {', '.join(names[:MOST_NAMED])}{more}.")
+        told.append(
+            f"Not shown at {units.tokens(length)}, {protocol}, since not scored on every task: "
+            f"{', '.join(names[:MOST_NAMED])}{more}."
+        )
     return " ".join(told)
 
 
@@ -504,7 +522,13 @@ def unable(found: Evaluation) -> str:
     floor = uninformative(found)
     if not floor:
         return ""
-    names = ", ".join(f"{task} at {units.tokens(length)}" for task, length in sorted(floor))
+    where: dict[str, list[str]] = {}
+    for task, length in sorted(floor):
+        where.setdefault(task, []).append(units.tokens(length))
+    alike: dict[str, list[str]] = {}
+    for task, lengths in where.items():
+        alike.setdefault(", ".join(lengths), []).append(task)
+    names = "; ".join(f"{', '.join(tasks)} at {lengths}" for lengths, tasks in alike.items())
     told = f"Dense attention scores below {FLOOR:g} on {names}: the model cannot do it, so it is in no mean."
     if not any((cell.task, cell.length) in floor for cell in scored(found) if cell.what != DENSE):
         told += " Nothing else was asked it."
