@@ -404,11 +404,12 @@ class Weights(dict[str, Tensor]):
         kernel = weight.shape[2:]
         edges = [edge for size in reversed(kernel) for edge in (size // 2, size // 2)]
         around, alone = nn.functional.pad(x, [0, 0, *edges]), weight.shape[1] == 1
-        total = x.new_zeros(*x.shape[:-1], len(weight))
-        for tap in itertools.product(*map(range, kernel)):
-            seen = around[(slice(None), *(slice(at, at + n) for at, n in zip(tap, grid, strict=True)))]
-            w = weight[(slice(None), slice(None), *tap)]
-            total = total + (seen * w[:, 0] if alone else seen @ w.T)
+        total, taps = x.new_zeros(*x.shape[:-1], len(weight)), weight.flatten(2).unbind(2)
+        for tap, start in zip(taps, itertools.product(*map(range, kernel)), strict=True):
+            seen = around
+            for axis, (at, length) in enumerate(zip(start, grid, strict=True), 1):
+                seen = seen.narrow(axis, at, length)
+            total = total + (seen * tap[:, 0] if alone else seen @ tap.T)
         return total if bias is None else total + bias
 
 
@@ -457,35 +458,35 @@ def sample(make: Callable[[], Layer], *shape: int) -> tuple[Layer, Tensor]:
         return make().double().eval().requires_grad_(False), torch.randn(*shape, dtype=torch.float64)
 
 
-def reached(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Which tokens a result depends on, for claims: where the sum of function(x) has a gradient that is not zero.
+def reached(function: Callable[[Tensor], Tensor], x: Tensor, at: Any = ...) -> Tensor:
+    """Which tokens a result depends on, for claims: where the sum of function(x)[at] has a gradient that is not zero.
 
-    x (..., C) -> bool (...). The sum of what a layer norm leaves is constant: square it.
+    x (..., C) -> bool (...). at: an index (default: all). The sum of what a layer norm leaves is constant: square it.
 
-    >>> reached(lambda x: x[:, :3].sum(1), torch.ones(1, 5, 4)).tolist()
+    >>> reached(lambda x: x.cumsum(1), torch.ones(1, 5, 4), (0, 2)).tolist()
     [[True, True, True, False, False]]
     """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(function(x).sum(), x)
+        (gradient,) = torch.autograd.grad(function(x)[at].sum(), x)
     return gradient.ne(0).any(-1)
 
 
 class Work(NamedTuple):
-    """Operations of a call, a multiplication and an addition being two: in `all` products, in those of `attention`."""
+    """Operations of a call, a multiplication and an addition being two: in `all` products, of which in those of `fused`
+    attention, and in `batched` ones, such as those of attention that is not fused."""
 
     all: int
-    attention: int
+    fused: int
+    batched: int
 
 
 def work(call: Callable[[], Any]) -> Work:
     """Counts the operations of a call on a CPU, for claims, those of fused attention as well.
 
-    attention: fused, and in batched products, as scores with a bias of their own are.
-
     >>> q = torch.randn(1, 2, 8, 4)
     >>> work(lambda: nn.functional.scaled_dot_product_attention(q, q, q) @ torch.ones(4, 3))
-    Work(all=2432, attention=2048)
+    Work(all=2432, fused=2048, batched=0)
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -494,8 +495,9 @@ def work(call: Callable[[], Any]) -> Work:
     rules = {fused: lambda q, k, v, *_, **__: 2 * q[:3].numel() * k[2] * (q[3] + v[3])}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=rules) as counter:
         call()
-    found = counter.get_flop_counts()["Global"]
-    return Work(counter.get_total_flops(), sum(found.get(op, 0) for op in (fused, aten.bmm, aten.baddbmm)))
+    found = counter.get_flop_counts().get("Global", {})
+    batched = found.get(aten.bmm, 0) + found.get(aten.baddbmm, 0)
+    return Work(counter.get_total_flops(), found.get(fused, 0), batched)
 
 
 class Mixer(Mechanism):

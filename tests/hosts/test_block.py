@@ -18,6 +18,7 @@ from saccade.hosts.block import (
     TokenNorm,
     init_linear,
     num_parameters,
+    published_size,
 )
 from saccade.mechanisms.spatial_window.nat import nat_block
 from saccade.testing.budget import compare
@@ -181,6 +182,19 @@ def test_linear_layers_start_small_and_parameters_are_counted():
 
 
 @pytest.mark.parametrize(
+    ("published", "holds"), [({"a": 1.0}, True), ({"a": 1.03}, False), ({"a": 1.0, "b": 1.0}, False)]
+)
+def test_sizes_are_those_published_within_two_percent(published, holds):
+    def model(name, *, width=1000):
+        return torch.nn.Linear(width, 1000 if name == "a" else 2000, bias=False)
+
+    found = published_size(model, published)
+    assert found.holds == holds
+    assert found.figure.startswith("a 1.00 million")
+    assert published_size(model, {"a": 0.5}, width=500).holds
+
+
+@pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: Block(Dims(2, 8), torch.nn.Identity(), mlp_ratio=0), "mlp_ratio: got 0"),
@@ -191,3 +205,14 @@ def test_linear_layers_start_small_and_parameters_are_counted():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(("dims", "width"), [(Dims(2, 3), 3), (Dims(6, 4, num_kv_heads=2), 4), (Dims(4, 2, 1), 5)])
+def test_heads_of_one_projection_lie_queries_first(dims, width):
+    kv = dims.num_kv_heads
+    y = torch.randn(2, 7, (dims.num_heads + 2 * kv) * width, generator=torch.Generator().manual_seed(0))
+    starts = {0: dims.num_heads, dims.num_heads: kv, dims.num_heads + kv: kv}
+    for found, (start, count) in zip(dims.split(y), starts.items(), strict=True):
+        assert found.shape == (2, count, 7, width)
+        for h in range(count):
+            assert found[:, h].equal(y[..., (start + h) * width : (start + h + 1) * width])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saccade.contract import Dims
+from saccade.contract import Dims, Finding
 from saccade.errors import positive
 from saccade.mix import DepthwiseConv
 
@@ -38,10 +39,8 @@ class AttentionMixer(nn.Module):
         self.out = nn.Linear(d.dim, d.dim, bias=bias)
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
-        d = self.dims
-        heads = self.qkv(x).unflatten(2, (-1, d.head_dim)).transpose(1, 2)  # (B, H + 2 Hkv, N, D)
-        q, k, v = heads.split([d.num_heads, d.num_kv_heads, d.num_kv_heads], 1)
-        return self.out(self.attention(q, k, v, **options).transpose(1, 2).flatten(2))
+        o = self.attention(*self.dims.split(self.qkv(x)), **options)
+        return self.out(o.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Sequential):
@@ -249,3 +248,14 @@ def num_parameters(build: Callable[[], nn.Module]) -> int:
     """
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in build().parameters())
+
+
+def published_size(model: Callable[..., nn.Module], published: Mapping[str, float], **host: Any) -> Finding:
+    """The finding of a claim: has model(name, **host) as many parameters as published, in millions, within 2 %?
+
+    >>> published_size(lambda name: nn.Linear(1000, 1000), {"tiny": 1.0})
+    Finding(holds=True, figure='tiny 1.00 million')
+    """
+    sizes = {name: num_parameters(functools.partial(model, name, **host)) / 1e6 for name in published}
+    holds = all(abs(sizes[name] / size - 1) < 0.02 for name, size in published.items())
+    return Finding(holds, ", ".join(f"{name} {size:.2f} million" for name, size in sizes.items()))

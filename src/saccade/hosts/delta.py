@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from saccade.contract import Dims
 from saccade.errors import positive
+from saccade.hosts.short_conv import short_conv, short_taps
 from saccade.scan import UNTRACKED, State, delta_rule
 
 Kept = tuple[Tensor, State]
@@ -35,9 +36,9 @@ class DeltaNet(nn.Module):
     def __init__(self, dims: Dims, *, taps: int = 4, chunk: int = 64) -> None:
         super().__init__()
         c, kv = dims.dim, dims.num_kv_heads * dims.head_dim
-        self.dims, self.chunk, bound = dims, positive("chunk", chunk), positive("taps", taps) ** -0.5
+        self.dims, self.chunk = dims, positive("chunk", chunk)
         self.project, self.out = nn.Linear(c, c + 2 * kv, bias=False), nn.Linear(c, c, bias=False)
-        self.taps = nn.Parameter(torch.empty(c + 2 * kv, 1, taps).uniform_(-bound, bound))
+        self.taps = short_taps(c + 2 * kv, taps)
         self.write, self.gate = nn.Linear(c, dims.num_kv_heads, bias=False), nn.Linear(c, c, bias=False)
         self.norm = nn.RMSNorm(dims.head_dim, eps=1e-5)
 
@@ -50,16 +51,14 @@ class DeltaNet(nn.Module):
 
     def step(self, x: Tensor, *, state: Kept | None = None) -> tuple[Tensor, Kept]:
         """Any number of tokens more."""
-        d, width, y = self.dims, self.taps.shape[2] - 1, self.project(x)
-        y = torch.cat([y.new_zeros(len(y), width, y.shape[2]) if state is None else state[0], y], 1)
-        heads = F.silu(F.conv1d(y.mT, self.taps, groups=y.shape[2])).unflatten(1, (-1, d.head_dim)).mT
-        q, k, v = heads.split([d.num_heads, d.num_kv_heads, d.num_kv_heads], 1)
+        y, recent = short_conv(self.project(x), self.taps, None if state is None else state[0])
+        q, k, v = self.dims.split(F.silu(y))
         q, k, write = F.normalize(q, dim=-1), F.normalize(k, dim=-1), self.write(x).sigmoid().mT
-        options: Any = {"scale": d.head_dim**-0.5, "chunk": self.chunk, "return_state": True}
+        options: Any = {"scale": self.dims.head_dim**-0.5, "chunk": self.chunk, "return_state": True}
         memory = UNTRACKED if state is None else state[1]
         o, memory = delta_rule(q, k, v, write, log_decay=self.log_decay(x), state=memory, **options)
         o = self.norm(o).transpose(1, 2).flatten(2) * F.silu(self.gate(x))
-        return self.out(o), (y[:, y.shape[1] - width :], memory)
+        return self.out(o), (recent, memory)
 
 
 class GatedDeltaNet(DeltaNet):

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saccade import attend
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim, rotated
 from saccade.errors import known, positive
-from saccade.mix import rotary_rates, turn_halves
+from saccade.hosts.short_conv import short_conv, short_taps
+from saccade.mix import turn_at
 from saccade.scan import State, Sum, linear_attention
 from saccade.scan.features import taylor2
 from saccade.where import Window
@@ -66,7 +67,7 @@ class Based(Mixer):
         paper="2402.18668",
         year=2024,
         family="linear",
-        uses=("linear_attention", "Sum", "attend", "Window", "turn_halves"),
+        uses=("linear_attention", "Sum", "attend", "Window", "turn_at"),
     )
     causal = True
 
@@ -81,9 +82,8 @@ class Based(Mixer):
             raise ValueError(f"dims.head_dim: got {dims.head_dim}; channels turn in pairs, so pass an even number")
         c = dims.dim
         if layer == "conv":
-            bound = kernel**-0.5
             self.project, self.out = nn.Linear(c, 4 * c), nn.Linear(2 * c, c)
-            self.conv = nn.Parameter(torch.empty(2 * c, 1, kernel).uniform_(-bound, bound))
+            self.conv = short_taps(2 * c, kernel)
         else:
             width = feature_dim if layer == "linear" else dims.head_dim
             heads = dims.num_heads + dims.num_kv_heads
@@ -106,9 +106,7 @@ class Based(Mixer):
 
     def windowed(self, x: Tensor, state: BasedState) -> tuple[Tensor, BasedState]:
         q, k, v = self.heads(x)
-        positions = torch.arange(state.count, state.count + x.shape[1], device=x.device)
-        rates = rotary_rates(q.shape[3] // 2, device=x.device)
-        q, k = (turn_halves(z, positions[:, None] * rates) for z in (q, k))
+        q, k = turn_at(q, state.count), turn_at(k, state.count)
         pair = torch.cat([k, v], 1)
         pair = pair if state.recent is None else torch.cat([state.recent, pair], 2)
         k, v = pair.chunk(2, 1)
@@ -118,10 +116,8 @@ class Based(Mixer):
 
     def convolve(self, x: Tensor, state: BasedState) -> tuple[Tensor, BasedState]:
         y, gate = self.project(x).chunk(2, 2)
-        before = y.new_zeros(len(x), self.kernel - 1, y.shape[2]) if state.recent is None else state.recent
-        y = torch.cat([before, y], 1)
-        mixed = F.conv1d(y.mT, self.conv, groups=y.shape[2]).mT
-        return self.out(F.silu(mixed) * gate), BasedState(recent=y[:, y.shape[1] - self.kernel + 1 :].clone())
+        mixed, recent = short_conv(y, self.conv, state.recent)
+        return self.out(F.silu(mixed) * gate), BasedState(recent=recent)
 
     def step(self, x: Tensor, *, state: BasedState | None = None) -> tuple[Tensor, BasedState]:
         mix = {"linear": self.linear, "window": self.windowed, "conv": self.convolve}[self.layer]
@@ -146,13 +142,6 @@ class Based(Mixer):
         edges = [0, d.num_heads * width, (d.num_heads + d.num_kv_heads) * width, y.shape[2]]
         q, k, v = (y[..., a:b] for a, b in itertools.pairwise(edges))
 
-        def turned(row: Tensor, t: int) -> Tensor:
-            half = row.shape[-1] // 2
-            turn = [t * 10000.0 ** (-2 * c / row.shape[-1]) for c in range(half)]
-            cos, sin = (torch.tensor([f(a) for a in turn], dtype=row.dtype) for f in (math.cos, math.sin))
-            first, second = row[..., :half], row[..., half:]
-            return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-
         for i in range(x.shape[1]):
             heads = []
             for h in range(d.num_heads):
@@ -160,13 +149,14 @@ class Based(Mixer):
                 query, key = q[:, i, h * width :][:, :width], k[:, : i + 1, g * width :][:, :, :width]
                 value = v[:, : i + 1, g * d.head_dim :][:, :, : d.head_dim]
                 if self.layer == "window":
-                    query, key = turned(query, i), torch.stack([turned(key[:, j], j) for j in range(i + 1)], 1)
+                    query = rotated(query[:, None], torch.tensor([i]), 10000.0)[:, 0]
+                    key = rotated(key, torch.arange(i + 1), 10000.0)
                 t = (query[:, None] * key).sum(-1) / width**0.5
                 if self.layer == "linear":
                     weights = 1 + t + t**2 / 2
                 else:
                     t, value = t[:, -self.window :], value[:, -self.window :]
-                    weights = torch.exp(t - t.amax(-1, keepdim=True))
+                    weights = t.softmax(-1)
                 heads.append((weights[..., None] * value).sum(1) / weights.sum(-1, keepdim=True))
             rows.append(torch.cat(heads, -1))
         return torch.stack(rows, 1) @ w["out.weight"].T

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, apart, claim, sample
 from saccade.errors import known, positive
 from saccade.scan import State, linear_attention
 from saccade.scan.features import Map
@@ -164,13 +164,8 @@ class DiJiang(Mixer):
 
     def read(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
         """o (B, H, N, D) and the memory after the last token."""
-        d = self.dims
-        heads = self.qkv(x).unflatten(2, (-1, d.head_dim)).transpose(1, 2)
-        q, k, v = heads.split([d.num_heads, d.num_kv_heads, d.num_kv_heads], 1)
         read = linear_attention(
-            q,
-            k,
-            v,
+            *self.dims.split(self.qkv(x)),
             log_decay=self.log_decay.to(x.device),
             feature_map=self.features,
             state=state,
@@ -247,7 +242,7 @@ class DiJiang(Mixer):
         "It is retention of phi(q) and phi(k): chunked as one token after another, with D^2 numbers a head for ever."
     )
     def is_retention(cls) -> Finding:
-        apart, sizes, n = 0.0, [], 70
+        off, sizes, n = 0.0, [], 70
         x = torch.randn(1, n, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         for features in FEATURES:
             layer = cls._sample(Dims(3, 8), features=features, chunk=16)
@@ -259,14 +254,12 @@ class DiJiang(Mixer):
                 memory = gammas[:, None, None] * memory + layer.features(k[:, :, i, :, None].mT).mT * v[:, :, i, None]
                 rows.append((layer.features(q[:, :, i]).unsqueeze(-2) @ memory).squeeze(-2))
             dense = torch.stack(rows, 2)
-            apart = max(apart, float((layer.read(x)[0] - dense).abs().max() / dense.abs().max()))
+            off = max(off, apart(layer.read(x)[0], dense))
             sizes += [layer.read(x[:, :m])[1].memory[0, 0].numel() for m in (1, n)]
         # The decays are kept in float32.
         allowed = n * torch.finfo(torch.float32).eps
-        figure = (
-            f"largest difference {apart:.1e} of the largest output; {sizes[0]} numbers, {sizes[1]} after {n} tokens"
-        )
-        return Finding(apart < allowed and set(sizes) == {64}, figure)
+        figure = f"largest difference {off:.1e} of the largest output; {sizes[0]} numbers, {sizes[1]} after {n} tokens"
+        return Finding(off < allowed and set(sizes) == {64}, figure)
 
     @claim(
         "Untrained, softmax features follow the rows of softmax attention, and better than the paper's exponentials."
@@ -290,8 +283,5 @@ class DiJiang(Mixer):
         return Finding(holds, figure)
 
     @classmethod
-    @torch.no_grad()
-    def _sample(cls, dims: Dims, **params: str | int) -> DiJiang:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return cls(dims, **params).double().requires_grad_(False)  # type: ignore[arg-type]
+    def _sample(cls, dims: Dims, **params: Any) -> DiJiang:
+        return sample(lambda: cls(dims, **params), 1)[0]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from saccade.contract import Attention, Case, Dims, Finding, Spec, claim
+from saccade.contract import Attention, Case, Dims, Finding, Spec, claim, work
 from saccade.errors import known
 from saccade.scan import linear_attention
 from saccade.scan.features import Map
@@ -116,16 +117,10 @@ class EfficientAttention(Attention):
 
     @claim("Work and memory are linear in the positions: 2 n D Dv multiply-adds, D Dv numbers of context.")
     def linear_work(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        work = []
-        for n in (1024, 4096):
-            with FlopCounterMode(display=False) as counter:
-                cls(Dims(2, 8))(*torch.randn(3, 1, 2, n, 8))
-            work.append(counter.get_total_flops() // 2)
-        share = work[1] / (2 * 2 * 4096**2 * 8)
-        figure = f"{work[0]} multiply-adds of 2 heads at 1024, {work[1]} at 4096, {share:.4f} of those of all pairs"
-        return Finding(work == [2 * 2 * n * 8 * 8 for n in (1024, 4096)], figure)
+        costs = [work(partial(cls(Dims(2, 8)), *torch.randn(3, 1, 2, n, 8))).all // 2 for n in (1024, 4096)]
+        share = costs[1] / (2 * 2 * 4096**2 * 8)
+        figure = f"{costs[0]} multiply-adds of 2 heads at 1024, {costs[1]} at 4096, {share:.4f} of those of all pairs"
+        return Finding(costs == [2 * 2 * n * 8 * 8 for n in (1024, 4096)], figure)
 
     @staticmethod
     def _inputs() -> tuple[Tensor, Tensor]:

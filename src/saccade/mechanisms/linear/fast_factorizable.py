@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from saccade.contract import Attention, Case, Dims, Finding, Spec, claim
+from saccade.contract import Attention, Case, Dims, Finding, Spec, claim, work
 from saccade.errors import positive
 from saccade.scan import State, linear_attention
 
@@ -138,16 +139,12 @@ class FastFactorizable(Attention):
 
     @claim("The work is linear in the tokens, and of order D^(p + 1); the state has (1 + D + D^2) (Dv + 1) numbers.")
     def linear_work(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        work, sizes = [], []
+        costs, sizes = [], []
         for length, width in ((512, 8), (1024, 8), (512, 16)):
             layer, inputs = cls(Dims(1, width), causal=False), torch.ones(3, 1, 1, length, width)
-            with FlopCounterMode(display=False) as counter:
-                layer(*inputs)
-            work.append(counter.get_total_flops())
+            costs.append(work(partial(layer, *inputs)).all)
             sizes.append(cls(Dims(1, width)).step(*inputs[..., :1, :])[1].memory.numel())
-        longer, wider = work[1] / work[0], work[2] / work[0]
+        longer, wider = costs[1] / costs[0], costs[2] / costs[0]
         holds = longer == 2 and 4 < wider < 8 and sizes == [73 * 9, 73 * 9, 273 * 17]
         figure = f"{longer:.2f} times the work at twice N, {wider:.2f} at twice D; {sizes[0]} numbers at D = 8"
         return Finding(holds, figure)

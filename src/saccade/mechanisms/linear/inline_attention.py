@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim, work
 from saccade.errors import known
-from saccade.hosts.block import Block, init_linear, num_parameters
+from saccade.hosts.block import Block, init_linear, published_size
 from saccade.hosts.pyramid import Mean, Pyramid, Stage
 from saccade.hosts.resize import Reduce
 from saccade.hosts.vit import LearnedPositions
@@ -53,6 +53,7 @@ class InlineAttention(Mixer):
     Costs 2 N D^2 multiplications a head, 9 N C for the convolution, beside the projections.
     Errors: ValueError when dims.grid has not two axes.
 
+    >>> from saccade.hosts.block import num_parameters
     >>> layer = InlineAttention(Dims(2, 4, grid=(5, 7)))
     >>> layer(torch.randn(1, 35, 8)).shape, num_parameters(InlineAttention.model)
     (torch.Size([1, 35, 8]), 12032232)
@@ -82,8 +83,7 @@ class InlineAttention(Mixer):
 
     def compute(self, x: Tensor) -> Tensor:
         d = self.dims
-        heads = self.qkv(x).unflatten(2, (-1, d.head_dim)).transpose(1, 2)
-        q, k, v = heads.split([d.num_heads, d.num_kv_heads, d.num_kv_heads], 1)
+        q, k, v = d.split(self.qkv(x))
         o, values = (y.transpose(1, 2).flatten(2) for y in (self.read(q, k, v), v.repeat_interleave(d.group, 1)))
         return self.out(o + self.residual(x, values))
 
@@ -150,10 +150,7 @@ class InlineAttention(Mixer):
 
     @claim("InLine-PVT-T, S, M and L have 12.0, 21.6, 37.6 and 50.2 million parameters, as published.")
     def published_size(cls) -> Finding:
-        published = {"tiny": 12.0, "small": 21.6, "medium": 37.6, "large": 50.2}
-        sizes = {name: num_parameters(functools.partial(cls.model, name)) / 1e6 for name in published}
-        holds = all(abs(sizes[name] / size - 1) < 0.02 for name, size in published.items())
-        return Finding(holds, ", ".join(f"{name} {size:.2f} million" for name, size in sizes.items()))
+        return published_size(cls.model, {"tiny": 12.0, "small": 21.6, "medium": 37.6, "large": 50.2})
 
     @claim("The memory gives what all weights give: rows sum to 1, some weights are negative.")
     def linear_is_quadratic(cls) -> Finding:
@@ -196,17 +193,13 @@ class InlineAttention(Mixer):
 
     @claim("Reading takes work that is linear in the tokens.")
     def linear_work(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        work = []
+        costs = []
         for height in (16, 32):
             layer = cls(Dims(2, 8, grid=(height, 24)))
-            with FlopCounterMode(display=False) as counter:
-                layer.read(*torch.ones(3, 1, 2, height * 24, 8))
-            work.append(counter.get_total_flops())
-        share = work[1] / (4 * 2 * 768**2 * 8)
-        figure = f"{work[1] / work[0]:.2f} times the work at twice N, {share:.3f} of dense at 768"
-        return Finding(1.9 < work[1] / work[0] <= 2 and share < 1, figure)
+            costs.append(work(functools.partial(layer.read, *torch.ones(3, 1, 2, height * 24, 8))).all)
+        share = costs[1] / (4 * 2 * 768**2 * 8)
+        figure = f"{costs[1] / costs[0]:.2f} times the work at twice N, {share:.3f} of dense at 768"
+        return Finding(1.9 < costs[1] / costs[0] <= 2 and share < 1, figure)
 
     @classmethod
     def _layer(cls) -> InlineAttention:

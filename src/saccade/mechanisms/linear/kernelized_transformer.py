@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from saccade.contract import Attention, Case, Dims, Finding, Spec, claim
+from saccade.contract import Attention, Case, Dims, Finding, Spec, apart, claim, sample
 from saccade.errors import known, positive
 from saccade.scan import Sum, linear_attention
 
@@ -263,25 +263,25 @@ class KernelizedTransformer(Attention):
         x, y = torch.randn(2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         layer = cls._layer(draws=100_000, smoothing=0.0)
         phi = [layer.phi(z[None, None, None])[0, 0, 0] for z in (x, y)]
-        apart, spread, mean = (x - y) / 8**0.25, *layer._gaussian()
-        exact = float((-(spread @ apart).square().sum() / 2).exp() * (mean @ apart).cos())
+        between, spread, mean = (x - y) / 8**0.25, *layer._gaussian()
+        exact = float((-(spread @ between).square().sum() / 2).exp() * (mean @ between).cos())
         found, draws = float(phi[0] @ phi[1]), 100_000
         terms = phi[0].unflatten(0, (2, 2, draws)) * phi[1].unflatten(0, (2, 2, draws)) * 2 * draws
         error = float(terms.sum(0).mean(0).std()) / draws**0.5
         figure = f"{found:.4f} +- {error:.4f} of {draws} draws, the kernel is {exact:.4f}"
         # Four standard errors; the kernel without mu, or without S, is further off.
-        other = abs(exact - float((mean @ apart).cos()))
+        other = abs(exact - float((mean @ between).cos()))
         return Finding(abs(found - exact) < 4 * error < other, figure)
 
     @claim("The error of the kernel falls as 1 / sqrt(draws).")
     def error_falls(cls) -> Finding:
         random = torch.Generator().manual_seed(1)
         x, errors, counts = torch.randn(1, 1, 24, 8, generator=random, dtype=torch.float64), [], (16, 1024)
-        apart = (x[0, 0, :, None] - x[0, 0]) / 8**0.25
+        between = (x[0, 0, :, None] - x[0, 0]) / 8**0.25
         for count in counts:
             layer = cls._layer(draws=count, smoothing=0.0)
             spread, mean = layer._gaussian()
-            exact = (-(apart @ spread.T).square().sum(-1) / 2).exp() * (apart @ mean).cos()
+            exact = (-(between @ spread.T).square().sum(-1) / 2).exp() * (between @ mean).cos()
             wrong = []
             for seed in range(16):
                 layer.phi.spectrum.noise.normal_(generator=torch.Generator().manual_seed(seed))
@@ -295,7 +295,7 @@ class KernelizedTransformer(Attention):
     @claim("Gradients reach every parameter of every spectrum through the draw; the memory gives what all pairs give.")
     def trained(cls) -> Finding:
         q, k, v = torch.randn(3, 1, 1, 64, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).unbind()
-        least, apart, count = math.inf, 0.0, 0
+        least, off, count = math.inf, 0.0, 0
         for spectrum in ("gaussian", "generator", "fastfood"):
             for features in ("fourier", "positive"):
                 layer = cls._layer(spectrum=spectrum, features=features)
@@ -304,11 +304,11 @@ class KernelizedTransformer(Attention):
                 with torch.enable_grad():
                     o = layer.requires_grad_()(q, k, v)
                     slopes = torch.autograd.grad(o.square().sum(), list(layer.parameters()))
-                apart = max(apart, float((o.detach() - dense).abs().max() / dense.abs().max()))
+                off = max(off, apart(o, dense))
                 least = min(least, *(float(slope.abs().max()) for slope in slopes))
                 count += len(slopes)
-        holds = least > 0 and apart < 64 * torch.finfo(q.dtype).eps
-        return Finding(holds, f"least of {count} gradients {least:.1e}; largest difference {apart:.1e} of the output")
+        holds = least > 0 and off < 64 * torch.finfo(q.dtype).eps
+        return Finding(holds, f"least of {count} gradients {least:.1e}; largest difference {off:.1e} of the output")
 
     def _gaussian(self) -> tuple[Tensor, Tensor]:
         """S (D, D) and mu (D,) of the first head."""
@@ -316,9 +316,5 @@ class KernelizedTransformer(Attention):
         return spectrum.spread[0], spectrum.mean[0]
 
     @classmethod
-    @torch.no_grad()
-    def _layer(cls, **params: object) -> KernelizedTransformer:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            layer = cls(Dims(1, 8), **params).double()  # type: ignore[arg-type]
-            return layer.eval().requires_grad_(False)
+    def _layer(cls, **params: Any) -> KernelizedTransformer:
+        return sample(lambda: cls(Dims(1, 8), **params), 1)[0]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from saccade import attend
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim, work
 from saccade.errors import known, positive
-from saccade.hosts.block import MLP, AttentionMixer, Residual, TokenNorm, init_linear, num_parameters
+from saccade.hosts.block import MLP, AttentionMixer, Residual, TokenNorm, init_linear, published_size
 from saccade.hosts.pyramid import Pyramid, Stage
 from saccade.hosts.resize import Reduce
 from saccade.mix import DepthwiseConv, Windowed
@@ -64,6 +64,7 @@ class L2ViT(Mixer):
     Costs 2 N D^2 multiplications a head for LGA, 2 N window^2 D for WMSA, beside the layers.
     Errors: ValueError when dims.grid has not two axes, or floor <= 0.
 
+    >>> from saccade.hosts.block import num_parameters
     >>> layer = L2ViT(Dims(2, 4, grid=(5, 7)))
     >>> layer(torch.randn(1, 35, 8)).shape, num_parameters(L2ViT.model)
     (torch.Size([1, 35, 8]), 28596781)
@@ -103,45 +104,29 @@ class L2ViT(Mixer):
         return self.mlp(self.local(self.attend(self.place(x))))
 
     def oracle(self, x: Tensor) -> Tensor:
-        w, d, (height, width) = dict(self.named_parameters()), self.dims, self.dims.grid or ()
-        buffers, side = dict(self.named_buffers()), self.window
-
-        def layer(t: Tensor, name: str) -> Tensor:
-            return t @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-        def normed(t: Tensor, name: str) -> Tensor:
-            t = t - t.mean(-1, keepdim=True)
-            t = t / ((t * t).mean(-1, keepdim=True) + 1e-5) ** 0.5
-            return t * w[f"{name}.weight"] + w[f"{name}.bias"]
+        w, d, (height, width), side = Weights(self), self.dims, self.dims.grid or (), self.window
 
         def gelu(t: Tensor) -> Tensor:
             return t / 2 * (1 + torch.erf(t / 2**0.5))
 
         def around(t: Tensor, name: str) -> Tensor:
-            kernel = w[f"{name}.weight"][:, 0]
-            reach = kernel.shape[-1] // 2
-            image = nn.functional.pad(t.reshape(len(t), height, width, -1), (0, 0, reach, reach, reach, reach))
-            total = w[f"{name}.bias"].expand(len(t), height, width, -1)
-            for i in range(2 * reach + 1):
-                for j in range(2 * reach + 1):
-                    total = total + kernel[:, i, j] * image[:, i : i + height, j : j + width]
-            return total.flatten(1, 2)
+            return w.conv(t.unflatten(1, (height, width)), name).flatten(1, 2)
 
         def heads(t: Tensor, name: str) -> list[tuple[Tensor, Tensor, Tensor]]:
-            parts, group = layer(t, name).split(d.head_dim, -1), d.num_heads // d.num_kv_heads
+            parts, group = w.linear(t, name).split(d.head_dim, -1), d.num_heads // d.num_kv_heads
             keys = [d.num_heads + h // group for h in range(d.num_heads)]
             return [(parts[h], parts[key], parts[key + d.num_kv_heads]) for h, key in enumerate(keys)]
 
         x = x + around(x, "place.inner")
-        y, mixed = normed(x, "attend.norm"), []
+        y, mixed = w.norm(x, "attend.norm"), []
         if self.linear:
             for h, (q, k, v) in enumerate(heads(y, "attend.inner.qkv")):
                 weights = q.clamp(min=0) @ k.clamp(min=0).mT
                 weights = weights / weights.sum(-1, keepdim=True).clamp(min=self.floor)
                 mixed.append(w["attend.inner.attention.temperature"][h] * weights @ v)
-            x = x + layer(torch.cat(mixed, -1), "attend.inner.out")
-            y, bn = around(normed(x, "local.norm"), "local.inner.0"), "local.inner.2"
-            y = (gelu(y) - buffers[f"{bn}.running_mean"]) / (buffers[f"{bn}.running_var"] + 1e-5) ** 0.5
+            x = x + w.linear(torch.cat(mixed, -1), "attend.inner.out")
+            y, bn = around(w.norm(x, "local.norm"), "local.inner.0"), "local.inner.2"
+            y = (gelu(y) - w[f"{bn}.running_mean"]) / (w[f"{bn}.running_var"] + 1e-5) ** 0.5
             x = x + around(y * w[f"{bn}.weight"] + w[f"{bn}.bias"], "local.inner.3")
         else:
             high, wide = (-(-n // side) * side for n in (height, width))
@@ -153,10 +138,10 @@ class L2ViT(Mixer):
                     for q, k, v in heads(image[here].flatten(1, 2), "attend.inner.inner.qkv"):
                         weights = torch.exp(q @ k.mT / d.head_dim**0.5)
                         mixed.append(weights @ v / weights.sum(-1, keepdim=True))
-                    found[here] = layer(torch.cat(mixed, -1), "attend.inner.inner.out").unflatten(1, (side, side))
+                    found[here] = w.linear(torch.cat(mixed, -1), "attend.inner.inner.out").unflatten(1, (side, side))
             x = x + found[:, :height, :width].flatten(1, 2)
             x = x + around(x, "local.inner")
-        return x + layer(gelu(layer(normed(x, "mlp.norm"), "mlp.inner.0")), "mlp.inner.2")
+        return x + w.mlp(w.norm(x, "mlp.norm"), "mlp.inner")
 
     @classmethod
     def model(cls, name: str = "tiny", *, params: Mapping[str, Any] | None = None, **host: Any) -> Pyramid:
@@ -195,10 +180,7 @@ class L2ViT(Mixer):
 
     @claim("L2ViT-T, S and B have 29, 50 and 89 million parameters, as published.")
     def published_size(cls) -> Finding:
-        published = {"tiny": 29, "small": 50, "base": 89}
-        sizes = {name: num_parameters(functools.partial(cls.model, name)) / 1e6 for name in published}
-        holds = all(abs(sizes[name] / size - 1) < 0.02 for name, size in published.items())
-        return Finding(holds, ", ".join(f"{name} {size:.2f} million" for name, size in sizes.items()))
+        return published_size(cls.model, {"tiny": 29, "small": 50, "base": 89})
 
     @claim("The memory gives what all pairs give; rows sum to t where products sum to 100 or more, to less below.")
     def floor_of_rows(cls) -> Finding:
@@ -229,13 +211,8 @@ class L2ViT(Mixer):
 
     @claim("Reading takes work that is linear in the tokens.")
     def linear_work(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        work = []
-        for length in (384, 768):
-            with FlopCounterMode(display=False) as counter:
-                ReluAttention(Dims(2, 8), 100.0)(*torch.ones(3, 1, 2, length, 8))
-            work.append(counter.get_total_flops())
-        share = work[1] / (4 * 2 * 768**2 * 8)
-        figure = f"{work[1] / work[0]:.2f} times the work at twice N, {share:.3f} of dense at 768"
-        return Finding(work[1] == 2 * work[0] and share < 1, figure)
+        layer, inputs = ReluAttention(Dims(2, 8), 100.0), (torch.ones(3, 1, 2, length, 8) for length in (384, 768))
+        costs = [work(functools.partial(layer, *given)).all for given in inputs]
+        share = costs[1] / (4 * 2 * 768**2 * 8)
+        figure = f"{costs[1] / costs[0]:.2f} times the work at twice N, {share:.3f} of dense at 768"
+        return Finding(costs[1] == 2 * costs[0] and share < 1, figure)

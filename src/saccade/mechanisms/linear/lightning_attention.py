@@ -77,13 +77,8 @@ class LightningAttention(Mixer):
 
     def read(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
         """o (B, H, N, D) and the memory after the last token."""
-        d = self.dims
-        heads = F.silu(self.qkv(x)).unflatten(2, (-1, d.head_dim)).transpose(1, 2)
-        q, k, v = heads.split([d.num_heads, d.num_kv_heads, d.num_kv_heads], 1)
         read = linear_attention(
-            q,
-            k,
-            v,
+            *self.dims.split(F.silu(self.qkv(x))),
             log_decay=self.log_decay.to(x.device),
             state=state or UNTRACKED,
             return_state=True,

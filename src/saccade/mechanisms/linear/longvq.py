@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from saccade import attend, merge
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim, sample, work
 from saccade.errors import positive
 from saccade.scan import UNTRACKED, State, linear_attention, selective_scan
 from saccade.softmax.bias import RelativeTable
@@ -96,9 +97,7 @@ class LongVQ(Mixer):
         return cast(tuple[Tensor, State], found)
 
     def tokens(self, u: Tensor) -> Tokens:
-        d = self.dims
-        heads = self.qkv(u).unflatten(2, (-1, d.head_dim)).transpose(1, 2)
-        q, k, v = heads.split([d.num_heads, d.num_kv_heads, d.num_kv_heads], 1)
+        q, k, v = self.dims.split(self.qkv(u))
         wide = torch.promote_types(k.dtype, torch.float32)
         apart = torch.cdist(k.detach().to(wide), self.codebook.detach().to(wide)[None])
         codes = nn.functional.one_hot(apart.argmin(-1), self.codebook.shape[1]).to(k.dtype)
@@ -227,17 +226,12 @@ class LongVQ(Mixer):
 
     @claim("The work is linear in the tokens, and less than that of all pairs.")
     def linear_work(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
         layer = cls(Dims(2, 16), codes=32, window=16).requires_grad_(False)
-        work = []
-        for n in (1024, 2048):
-            with FlopCounterMode(display=False) as counter:
-                layer.attention(torch.randn(1, n, 32))
-            work.append(counter.get_total_flops() - 2 * n * 32 * 96)
-        share = work[1] / (2 * 2 * 2048**2 * 2 * 16)
-        figure = f"{work[1] / work[0]:.2f} times the work at twice N, {share:.2f} of all pairs at 2048"
-        return Finding(work[1] / work[0] < 2.1 and share < 0.5, figure)
+        inputs = (torch.randn(1, n, 32) for n in (1024, 2048))
+        costs = [work(partial(layer.attention, x)).all - 2 * x.shape[1] * 32 * 96 for x in inputs]
+        share = costs[1] / (2 * 2 * 2048**2 * 2 * 16)
+        figure = f"{costs[1] / costs[0]:.2f} times the work at twice N, {share:.2f} of all pairs at 2048"
+        return Finding(costs[1] / costs[0] < 2.1 and share < 0.5, figure)
 
     @claim("The state that a decoder keeps does not grow once the window is full.")
     def constant_state(cls) -> Finding:
@@ -252,5 +246,4 @@ class LongVQ(Mixer):
     @classmethod
     @torch.no_grad()
     def _sample(cls, **params: Any) -> tuple[LongVQ, Tensor]:
-        layer = cls(Dims(2, 8), **params).double().requires_grad_(False)
-        return layer, torch.randn(1, 300, 16, dtype=torch.float64)
+        return sample(lambda: cls(Dims(2, 8), **params), 1, 300, 16)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from saccade import attend
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim, work
 from saccade.errors import known
-from saccade.hosts.block import Block, ConvMLP, init_linear, num_parameters
+from saccade.hosts.block import Block, ConvMLP, init_linear, published_size
 from saccade.hosts.pyramid import Pyramid, Stage, conv_enter, widen_then_pool
 from saccade.mix import DepthwiseConv, grid_angles, turn_pairs
 from saccade.scan import linear_attention
@@ -125,26 +125,11 @@ class Mala(Mixer):
         return self.block(x + self.place(x))
 
     def oracle(self, x: Tensor) -> Tensor:
-        w, d, (height, width) = dict(self.named_parameters()), self.dims, self.dims.grid or ()
+        w, d, (height, width) = Weights(self), self.dims, self.dims.grid or ()
         tokens = height * width
 
-        def layer(t: Tensor, name: str) -> Tensor:
-            return t @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-        def normed(t: Tensor, name: str) -> Tensor:
-            t = t - t.mean(-1, keepdim=True)
-            t = t / ((t * t).mean(-1, keepdim=True) + 1e-6) ** 0.5
-            return t * w[f"{name}.weight"] + w[f"{name}.bias"]
-
         def around(t: Tensor, name: str) -> Tensor:
-            kernel = w[f"{name}.weight"][:, 0]
-            reach = kernel.shape[-1] // 2
-            image = nn.functional.pad(t.reshape(len(t), height, width, -1), (0, 0, reach, reach, reach, reach))
-            total = w[f"{name}.bias"].expand(len(t), height, width, -1)
-            for i in range(2 * reach + 1):
-                for j in range(2 * reach + 1):
-                    total = total + kernel[:, i, j] * image[:, i : i + height, j : j + width]
-            return total.flatten(1, 2)
+            return w.conv(t.unflatten(1, (height, width)), name).flatten(1, 2)
 
         def turned(t: Tensor) -> Tensor:  # (B, N, D)
             if not self.rope:
@@ -165,7 +150,7 @@ class Mala(Mixer):
             return torch.where(t > 0, t + 1, torch.exp(t.clamp(max=0)))
 
         x = x + around(x, "place")
-        heads = layer(normed(x, "block.norm_mixer"), "block.mixer.qkvg").split(d.head_dim, -1)
+        heads = w.linear(w.norm(x, "block.norm_mixer", 1e-6), "block.mixer.qkvg").split(d.head_dim, -1)
         mixed, values, scale = [], [], d.head_dim**-0.5
         for h in range(d.num_heads):
             shared = d.num_heads + h // (d.num_heads // d.num_kv_heads)
@@ -181,10 +166,10 @@ class Mala(Mixer):
             values.append(v)
         o = torch.cat(mixed, -1) + around(torch.cat(values, -1), "block.mixer.local")
         gate = torch.cat(heads[-d.num_heads :], -1)
-        x = x + w["block.scale_mixer"] * layer(o * gate, "block.mixer.out")
-        hidden = layer(normed(x, "block.norm_mlp"), "block.mlp.enter")
+        x = x + w["block.scale_mixer"] * w.linear(o * gate, "block.mixer.out")
+        hidden = w.linear(w.norm(x, "block.norm_mlp", 1e-6), "block.mlp.enter")
         hidden = hidden / 2 * (1 + torch.erf(hidden / 2**0.5))
-        return x + w["block.scale_mlp"] * layer(hidden + around(hidden, "block.mlp.local"), "block.mlp.leave")
+        return x + w["block.scale_mlp"] * w.linear(hidden + around(hidden, "block.mlp.local"), "block.mlp.leave")
 
     @classmethod
     def model(cls, name: str = "tiny", *, params: Mapping[str, Any] | None = None, **host: Any) -> Pyramid:
@@ -221,8 +206,7 @@ class Mala(Mixer):
 
     @claim("MAViT-S has 27 million parameters, as published.")
     def published_size(cls) -> Finding:
-        sizes = {name: num_parameters(functools.partial(cls.model, name)) / 1e6 for name in ("tiny", "small")}
-        return Finding(abs(sizes["small"] / 27 - 1) < 0.02, ", ".join(f"{n} {s:.2f} million" for n, s in sizes.items()))
+        return published_size(cls.model, {"small": 27})
 
     @claim("Without rotations every row sums to 1, by the shift alone; some weights are negative.")
     def rows_sum_to_one(cls) -> Finding:
@@ -261,17 +245,13 @@ class Mala(Mixer):
 
     @claim("Reading takes work that is linear in the tokens.")
     def linear_work(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        work = []
+        costs = []
         for height in (16, 32):
             mixer = GatedAttention(Dims(2, 8, grid=(height, 24)), "linear", True)
-            with FlopCounterMode(display=False) as counter:
-                mixer.read(*torch.ones(3, 1, 2, height * 24, 8))
-            work.append(counter.get_total_flops())
-        share = work[1] / (4 * 2 * 768**2 * 8)
-        figure = f"{work[1] / work[0]:.2f} times the work at twice N, {share:.3f} of dense at 768"
-        return Finding(work[1] == 2 * work[0] and share < 1, figure)
+            costs.append(work(functools.partial(mixer.read, *torch.ones(3, 1, 2, height * 24, 8))).all)
+        share = costs[1] / (4 * 2 * 768**2 * 8)
+        figure = f"{costs[1] / costs[0]:.2f} times the work at twice N, {share:.3f} of dense at 768"
+        return Finding(costs[1] == 2 * costs[0] and share < 1, figure)
 
     @staticmethod
     def _inputs() -> tuple[Tensor, Tensor]:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saccade import attend
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, apart, claim, rotated
 from saccade.errors import known, positive
 from saccade.hosts.stack import Stack, SwiGLU, interleave
-from saccade.mix import rotary_rates, turn_halves
+from saccade.mix import turn_at
 from saccade.scan import UNTRACKED, State, linear_attention
 from saccade.where import Causal
 
@@ -59,17 +59,10 @@ class Softmax(nn.Module):
         self.qkv = nn.Linear(d.dim, (d.num_heads + 2 * d.num_kv_heads) * d.head_dim, bias=False)
         self.out = nn.Linear(d.dim, d.dim, bias=False)
 
-    def turn(self, x: Tensor, start: int) -> Tensor:
-        """The first `rotary` channels of x (B, H, N, D), turned by their positions, counted from `start`."""
-        at = torch.arange(start, start + x.shape[2], device=x.device)
-        return turn_halves(x, at[:, None] * rotary_rates(self.rotary // 2, self.theta, device=x.device))
-
     def forward(self, x: Tensor, state: Cache | None = None) -> tuple[Tensor, Cache]:
-        d = self.dims
-        heads = self.qkv(x).unflatten(2, (-1, d.head_dim)).transpose(1, 2)
-        q, k, v = heads.split([d.num_heads, d.num_kv_heads, d.num_kv_heads], 1)
+        q, k, v = self.dims.split(self.qkv(x))
         start = 0 if state is None else state.keys.shape[2]
-        q, k = self.turn(q, start), self.turn(k, start)
+        q, k = (turn_at(t, start, self.theta, self.rotary) for t in (q, k))
         if state is not None:
             k, v = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
         return self.out(attend(q, k, v, Causal()).transpose(1, 2).flatten(2)), Cache(k, v)
@@ -127,7 +120,7 @@ class MiniMaxM1(Mixer):
         paper="2506.13585",
         year=2025,
         family="linear",
-        uses=("linear_attention", "attend", "turn_halves"),
+        uses=("linear_attention", "attend", "turn_at"),
     )
     causal = True
 
@@ -180,18 +173,11 @@ class MiniMaxM1(Mixer):
                 gate = 1 / (1 + torch.exp(-x[:, t] @ w["inner.gate.weight"].T))
                 rows.append((o * gate) @ w["inner.out.weight"].T)
             return torch.stack(rows, 1)
-        half, heads = self.rotary // 2, projected.split(d.head_dim, -1)
-
-        def turned(y: Tensor) -> Tensor:
-            """As complex numbers, which a position multiplies."""
-            rates = torch.tensor([self.theta ** (-2 * i / self.rotary) for i in range(half)], dtype=torch.float64)
-            angle = torch.arange(y.shape[1])[:, None] * rates
-            spun = torch.complex(y[..., :half].double(), y[..., half : 2 * half].double()) * torch.exp(1j * angle)
-            return torch.cat([spun.real.to(y), spun.imag.to(y), y[..., 2 * half :]], -1)
-
+        heads, at = projected.split(d.head_dim, -1), torch.arange(x.shape[1])
+        rates = [self.theta ** (-2 * i / self.rotary) for i in range(self.rotary // 2)]
         for h in range(d.num_heads):
             g = d.num_heads + h // (d.num_heads // d.num_kv_heads)
-            q, k, v = turned(heads[h]), turned(heads[g]), heads[g + d.num_kv_heads]
+            q, k, v = rotated(heads[h], at, rates), rotated(heads[g], at, rates), heads[g + d.num_kv_heads]
             scores = torch.einsum("bid,bjd->bij", q, k) / d.head_dim**0.5
             ahead = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
             rows.append(scores.masked_fill(ahead, -torch.inf).softmax(-1) @ v)
@@ -249,7 +235,7 @@ class MiniMaxM1(Mixer):
             assert isinstance(inner, Lightning)
             for n in (1, 255, 256, 257, 517):
                 exact = inner.read(x[:, :n], backend="reference")[0]
-                worst = max(worst, float((inner.read(x[:, :n])[0] - exact).abs().max() / exact.abs().max()))
+                worst = max(worst, apart(inner.read(x[:, :n])[0], exact))
         return Finding(worst < 517 * torch.finfo(x.dtype).eps, f"largest difference {worst:.1e} of the largest output")
 
     @claim("Layers forget the less the deeper they lie, the last hardly at all.")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from saccade import attend
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim, work
 from saccade.errors import known
-from saccade.hosts.block import ConvMLP, Residual, init_linear, num_parameters
+from saccade.hosts.block import ConvMLP, Residual, init_linear, published_size
 from saccade.hosts.pyramid import Pyramid, Stage, conv_enter, widen_then_pool
 from saccade.mix import DepthwiseConv, grid_angles, turn_pairs
 from saccade.scan import linear_attention
@@ -136,25 +136,10 @@ class Nalaformer(Mixer):
         return x
 
     def oracle(self, x: Tensor) -> Tensor:
-        w, d, (height, width) = dict(self.named_parameters()), self.dims, self.dims.grid or ()
-
-        def layer(t: Tensor, name: str) -> Tensor:
-            return t @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-        def normed(t: Tensor, name: str, eps: float = 1e-6) -> Tensor:
-            t = t - t.mean(-1, keepdim=True)
-            t = t / ((t * t).mean(-1, keepdim=True) + eps) ** 0.5
-            return t * w[f"{name}.weight"] + w[f"{name}.bias"]
+        w, d, (height, width) = Weights(self), self.dims, self.dims.grid or ()
 
         def around(t: Tensor, name: str) -> Tensor:
-            kernel = w[f"{name}.weight"][:, 0]
-            reach = kernel.shape[-1] // 2
-            image = nn.functional.pad(t.reshape(len(t), height, width, -1), (0, 0, reach, reach, reach, reach))
-            total = w[f"{name}.bias"].expand(len(t), height, width, -1)
-            for i in range(2 * reach + 1):
-                for j in range(2 * reach + 1):
-                    total = total + kernel[:, i, j] * image[:, i : i + height, j : j + width]
-            return total.flatten(1, 2)
+            return w.conv(t.unflatten(1, (height, width)), name).flatten(1, 2)
 
         def turned(t: Tensor) -> Tensor:  # (B, N, D)
             if not self.rope:
@@ -172,7 +157,7 @@ class Nalaformer(Mixer):
             return torch.stack(found, 1)
 
         x = x + around(x, "places.0")
-        heads = layer(normed(x, "branches.0.norm"), "branches.0.inner.qkvg").split(d.head_dim, -1)
+        heads = w.linear(w.norm(x, "branches.0.norm", 1e-6), "branches.0.inner.qkvg").split(d.head_dim, -1)
         mixed, values = [], []
         for h in range(d.num_heads):
             shared = d.num_heads + h // (d.num_heads // d.num_kv_heads)
@@ -191,13 +176,13 @@ class Nalaformer(Mixer):
             values.append(v)
         o = torch.cat(mixed, -1) + around(torch.cat(values, -1), "branches.0.inner.local")
         gate = torch.cat(heads[-d.num_heads :], -1)
-        o = normed(o, "branches.0.inner.norm", 1e-5) * gate / (1 + torch.exp(-gate))
-        x = x + w["branches.0.scale"] * layer(o, "branches.0.inner.out")
+        o = w.norm(o, "branches.0.inner.norm") * gate / (1 + torch.exp(-gate))
+        x = x + w["branches.0.scale"] * w.linear(o, "branches.0.inner.out")
         x = x + around(x, "places.1")
-        hidden = layer(normed(x, "branches.1.norm"), "branches.1.inner.enter")
+        hidden = w.linear(w.norm(x, "branches.1.norm", 1e-6), "branches.1.inner.enter")
         hidden = hidden / 2 * (1 + torch.erf(hidden / 2**0.5))
         hidden = hidden + around(hidden, "branches.1.inner.local")
-        return x + w["branches.1.scale"] * layer(hidden, "branches.1.inner.leave")
+        return x + w["branches.1.scale"] * w.linear(hidden, "branches.1.inner.leave")
 
     @classmethod
     def model(cls, name: str = "tiny", *, params: Mapping[str, Any] | None = None, **host: Any) -> Pyramid:
@@ -238,10 +223,7 @@ class Nalaformer(Mixer):
 
     @claim("NaLaFormer-S, B and L have 26, 52 and 95 million parameters, as published.")
     def published_size(cls) -> Finding:
-        published = {"small": 26, "base": 52, "large": 95}
-        sizes = {name: num_parameters(functools.partial(cls.model, name)) / 1e6 for name in published}
-        holds = all(abs(sizes[name] / size - 1) < 0.02 for name, size in published.items())
-        return Finding(holds, ", ".join(f"{name} {size:.2f} million" for name, size in sizes.items()))
+        return published_size(cls.model, {"small": 26, "base": 52, "large": 95})
 
     @claim("Without rotations weights are not negative and rows sum to 1; with them some weights are negative.")
     def weighs(cls) -> Finding:
@@ -268,17 +250,13 @@ class Nalaformer(Mixer):
 
     @claim("Reading takes work that is linear in the tokens.")
     def linear_work(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        work = []
+        costs = []
         for height in (16, 32):
             mixer = GatedAttention(Dims(2, 8, grid=(height, 24)), "linear", True)
-            with FlopCounterMode(display=False) as counter:
-                mixer.read(*torch.ones(3, 1, 2, height * 24, 8))
-            work.append(counter.get_total_flops())
-        share = work[1] / (4 * 2 * 768**2 * 8)
-        figure = f"{work[1] / work[0]:.2f} times the work at twice N, {share:.3f} of dense at 768"
-        return Finding(work[1] == 2 * work[0] and share < 1, figure)
+            costs.append(work(functools.partial(mixer.read, *torch.ones(3, 1, 2, height * 24, 8))).all)
+        share = costs[1] / (4 * 2 * 768**2 * 8)
+        figure = f"{costs[1] / costs[0]:.2f} times the work at twice N, {share:.3f} of dense at 768"
+        return Finding(costs[1] == 2 * costs[0] and share < 1, figure)
 
     @staticmethod
     def _mixer(rope: bool) -> GatedAttention:

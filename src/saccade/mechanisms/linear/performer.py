@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from saccade.contract import Attention, Case, Dims, Finding, Spec, claim
+from saccade.contract import Attention, Case, Dims, Finding, Spec, claim, work
 from saccade.errors import known, positive
 from saccade.scan import PositiveRandomFeatures, State, linear_attention
 
@@ -177,9 +178,7 @@ class Performer(Attention):
 
     @claim("The memory gives what all weights phi(Q) phi(K)^T give, with and without a mask, in work linear in N.")
     def linear(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        random, apart, work = torch.Generator().manual_seed(0), [], []
+        random, apart, costs = torch.Generator().manual_seed(0), [], []
         q, k, v = torch.randn(3, 1, 2, 96, 8, generator=random, dtype=torch.float64)
         for causal in (False, True):
             layer = cls(Dims(2, 8), causal=causal, seed=0).double()
@@ -187,13 +186,10 @@ class Performer(Attention):
             weights = weights.tril() if causal else weights
             dense = weights @ v / weights.sum(-1, keepdim=True)
             apart.append(float((layer(q, k, v) - dense).abs().max() / v.abs().max()))
-        for length in (512, 1024):
-            with FlopCounterMode(display=False) as counter:
-                cls(Dims(1, 8))(*torch.randn(3, 1, 1, length, 8))
-            work.append(counter.get_total_flops())
-        holds = max(apart) < 96 * torch.finfo(q.dtype).eps and work[1] == 2 * work[0]
+        costs = [work(partial(cls(Dims(1, 8)), *torch.randn(3, 1, 1, length, 8))).all for length in (512, 1024)]
+        holds = max(apart) < 96 * torch.finfo(q.dtype).eps and costs[1] == 2 * costs[0]
         return Finding(
-            holds, f"largest difference {max(apart):.1e} of v, {work[1] / work[0]:.2f} times the work at twice N"
+            holds, f"largest difference {max(apart):.1e} of v, {costs[1] / costs[0]:.2f} times the work at twice N"
         )
 
     @staticmethod

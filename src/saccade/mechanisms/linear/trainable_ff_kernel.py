@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saccade.contract import Attention, Case, Dims, Finding, Spec, claim
+from saccade.contract import Attention, Case, Dims, Finding, Spec, claim, work
 from saccade.errors import known, positive
 from saccade.scan import linear_attention
 
@@ -146,20 +147,15 @@ class TrainableFFKernel(Attention):
 
     @claim("Any such kernel gives weights that are not negative and rows that sum to 1, in work linear in the tokens.")
     def weighs(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        least, apart, work = 1.0, 0.0, []
+        least, apart, costs = 1.0, 0.0, []
         for kernel in ("ff", "glu", "low_rank"):
             q, k, _ = cls._inputs()
             weights = cls._layer(kernel=kernel, depth=2)(q, k, torch.eye(96, dtype=q.dtype).expand(1, 2, -1, -1))
             least, apart = min(least, float(weights.min())), max(apart, float((weights.sum(-1) - 1).abs().max()))
-        for length in (512, 1024):
-            with FlopCounterMode(display=False) as counter:
-                cls(Dims(1, 8))(*torch.ones(3, 1, 1, length, 8))
-            work.append(counter.get_total_flops())
-        holds = least >= 0 and apart < 96 * torch.finfo(torch.float64).eps and work[1] == 2 * work[0]
+        costs = [work(partial(cls(Dims(1, 8)), *torch.ones(3, 1, 1, length, 8))).all for length in (512, 1024)]
+        holds = least >= 0 and apart < 96 * torch.finfo(torch.float64).eps and costs[1] == 2 * costs[0]
         figure = f"least weight {least:.1e}, sums within {apart:.1e} of 1"
-        return Finding(holds, f"{figure}; {work[1] / work[0]:.2f} times the work at twice N")
+        return Finding(holds, f"{figure}; {costs[1] / costs[0]:.2f} times the work at twice N")
 
     @claim("A gate with G = 0 changes nothing: its factor 1/2 cancels.")
     def shut_gate(cls) -> Finding:

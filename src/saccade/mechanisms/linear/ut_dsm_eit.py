@@ -96,8 +96,7 @@ class UTDSM(Mixer):
     def compute(self, x: Tensor) -> Tensor:
         d = self.dims
         x = x + self.position(self.points(x))
-        heads = self.qkv(x, self.grid).unflatten(2, (-1, self.width)).transpose(1, 2)
-        q, k, v = heads.split([d.num_heads, d.num_kv_heads, d.num_kv_heads], 1)
+        q, k, v = d.split(self.qkv(x, self.grid))
         o = self.integral(self.norm_q(q), self.norm_k(k), v) + v.repeat_interleave(d.group, 1)
         y = self.out(self.norm_o(o).transpose(1, 2).flatten(2), self.grid)
         return to_tokens(self.norm(to_map(y, self.grid)))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, apart, claim, sample
 from saccade.errors import positive
 from saccade.scan import affine, associative_scan, linear_attention, selective_scan
 from saccade.scan.features import elu1
@@ -120,11 +121,8 @@ class S6Form(Form):
     def __init__(self, dims: Dims, states: int) -> None:
         super().__init__(dims)
         c = dims.dim
-        self.step, self.write, self.read = (
-            nn.Linear(c, c),
-            nn.Linear(c, states, bias=False),
-            nn.Linear(c, states, bias=False),
-        )
+        self.step = nn.Linear(c, c)
+        self.write, self.read = nn.Linear(c, states, bias=False), nn.Linear(c, states, bias=False)
         self.rate = nn.Parameter(torch.arange(1.0, states + 1).log().repeat(c, 1))
         self.direct = nn.Parameter(torch.ones(c))
 
@@ -299,18 +297,18 @@ class DSF(Mixer):
 
     @claim("Its scan gives linear attention and Mamba's recurrence as their own primitives do.")
     def instances(cls) -> Finding:
-        apart = []
+        off = []
         layer, x = cls._sample()
         form = cast(LinearForm, layer.form)
         q, k, v = (f(x).unflatten(2, (2, -1)).transpose(1, 2) for f in (form.query, form.key, form.value))
         exact = cast(Tensor, linear_attention(q, k, v, feature_map="elu1", normalizer="sum"))
-        apart.append(cls._apart(layer.run(x)[0], exact.transpose(1, 2).flatten(2)))
+        off.append(apart(layer.run(x)[0], exact.transpose(1, 2).flatten(2)))
         layer, x = cls._sample(form=S6(4))
         s6 = cast(S6Form, layer.form)
         delta, b, c = F.softplus(s6.step(x)), s6.write(x), s6.read(x)
-        apart.append(cls._apart(layer.run(x)[0], selective_scan(x, delta, -s6.rate.exp(), b, c, D=s6.direct)))
-        holds = max(apart) < 200 * torch.finfo(x.dtype).eps
-        return Finding(holds, f"largest differences {apart[0]:.1e} and {apart[1]:.1e} of the output, of 200 tokens")
+        off.append(apart(layer.run(x)[0], cast(Tensor, selective_scan(x, delta, -s6.rate.exp(), b, c, D=s6.direct))))
+        holds = max(off) < 200 * torch.finfo(x.dtype).eps
+        return Finding(holds, f"largest differences {off[0]:.1e} and {off[1]:.1e} of the output, of 200 tokens")
 
     @claim("A selective state space model whose channels share one decay is linear attention with that decay.")
     def ssm_is_attention(cls) -> Finding:
@@ -324,8 +322,8 @@ class DSF(Mixer):
         decay = (-delta[:, :, 0] * s6.rate[0, 0].exp())[:, None]
         q, k = s6.read(x)[:, None], s6.write(x)[:, None]
         exact = cast(Tensor, linear_attention(q, k, (delta * x)[:, None], log_decay=decay))
-        apart = cls._apart(layer.run(x)[0], exact[:, 0])
-        return Finding(apart < 200 * torch.finfo(x.dtype).eps, f"largest difference {apart:.1e} of the output")
+        off = apart(layer.run(x)[0], exact[:, 0])
+        return Finding(off < 200 * torch.finfo(x.dtype).eps, f"largest difference {off:.1e} of the output")
 
     @claim("Without forgetting and unnormalised, the gated network is attention of one feature: y = o sum_j i_j x_j.")
     def gated_is_attention(cls) -> Finding:
@@ -336,31 +334,23 @@ class DSF(Mixer):
         _, enter, leave = form.gates(x).sigmoid().chunk(3, -1)
         q, k, v = (y.transpose(1, 2)[..., None] for y in (leave, enter, x))
         exact = cast(Tensor, linear_attention(q, k, v))
-        apart = cls._apart(layer.run(x)[0], exact[..., 0].transpose(1, 2))
-        return Finding(apart < 200 * torch.finfo(x.dtype).eps, f"largest difference {apart:.1e} of the output")
+        off = apart(layer.run(x)[0], exact[..., 0].transpose(1, 2))
+        return Finding(off < 200 * torch.finfo(x.dtype).eps, f"largest difference {off:.1e} of the output")
 
     @claim("Softmax attention is the limit of more and more features: the error falls with the order, to rounding.")
     def softmax_limit(cls) -> Finding:
-        errors, sizes, x = [], [], torch.randn(1, 60, 4, dtype=torch.float64)
+        errors, sizes = [], []
         for order in (0, 2, 4, 8, 20):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                layer = cls(Dims(2, 2), form=Taylor(order)).double().requires_grad_(False)
+            layer, x = sample(partial(cls, Dims(2, 2), form=Taylor(order)), 1, 60, 4)
             form = cast(TaylorForm, layer.form)
             q, k, v = (f(x).unflatten(2, (2, 2)).transpose(1, 2) for f in (form.query, form.key, form.value))
             exact = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-            errors.append(cls._apart(layer.run(x)[0], exact))
+            errors.append(apart(layer.run(x)[0], exact))
             sizes.append(len(form.powers))
         falls = all(later < sooner for sooner, later in itertools.pairwise(errors))
         figure = ", ".join(f"{error:.1e} with {size}" for error, size in zip(errors, sizes, strict=True))
         return Finding(falls and errors[-1] < 231 * torch.finfo(x.dtype).eps, f"off by {figure} features")
 
     @classmethod
-    @torch.no_grad()
     def _sample(cls, **params: Any) -> tuple[DSF, Tensor]:
-        layer = cls(Dims(2, 8), **params).double().requires_grad_(False)
-        return layer, torch.randn(1, 200, 16, dtype=torch.float64)
-
-    @staticmethod
-    def _apart(found: Tensor, exact: Tensor) -> float:
-        return float((found - exact).abs().max() / exact.abs().max())
+        return sample(lambda: cls(Dims(2, 8), **params), 1, 200, 16)

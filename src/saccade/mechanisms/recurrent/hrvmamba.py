@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim, work
 from saccade.errors import positive
 from saccade.hosts.block import MLP, Residual
 from saccade.mix import DepthwiseConv, depthwise_conv
@@ -154,26 +155,11 @@ class HRVMamba(Mixer):
         return self.block(x)
 
     def oracle(self, x: Tensor) -> Tensor:
-        w, (height, width) = dict(self.named_parameters()), self.dims.grid or ()
+        w, (height, width) = Weights(self), self.dims.grid or ()
         places = list(itertools.product(range(height), range(width)))
 
-        def layer(t: Tensor, name: str) -> Tensor:
-            y = t @ w[f"{name}.weight"].T
-            return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
-
-        def normed(t: Tensor, name: str) -> Tensor:
-            apart = t - t.mean(-1, keepdim=True)
-            size = (apart.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-            return apart / size * w[f"{name}.weight"] + w[f"{name}.bias"]
-
         def conv(t: Tensor, name: str) -> Tensor:
-            kernel = w[f"{name}.weight"][:, 0]
-            side = kernel.shape[1]
-            edge = side // 2
-            around = nn.functional.pad(t.unflatten(1, (height, width)), (0, 0, edge, edge, edge, edge))
-            taps = itertools.product(range(side), repeat=2)
-            found = [kernel[:, i, j] * around[:, i : i + height, j : j + width] for i, j in taps]
-            return (torch.stack(found).sum(0) + w[f"{name}.bias"]).flatten(1, 2)
+            return w.conv(t.unflatten(1, (height, width)), name).flatten(1, 2)
 
         def scales(t: Tensor) -> Tensor:
             count = sum("inner.convs" in name and name.endswith("bias") for name in w)
@@ -183,8 +169,8 @@ class HRVMamba(Mixer):
 
         def deformed(u: Tensor) -> Tensor:
             name = "block.1.inner.deformable"
-            moves = layer(conv(u, f"{name}.near") if self.offset_conv else u, f"{name}.moves")
-            value, parts = layer(u, f"{name}.value"), []
+            moves = w.linear(conv(u, f"{name}.near") if self.offset_conv else u, f"{name}.moves")
+            value, parts = w.linear(u, f"{name}.value"), []
             rows, columns = (torch.tensor(axis).to(u) for axis in zip(*places, strict=True))
             for g, v in enumerate(value.chunk(self.groups, 2)):
                 total = torch.zeros(())
@@ -194,10 +180,10 @@ class HRVMamba(Mixer):
                     broad = (1 - (columns[:, None] + j + at[1] - columns).abs()).clamp(min=0)
                     total = total + at[2] * ((tall * broad) @ v)
                 parts.append(total)
-            return layer(torch.cat(parts, 2), f"{name}.out")
+            return w.linear(torch.cat(parts, 2), f"{name}.out")
 
         def scanned(t: Tensor) -> Tensor:
-            u = deformed(layer(t, "block.1.inner.enter"))
+            u = deformed(w.linear(t, "block.1.inner.enter"))
             u = u / (1 + (-u).exp())
             columns = [a * width + b for b in range(width) for a in range(height)]
             ways = torch.tensor([range(len(places)), columns, range(len(places))[::-1], columns[::-1]])
@@ -212,13 +198,13 @@ class HRVMamba(Mixer):
                 kept, given = (-delta[:, :, n, :, None] * log_rate.exp()).exp(), delta[:, :, n] * met[:, :, n]
                 h = kept * h + given[..., None] * write[:, :, n, None]
                 total = total.index_add(1, ways[:, n], (h * look[:, :, n, None]).sum(-1) + direct * met[:, :, n])
-            return layer(normed(total, "block.1.inner.norm"), "block.1.inner.leave")
+            return w.linear(w.norm(total, "block.1.inner.norm"), "block.1.inner.leave")
 
         def fed(t: Tensor) -> Tensor:
-            return layer(nn.functional.gelu(layer(t, "block.2.inner.0")), "block.2.inner.2")
+            return w.linear(nn.functional.gelu(w.linear(t, "block.2.inner.0")), "block.2.inner.2")
 
         for i, branch in enumerate((scales, scanned, fed)):
-            x = x + branch(normed(x, f"block.{i}.norm"))
+            x = x + branch(w.norm(x, f"block.{i}.norm"))
         return x
 
     @classmethod
@@ -271,12 +257,8 @@ class HRVMamba(Mixer):
 
     @claim("The products grow as the number of pixels.")
     def linear(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        work = []
+        costs = []
         for grid in ((8, 12), (16, 12)):
             module, x = cls(Dims(1, 8, grid=grid)), torch.randn(1, grid[0] * grid[1], 8)
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                module(x)
-            work.append(counter.get_total_flops())
-        return Finding(work[1] == 2 * work[0], f"{work[1] / work[0]:g} times at 2 N")
+            costs.append(work(partial(module, x)).all)
+        return Finding(costs[1] == 2 * costs[0], f"{costs[1] / costs[0]:g} times at 2 N")

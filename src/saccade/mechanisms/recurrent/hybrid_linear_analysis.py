@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saccade import attend
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim, rotated
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim, rotated, sample
 from saccade.errors import known, positive
 from saccade.hosts.delta import DeltaNet, GatedDeltaNet
 from saccade.mix import turn_at
@@ -139,8 +139,7 @@ class HybridLinearAnalysis(Mixer):
         y = self.project(x)
         if kind == "hgrn":
             return self.vector(y, cast(Tensor | None, memory), length)
-        heads = y.unflatten(2, (-1, d.head_dim)).transpose(1, 2)
-        q, k, v = heads.split([d.num_heads, d.num_kv_heads, d.num_kv_heads], 1)
+        q, k, v = d.split(y)
         if kind in ("full", "retnet"):
             q, k = turn_at(q, start, self.theta), turn_at(k, start, self.theta)
         if kind == "full":
@@ -335,5 +334,4 @@ class HybridLinearAnalysis(Mixer):
     @classmethod
     @torch.no_grad()
     def _sample(cls, dims: Dims, **params: Any) -> tuple[HybridLinearAnalysis, Tensor]:
-        layer = cls(dims, **params).double().requires_grad_(False)
-        return layer, torch.randn(1, 20, dims.dim, dtype=torch.float64)
+        return sample(lambda: cls(dims, **params), 1, 20, dims.dim)

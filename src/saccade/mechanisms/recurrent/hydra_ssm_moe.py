@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saccade import attend
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim, sample, work
 from saccade.errors import positive
 from saccade.scan import affine, associative_scan
 from saccade.where import Causal, Window
@@ -170,9 +171,7 @@ class HydraSSMMoE(Mixer):
         return HydraState(zero, keys, keys, zero, mean, 0)
 
     def near(self, x: Tensor, state: HydraState) -> tuple[Tensor, Tensor, Tensor]:
-        d = self.dims
-        heads = self.project(x).unflatten(2, (-1, d.head_dim)).transpose(1, 2)
-        q, k, v = heads.split([d.num_heads, d.num_kv_heads, d.num_kv_heads], 1)
+        q, k, v = self.dims.split(self.project(x))
         k, v = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
         o = attend(q, k, v, Causal() & Window(self.window))
         late = max(0, k.shape[2] - self.window + 1)
@@ -214,55 +213,44 @@ class HydraSSMMoE(Mixer):
         return self.join(x, [mixed, near, given]), HydraState(s, keys, values, total, mean, length)
 
     def oracle(self, x: Tensor) -> Tensor:
-        w, dims, (batch, n, c) = dict(self.named_parameters()), self.dims, x.shape
+        w, dims, (batch, n, c) = Weights(self), self.dims, x.shape
         d, heads, rows = dims.head_dim, dims.num_heads, []
         owner = torch.arange(heads) // (heads // dims.num_kv_heads)
         s, past = torch.zeros(batch, c).to(x), []
 
-        def linear(t: Tensor, name: str) -> Tensor:
-            y = t @ w[f"{name}.weight"].T
-            return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
-
         def soft(t: Tensor) -> Tensor:
             return torch.log1p(torch.exp(-t.abs())) + t.clamp(min=0)
 
-        def layer_norm(t: Tensor, name: str) -> Tensor:
-            apart = t - t.mean(-1, keepdim=True)
-            spread = (apart.square().mean(-1, keepdim=True) + 1e-5) ** 0.5
-            return apart / spread * w[f"{name}.weight"] + w[f"{name}.bias"]
-
         for t in range(n):
             token = x[:, t]
-            delta, write, given, read = linear(token, "ssm.project").split(c, -1)
-            total = token + w["gains"][0] * layer_norm(read * s + linear(token, "ssm.skip"), "ssm.norm")
-            s = torch.exp(-soft(delta) * soft(w["ssm.rate"])) * s + write * given
+            delta, write, push, read = w.linear(token, "ssm.project").split(c, -1)
+            total = token + w["gains"][0] * w.norm(read * s + w.linear(token, "ssm.skip"), "ssm.norm")
+            s = torch.exp(-soft(delta) * soft(w["ssm.rate"])) * s + write * push
             if self.attends:
-                parts = linear(token, "project").view(batch, -1, d)
+                parts = w.linear(token, "project").view(batch, -1, d)
                 k, v = parts[:, heads : heads + dims.num_kv_heads], parts[:, -dims.num_kv_heads :]
                 past.append((k[:, owner], v[:, owner]))
                 seen = past[-self.window :]
                 scores = torch.stack([(parts[:, :heads] * k).sum(-1) for k, _ in seen], -1) / d**0.5
                 weights = scores.softmax(-1)
                 o = torch.stack([weights[..., i, None] * v for i, (_, v) in enumerate(seen)]).sum(0)
-                total = total + w["gains"][1] * linear(o.flatten(1), "out")
+                total = total + w["gains"][1] * w.linear(o.flatten(1), "out")
             if self.routes:
                 start = t // self.chunk * self.chunk
                 near = (start, start + self.chunk) if self.ahead else (start - self.chunk, start)
                 m = x[:, near[0] : near[1]].mean(1) if near[0] >= 0 else w["first"].expand(batch, -1)
-                logits = linear(m, "experts.router")
+                logits, given = w.linear(m, "experts.router"), []
                 for b in range(batch):
                     order = torch.argsort(logits[b], descending=True, stable=True)[: self.experts.top]
                     shares = logits[b, order].softmax(-1)
-                    mixed = torch.zeros(c).to(x)
+                    given.append(torch.zeros(c).to(x))
                     for share, e in zip(shares, order.tolist(), strict=True):
-                        gate, value = linear(token[b], f"experts.enter.{e}").chunk(2)
+                        gate, value = w.linear(token[b], f"experts.enter.{e}").chunk(2)
                         hidden = gate / (1 + torch.exp(-gate)) * value
-                        mixed = mixed + share * linear(hidden, f"experts.leave.{e}")
-                    only = torch.zeros(batch, 1).to(x)
-                    only[b] = 1
-                    total = total + w["gains"][2] * only * mixed
-            y = layer_norm(total, "norm")
-            halves = linear(y, "memory.query").chunk(2, -1)
+                        given[b] = given[b] + share * w.linear(hidden, f"experts.leave.{e}")
+                total = total + w["gains"][2] * torch.stack(given)
+            y = w.norm(total, "norm")
+            halves = w.linear(y, "memory.query").chunk(2, -1)
             pairs = [half @ keys.T for half, keys in zip(halves, w["memory.keys"], strict=True)]
             read = []
             for b in range(batch):
@@ -270,7 +258,7 @@ class HydraSSMMoE(Mixer):
                 scores = torch.stack([pairs[0][b, p] + pairs[1][b, q] for p in i for q in j]).softmax(0)
                 values = torch.stack([w["memory.values"][p * self.memory.slots + q] for p in i for q in j])
                 read.append((scores[:, None] * values).sum(0))
-            rows.append(y + linear(torch.stack(read), "memory.out") / (1 + torch.exp(-w["open"])))
+            rows.append(y + w.linear(torch.stack(read), "memory.out") / (1 + torch.exp(-w["open"])))
         return torch.stack(rows, 1)
 
     @classmethod
@@ -307,22 +295,15 @@ class HydraSSMMoE(Mixer):
 
     @claim("A token meets `top` experts, however many there are.")
     def sparse(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
         counts = []
         for experts, top in ((4, 2), (16, 2), (16, 16)):
             layer, x = cls._sample(experts=experts, top=top)
-            with FlopCounterMode(display=False) as counter:
-                layer.routed(x)
             router = 2 * -(-x.shape[1] // layer.chunk) * x.shape[2] * experts
-            counts.append(counter.get_total_flops() - router)
+            counts.append(work(partial(layer.routed, x)).all - router)
         holds = counts[0] == counts[1] and counts[2] == 8 * counts[0]
         return Finding(holds, f"{counts[0]} operations with 2 of 4 and 2 of 16 experts, {counts[2]} with 16 of 16")
 
     @classmethod
     @torch.no_grad()
     def _sample(cls, **params: Any) -> tuple[HydraSSMMoE, Tensor]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            layer = cls(Dims(2, 8), slots=8, width=4, **params).double().requires_grad_(False)
-            return cast(HydraSSMMoE, layer), torch.randn(1, 80, 16, dtype=torch.float64)
+        return sample(lambda: cls(Dims(2, 8), slots=8, width=4, **params), 1, 80, 16)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim, work
 from saccade.errors import per_axis, positive
 from saccade.hosts.windows import WindowAttention
 from saccade.mix import pool_tokens
@@ -142,13 +143,9 @@ class LinGenMATE(Mixer):
         return self.scans(x) + self.windows(x)
 
     def oracle(self, x: Tensor) -> Tensor:
-        w, d, (depth, height, width) = dict(self.named_parameters()), self.dims, self.dims.grid or ()
+        w, d, (depth, height, width) = Weights(self), self.dims, self.dims.grid or ()
         grid, places = (depth, height, width), list(itertools.product(range(depth), range(height), range(width)))
         major = [(0, 1, 2), (0, 2, 1), (1, 2, 0), (2, 1, 0)][self.turn]
-
-        def layer(t: Tensor, name: str) -> Tensor:
-            y = t @ w[f"{name}.weight"].T
-            return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
 
         def silu(t: Tensor) -> Tensor:
             return t / (1 + (-t).exp())
@@ -166,7 +163,7 @@ class LinGenMATE(Mixer):
                 means.append(x[:, inside].mean(1))
             every = torch.cat([*(m[:, None] for m in means), x], 1)
             inner = w["scans.leave.weight"].shape[1]
-            z, mixed, steps = layer(every, "scans.enter").tensor_split(
+            z, mixed, steps = w.linear(every, "scans.enter").tensor_split(
                 [inner, w["scans.enter.weight"].shape[0] - d.num_heads], 2
             )
             first = sorted(range(len(boxes)), key=lambda i: [boxes[i][a] for a in major])
@@ -189,11 +186,11 @@ class LinGenMATE(Mixer):
                     total[:, n] += seen.flatten(1)
             y = total * silu(z)
             y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w["scans.norm.weight"]
-            return layer(y[:, len(boxes) :], "scans.leave")
+            return w.linear(y[:, len(boxes) :], "scans.leave")
 
         def attended() -> Tensor:
             counts = [d.num_heads, d.num_kv_heads, d.num_kv_heads]
-            q, k, v = layer(x, "windows.inner.qkv").unflatten(2, (-1, d.head_dim)).split(counts, 2)
+            q, k, v = w.linear(x, "windows.inner.qkv").unflatten(2, (-1, d.head_dim)).split(counts, 2)
             k, v = (part.repeat_interleave(d.group, 2) for part in (k, v))
             (table,) = (value for name, value in w.items() if name.endswith("table"))
             whole = [-(-n // side) * side for n, side in zip(grid, self.sides, strict=True)]
@@ -210,7 +207,7 @@ class LinGenMATE(Mixer):
                 biases = torch.stack([table[:, a, b, c] for a, b, c in apart])
                 scores = (q[:, i, None] * k[:, keys]).sum(-1) / d.head_dim**0.5 + biases
                 out.append((scores.softmax(1)[..., None] * v[:, keys]).sum(1).flatten(1))
-            return layer(torch.stack(out, 1), "windows.inner.out")
+            return w.linear(torch.stack(out, 1), "windows.inner.out")
 
         return scanned() + attended()
 
@@ -269,15 +266,9 @@ class LinGenMATE(Mixer):
 
     @claim("The products grow as the number of tokens.")
     def linear(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which the counter does not know by itself
-        rules = {fused: lambda q, k, v, *_, **__: 2 * q[:3].numel() * k[2] * (q[3] + v[3])}
-        work = []
+        costs = []
         for grid in ((8, 8, 16), (16, 8, 16)):
             module, x = cls.sample(grid)
-            with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=rules) as counter:
-                module(x)
-            work.append(counter.get_total_flops())
-        ratio = work[1] / work[0]
+            costs.append(work(partial(module, x)).all)
+        ratio = costs[1] / costs[0]
         return Finding(ratio < 2**1.5, f"{ratio:.2f} times at 2 N")  # between linear and quadratic

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim
 from saccade.errors import positive
 from saccade.hosts.block import Gated
 from saccade.mix import DepthwiseConv
@@ -115,15 +115,7 @@ class MambaMixer(Mixer):
         return c[-1]
 
     def oracle(self, x: Tensor) -> Tensor:
-        w, grid = dict(self.named_parameters()), self.dims.grid or ()
-
-        def layer(t: Tensor, name: str) -> Tensor:
-            return t @ w[f"{name}.weight"].T
-
-        def normed(t: Tensor, name: str) -> Tensor:
-            apart = t - t.mean(-1, keepdim=True)
-            size = (apart.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-            return apart / size * w[f"{name}.weight"] + w[f"{name}.bias"]
+        w, grid = Weights(self), self.dims.grid or ()
 
         def silu(t: Tensor) -> Tensor:
             return t / (1 + (-t).exp())
@@ -163,13 +155,13 @@ class MambaMixer(Mixer):
         for i in range(len(self.tokens)):
             a, b = w[f"to_tokens.{i}"], w[f"to_channels.{i}"]
             met = torch.stack([number * y for number, y in zip(a, t + c, strict=True)]).sum(0)
-            u, z = layer(met, f"tokens.{i}.enter").chunk(2, -1)
+            u, z = w.linear(met, f"tokens.{i}.enter").chunk(2, -1)
             s = (image if len(grid) == 2 else series)(u, f"tokens.{i}.inner")
-            t.append(layer(normed(s, f"tokens.{i}.norm") * silu(z), f"tokens.{i}.leave"))
+            t.append(w.linear(w.norm(s, f"tokens.{i}.norm") * silu(z), f"tokens.{i}.leave"))
             met = torch.stack([number * y for number, y in zip(b, t + c, strict=True)]).sum(0)
-            u, z = layer(met.mT, f"channels.{i}.enter").chunk(2, -1)
+            u, z = w.linear(met.mT, f"channels.{i}.enter").chunk(2, -1)
             s = series(u, f"channels.{i}.inner.first") + series(u.flip(1), f"channels.{i}.inner.second").flip(1)
-            c.append(layer(normed(s, f"channels.{i}.norm") * silu(z), f"channels.{i}.leave").mT)
+            c.append(w.linear(w.norm(s, f"channels.{i}.norm") * silu(z), f"channels.{i}.leave").mT)
         return c[-1]
 
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, apart, claim, sample
 from saccade.errors import positive
+from saccade.hosts.short_conv import short_conv, short_taps
 from saccade.scan import (
     L2,
     Decay,
@@ -231,7 +231,7 @@ class Miras(Mixer):
         self.variant, self.memory, self.max_eta = variant, memory(d), max_eta
         self.chunk, taps = positive("chunk", chunk), positive("conv", conv)
         self.project = nn.Linear(c, c + 2 * kv * d, bias=False)
-        self.conv = nn.Parameter(torch.empty(c + 2 * kv * d, 1, taps).uniform_(-(taps**-0.5), taps**-0.5))
+        self.conv = short_taps(c + 2 * kv * d, taps)
         self.gates = nn.ModuleDict({name: nn.Linear(c, kv) for name in variant.gates})
         # A linear memory would begin at zero, where Moneta's map has no value.
         self.weights = nn.ParameterList(variant.start(w) for w in Memory.init(self.memory, 1, kv))
@@ -239,13 +239,8 @@ class Miras(Mixer):
 
     def recall(self, x: Tensor, state: MirasState | None = None) -> tuple[Tensor, MirasState]:
         """o (B, H, N, D) and the state after the last token."""
-        d, taps = self.dims, self.conv.shape[-1]
-        y = self.project(x)
-        recent = y.new_zeros(len(x), taps - 1, y.shape[2]) if state is None else state.recent
-        y = torch.cat([recent, y], 1)
-        mixed = F.conv1d(y.mT, self.conv, groups=y.shape[2]).mT
-        heads = mixed.unflatten(2, (-1, d.head_dim)).transpose(1, 2)
-        q, k, v = heads.split([d.num_heads, d.num_kv_heads, d.num_kv_heads], 1)
+        y, recent = short_conv(self.project(x), self.conv, None if state is None else state.recent)
+        q, k, v = self.dims.split(y)
         logits = {name: gate(x).mT for name, gate in self.gates.items()}
         o, memory = fast_weights(
             self.memory,
@@ -261,7 +256,7 @@ class Miras(Mixer):
             state=None if state is None else state.memory,
             return_state=True,
         )
-        return o, MirasState(y[:, y.shape[1] - taps + 1 :], memory)
+        return o, MirasState(recent, memory)
 
     def mix(self, x: Tensor, o: Tensor) -> Tensor:
         normed = F.layer_norm(o, o.shape[-1:]).transpose(1, 2).flatten(2)
@@ -282,33 +277,20 @@ class Miras(Mixer):
         a = [w[name].expand(len(x), -1, -1, -1) for name in names]
         start, now, gains = a, a, [torch.ones(())] * len(a)
 
-        def norm(z: Tensor) -> tuple[Tensor, Tensor]:
+        def norm(z: Tensor) -> Tensor:
             z = z - z.mean(-1, keepdim=True)
-            size = ((z * z).mean(-1, keepdim=True) + 1e-5) ** 0.5
-            return z / size, size
-
-        def act(h: Tensor) -> tuple[Tensor, Tensor]:
-            """gelu and its derivative."""
-            below = (1 + torch.erf(h / 2**0.5)) / 2
-            return h * below, below + h * torch.exp(-h * h / 2) / (2 * math.pi) ** 0.5
+            return z / ((z * z).mean(-1, keepdim=True) + 1e-5) ** 0.5
 
         def product(z: Tensor, weights: Tensor) -> Tensor:
             return (z[..., None, :] @ weights).squeeze(-2)
 
         def read(weights: list[Tensor], z: Tensor) -> Tensor:
-            if len(weights) == 1:
-                return product(z, weights[0])
-            return z + norm(product(act(product(z, weights[0]))[0], weights[1]))[0]
+            h = product(z, weights[0])
+            return h if len(weights) == 1 else z + norm(product(h * (1 + torch.erf(h / 2**0.5)) / 2, weights[1]))
 
-        def gradients(weights: list[Tensor], z: Tensor, r: Tensor) -> list[Tensor]:
-            """Of the loss with respect to the weights, for r its gradient with respect to the output."""
-            if len(weights) == 1:
-                return [z[..., :, None] * r[..., None, :]]
-            hidden, slope = act(product(z, weights[0]))
-            unit, size = norm(product(hidden, weights[1]))
-            r = (r - r.mean(-1, keepdim=True) - unit * (r * unit).mean(-1, keepdim=True)) / size
-            inner = product(r, weights[1].transpose(-1, -2)) * slope
-            return [z[..., :, None] * inner[..., None, :], hidden[..., :, None] * r[..., None, :]]
+        def pulled(weights: list[Tensor], z: Tensor, r: Tensor) -> Tensor:
+            """Its gradient is that of the loss, r being that with respect to the output."""
+            return (read(weights, z) * r).sum()  # each sequence and head has weights of its own
 
         for t, token in enumerate(x.unbind(1)):
             seen = [(j, t - taps + 1 + j) for j in range(taps) if t - taps + 1 + j >= 0]
@@ -322,14 +304,14 @@ class Miras(Mixer):
             if t % self.chunk == 0:
                 start, gains = (list(part) for part in zip(*(self.variant.weights(z) for z in a), strict=True))
                 now = start
-            steps = gradients(start, k, self.variant.pull(read(start, k) - v, delta))
+            steps = torch.func.grad(pulled)(start, k, self.variant.pull(read(start, k) - v, delta))
             steps = [eta[..., None, None] * g for g in steps]
             a = [alpha[..., None, None] * z - g for z, g in zip(a, steps, strict=True)]
             now = [alpha[..., None, None] * z - f * g for z, g, f in zip(now, steps, gains, strict=True)]
             if (t + 1) % self.chunk == 0:
                 now = [self.variant.weights(z)[0] for z in a]
             o = read([z.repeat_interleave(group, 1) for z in now], q)
-            out = norm(o)[0].flatten(1) / (1 + torch.exp(-(token @ w["gate.weight"].T + w["gate.bias"])))
+            out = norm(o).flatten(1) / (1 + torch.exp(-(token @ w["gate.weight"].T + w["gate.bias"])))
             rows.append(out @ w["out.weight"].T)
         return torch.stack(rows, 1)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, apart, claim, sample
 from saccade.errors import positive
 from saccade.scan import long_conv
 
@@ -229,10 +229,8 @@ class NonAttentionLLM(Mixer):
             hidden = moved.exp() * hidden + token[:, None]
             rows.append(2 * (gain * hidden).sum(-1).real + layer.s4.skip * token)
         exact = torch.stack(rows)
-        apart = float((layer.s4(x)[0] - exact).abs().max() / exact.abs().max())
-        return Finding(
-            apart < x.shape[1] * torch.finfo(x.dtype).eps, f"largest difference {apart:.1e} of the largest output"
-        )
+        off = apart(layer.s4(x)[0], exact)
+        return Finding(off < x.shape[1] * torch.finfo(x.dtype).eps, f"largest difference {off:.1e} of the output")
 
     @claim("A chunk knows of earlier ones by g alone: without W_g chunks are independent, bit for bit.")
     def only_by_g(cls) -> Finding:
@@ -256,8 +254,8 @@ class NonAttentionLLM(Mixer):
         rows = state.rows.clone()
         rows[0, near] += 0.01 * torch.ones_like(rows[0, near])
         after = [layer.close(h[14:15], ChunkState(state.open, state.g, m, 14)).g for m in (state.rows, rows)]
-        apart = float((after[0] - after[1]).abs().max())
-        return Finding(apart > torch.finfo(x.dtype).eps ** 0.5, f"row {near} of 8 moved by 0.01 moves g by {apart:.1e}")
+        moved = float((after[0] - after[1]).abs().max())
+        return Finding(moved > torch.finfo(x.dtype).eps ** 0.5, f"row {near} of 8 moved by 0.01 moves g by {moved:.1e}")
 
     @claim("What a decoder keeps does not grow beyond a chunk and the memory.")
     def constant_state(cls) -> Finding:
@@ -272,7 +270,4 @@ class NonAttentionLLM(Mixer):
     @classmethod
     @torch.no_grad()
     def _sample(cls, **params: Any) -> tuple[NonAttentionLLM, Tensor]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            layer = cls(Dims(2, 4), state=8, rows=8, **params).double().requires_grad_(False)
-            return layer, torch.randn(1, 300, 8, dtype=torch.float64)
+        return sample(lambda: cls(Dims(2, 4), state=8, rows=8, **params), 1, 300, 8)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saccade import attend, merge
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, apart, claim, rotated, sample
 from saccade.errors import positive
-from saccade.mix import rotary_rates, turn_halves
+from saccade.mix import turn_at
 from saccade.scan import affine, associative_scan
 from saccade.where import Labels
 
@@ -58,7 +58,7 @@ class RAT(Mixer):
         paper="2507.04416",
         year=2025,
         family="recurrent",
-        uses=("associative_scan", "affine", "attend", "merge", "Labels", "turn_halves"),
+        uses=("associative_scan", "affine", "attend", "merge", "Labels", "turn_at"),
     )
     causal = True
 
@@ -90,10 +90,6 @@ class RAT(Mixer):
         v, g = (y.unflatten(2, (self.dims.num_heads, -1)) for y in (v, (g + self.bias).sigmoid()))
         return z, *(y.transpose(1, 2) for y in (q, k, v, g))
 
-    def turn(self, x: Tensor, chunks: Tensor) -> Tensor:
-        """x (B, H, n, D), turned by the indices of their chunks (n,)."""
-        return turn_halves(x, chunks[:, None] * rotary_rates(x.shape[3] // 2, self.theta, device=x.device))
-
     def within(self, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """k~ and v~ (B, H, N, D)."""
         n = k.shape[2]
@@ -112,7 +108,7 @@ class RAT(Mixer):
         z, q, k, v, g = self.tokens(x)
         k, v = self.within(k, v, g)
         at = torch.arange(x.shape[1], device=x.device) // self.chunk
-        q, k = self.turn(q, at), self.turn(k, at)
+        q, k = turn_at(q, at, self.theta), turn_at(k, at, self.theta)
         wide = torch.promote_types(x.dtype, torch.float32)
         own = (q.to(wide) * k.to(wide)).sum(-1) * self.dims.head_dim**-0.5
         parts = [(v, own)]
@@ -129,9 +125,9 @@ class RAT(Mixer):
         keys, values, length = (none, none, 0) if state is None else (state.keys, state.values, state.length)
         if state is not None and length % self.chunk:
             k, v = k + g * state.key, v + g * state.value
-        at = torch.tensor([length // self.chunk], device=x.device)
-        seen, held = torch.cat([keys, self.turn(k, at)], 2), torch.cat([values, v], 2)
-        o = attend(self.turn(q, at), seen, held)
+        at = length // self.chunk
+        seen, held = torch.cat([keys, turn_at(k, at, self.theta)], 2), torch.cat([values, v], 2)
+        o = attend(turn_at(q, at, self.theta), seen, held)
         if (length + 1) % self.chunk == 0:
             keys, values = seen, held
         return self.mix(z, o), RatState(keys, values, k, v, length + 1)
@@ -141,17 +137,6 @@ class RAT(Mixer):
         c, size = d.dim, d.head_dim
         places: list[tuple[Tensor, Tensor]] = []
         key, value = torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0])
-
-        def turned(y: Tensor, chunk: int) -> Tensor:
-            """(B, H, D), by the matrix of every pair of channels."""
-            matrix = torch.zeros(size, size, dtype=x.dtype)
-            for i in range(size // 2):
-                angle = torch.tensor(chunk * self.theta ** (-2 * i / size), dtype=torch.float64)
-                j = i + size // 2
-                matrix[i, i], matrix[j, j] = angle.cos(), angle.cos()
-                matrix[i, j], matrix[j, i] = -angle.sin(), angle.sin()
-            return y @ matrix.T
-
         for t in range(x.shape[1]):
             row = x[:, t] @ w["project.weight"].T
             z, v, g, shared = row[:, :c], row[:, c : 2 * c], row[:, 2 * c : 3 * c], row[:, 3 * c :]
@@ -161,14 +146,13 @@ class RAT(Mixer):
             start = t % self.chunk == 0
             key = (0 if start else g * key) + (1 - g) * k
             value = (0 if start else g * value) + (1 - g) * v
-            q = turned(q.view(len(x), d.num_heads, size), t // self.chunk)
-            own = turned(key.view(len(x), d.num_heads, size), t // self.chunk), value.view(len(x), d.num_heads, size)
+            at, parts = torch.tensor(t // self.chunk), (y.view(len(x), -1, size) for y in (q, key, value))
+            q, k, v = parts
+            q, own = rotated(q, at, self.theta), (rotated(k, at, self.theta), v)
             seen = [*places, own]
             scores = torch.stack([(q * k).sum(-1) for k, _ in seen], -1) / size**0.5
-            weights = (scores - scores.detach().amax(-1, keepdim=True)).exp()
-            weights = weights / weights.sum(-1, keepdim=True)
-            o = sum(weights[..., i, None] * v for i, (_, v) in enumerate(seen))
-            assert isinstance(o, Tensor)
+            weights = scores.softmax(-1)
+            o = torch.stack([weights[..., i, None] * v for i, (_, v) in enumerate(seen)]).sum(0)
             rows.append((o.flatten(1) / (1 + torch.exp(-z))) @ w["out.weight"].T)
             if (t + 1) % self.chunk == 0:
                 places.append(own)
@@ -190,7 +174,8 @@ class RAT(Mixer):
         layer, x = cls._sample(chunk=1)
         z, q, k, v, g = layer.tokens(x)
         at = torch.arange(x.shape[1])
-        o = attend(layer.turn(q, at), layer.turn((1 - g) * k, at), (1 - g) * v, Causal())
+        q, k = (turn_at(y, at, layer.theta) for y in (q, (1 - g) * k))
+        o = attend(q, k, (1 - g) * v, Causal())
         return cls._near(layer(x), layer.mix(z, o), x.shape[1])
 
     @claim("With one chunk it is a gated linear recurrence, in which q and k have no effect.")
@@ -228,11 +213,10 @@ class RAT(Mixer):
 
     @staticmethod
     def _near(found: Tensor, exact: Tensor, terms: int) -> Finding:
-        apart = float((found - exact).abs().max() / exact.abs().max())
-        return Finding(apart < terms * torch.finfo(found.dtype).eps, f"largest difference {apart:.1e} of the output")
+        off = apart(found, exact)
+        return Finding(off < terms * torch.finfo(found.dtype).eps, f"largest difference {off:.1e} of the output")
 
     @classmethod
     @torch.no_grad()
     def _sample(cls, **params: Any) -> tuple[RAT, Tensor]:
-        layer = cls(Dims(4, 8), **params).double().requires_grad_(False)
-        return layer, torch.randn(1, 100, 32, dtype=torch.float64)
+        return sample(lambda: cls(Dims(4, 8), **params), 1, 100, 32)

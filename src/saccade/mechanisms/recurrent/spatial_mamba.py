@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim
 from saccade.errors import known, positive
-from saccade.hosts.block import MLP, Gated, Residual, init_linear, num_parameters
+from saccade.hosts.block import MLP, Gated, Residual, init_linear, published_size
 from saccade.hosts.pyramid import Pyramid, Stage
 from saccade.mix import DepthwiseConv, to_map, to_tokens
 from saccade.scan import GridScan, selective_scan
@@ -79,6 +79,7 @@ class SpatialMamba(Mixer):
     Costs N E (C / 8 + 5) multiplications in the scan and 9 N E for each dilation, beside the layers.
     Errors: ValueError when dims.grid has not two axes, or there is no dilation.
 
+    >>> from saccade.hosts.block import num_parameters
     >>> layer = SpatialMamba(Dims(1, 8, grid=(5, 9)))
     >>> layer(torch.randn(1, 45, 8)).shape, num_parameters(SpatialMamba.model)
     (torch.Size([1, 45, 8]), 26740798)
@@ -117,16 +118,7 @@ class SpatialMamba(Mixer):
         return self.block(x)
 
     def oracle(self, x: Tensor) -> Tensor:
-        w, (height, width), ssm = dict(self.named_parameters()), self.dims.grid or (), "block.1.inner"
-
-        def layer(t: Tensor, name: str) -> Tensor:
-            y = t @ w[f"{name}.weight"].T
-            return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
-
-        def normed(t: Tensor, name: str, eps: float = 1e-6) -> Tensor:
-            apart = t - t.mean(-1, keepdim=True)
-            size = (apart.square().mean(-1, keepdim=True) + eps).sqrt()
-            return apart / size * w[f"{name}.weight"] + w[f"{name}.bias"]
+        w, (height, width), ssm = Weights(self), self.dims.grid or (), "block.1.inner"
 
         def silu(t: Tensor) -> Tensor:
             return t / (1 + (-t).exp())
@@ -144,7 +136,7 @@ class SpatialMamba(Mixer):
             return taps(t, w[f"{name}.weight"]) + w[f"{name}.bias"]
 
         def mixed(t: Tensor) -> Tensor:
-            u, z = layer(t, f"{ssm}.enter").chunk(2, -1)
+            u, z = w.linear(t, f"{ssm}.enter").chunk(2, -1)
             u = silu(conv(u, f"{ssm}.inner.0"))
             read, step, bias, log_rate, direct = (
                 w[f"{ssm}.inner.2.{name}"][0] for name in ("read", "step", "bias", "log_rate", "direct")
@@ -158,13 +150,12 @@ class SpatialMamba(Mixer):
             kernels, shares = w[f"{ssm}.inner.2.fusion.kernels"], w[f"{ssm}.inner.2.fusion.shares"]
             ways = zip(shares, kernels, self.dilations, strict=True)
             fused = sum(a * taps(torch.stack(states, 1), kernel, by, carried=True) for a, kernel, by in ways)
-            return layer(normed(look * fused + direct * u, f"{ssm}.norm", 1e-5) * silu(z), f"{ssm}.leave")
+            return w.linear(w.norm(look * fused + direct * u, f"{ssm}.norm") * silu(z), f"{ssm}.leave")
 
         x = x + conv(x, "block.0.inner")
-        x = x + mixed(normed(x, "block.1.norm"))
+        x = x + mixed(w.norm(x, "block.1.norm", 1e-6))
         x = x + conv(x, "block.2.inner")
-        hidden = nn.functional.gelu(layer(normed(x, "block.3.norm"), "block.3.inner.0"))
-        return x + layer(hidden, "block.3.inner.2")
+        return x + w.mlp(w.norm(x, "block.3.norm", 1e-6), "block.3.inner")
 
     @classmethod
     def model(cls, name: str = "tiny", *, params: Mapping[str, Any] | None = None, **host: Any) -> Pyramid:
@@ -215,10 +206,7 @@ class SpatialMamba(Mixer):
 
     @claim("The models have 27 million parameters, 43 and 96, as published.")
     def published_size(cls) -> Finding:
-        published = {"tiny": 27, "small": 43, "base": 96}
-        sizes = {name: num_parameters(functools.partial(cls.model, name)) / 1e6 for name in published}
-        holds = all(abs(sizes[name] / size - 1) < 0.02 for name, size in published.items())
-        return Finding(holds, ", ".join(f"{name} {size:.2f} million" for name, size in sizes.items()))
+        return published_size(cls.model, {"tiny": 27, "small": 43, "base": 96})
 
     @claim("With one kernel that picks the centre it is Mamba's scan.")
     def reduction(cls) -> Finding:

@@ -263,6 +263,13 @@ class SpatialTTT(Mixer):
             """Channels i and i + D / 2 of t (..., >= D), turned by the angle of pair i at one place."""
             return torch.cat([rotated(t[..., :d], torch.tensor(at), self.theta), t[..., d:]], -1)
 
+        def network(weights: list[Tensor], t: Tensor) -> Tensor:
+            a, b = (torch.einsum("bfhw,bfw->bfh", weights[i], t) for i in (0, 2))
+            return torch.einsum("bfwh,bfh->bfw", weights[1], a * sigmoid(a) * b)
+
+        def product(weights: list[Tensor], key: Tensor, value: Tensor) -> Tensor:
+            return (network(weights, key) * value).sum()  # each sequence and head has weights of its own
+
         def conv(t: Tensor, kernel: Tensor) -> Tensor:
             depth, height, wide = dims.grid or ()
             cells = t.reshape(batch, depth, height, wide, c)
@@ -305,13 +312,9 @@ class SpatialTTT(Mixer):
             if t and t % chunk == 0:
                 grads, mu = [torch.zeros_like(m) for m in main], torch.zeros(batch, fast).to(x)
                 for j in range(t - chunk, t):
-                    key, value, r = spun(fk[:, j], j), fv[:, j], rates[:, j]
-                    a, b = (torch.einsum("bfhw,bfw->bfh", now[i], key) for i in (0, 2))
-                    back = torch.einsum("bfwh,bfw->bfh", now[1], value)
-                    s = sigmoid(a)
-                    sides = (back * b * (s + a * s * (1 - s)), key), (value, a * s * b), (back * a * s, key)
-                    outer = [p[..., :, None] * q[..., None, :] for p, q in sides]
-                    grads = [g + r[..., i, None, None] * o for i, (g, o) in enumerate(zip(grads, outer, strict=True))]
+                    slopes = torch.func.grad(product)(now, spun(fk[:, j], j), fv[:, j])
+                    sizes = rates[:, j, :, :, None, None].unbind(2)
+                    grads = [g + r * s for g, r, s in zip(grads, sizes, slopes, strict=True)]
                     mu = mu + keeps[:, j] / chunk
                 speed = [g + mu[..., None, None] * m for g, m in zip(grads, speed, strict=True)]
                 moved = []
@@ -326,9 +329,7 @@ class SpatialTTT(Mixer):
                     m / (m.square().sum(-1, keepdim=True) ** 0.5 + 1e-5) * (b.square().sum(-1, keepdim=True) ** 0.5)
                     for m, b in zip(main, begun, strict=True)
                 ]
-            query = spun(fq[:, t], t)
-            a, b = (torch.einsum("bfhw,bfw->bfh", now[i], query) for i in (0, 2))
-            read = rms(torch.einsum("bfwh,bfh->bfw", now[1], a * sigmoid(a) * b), "norm", 1e-5)
+            read = rms(network(now, spun(fq[:, t], t)), "norm", 1e-5)
             low = max(0, t - self.window + 1)
             keys = torch.stack([spun(k[:, j], j) for j in range(low, t + 1)], 1)
             scores = torch.einsum("bhd,bjhd->bjh", spun(q[:, t], t), keys) / d**0.5

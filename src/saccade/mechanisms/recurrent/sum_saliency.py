@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim, work
 from saccade.errors import positive
 from saccade.mix import DepthwiseConv
 from saccade.scan import GridScan, raster_orders
@@ -86,16 +86,7 @@ class SumSaliency(Mixer):
         return x + self.leave(y * nn.functional.silu(z))
 
     def oracle(self, x: Tensor, *, kind: Tensor | None = None) -> Tensor:
-        w, (height, width) = dict(self.named_parameters()), self.dims.grid or ()
-
-        def layer(t: Tensor, name: str) -> Tensor:
-            y = t @ w[f"{name}.weight"].T
-            return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
-
-        def normed(t: Tensor, name: str) -> Tensor:
-            apart = t - t.mean(-1, keepdim=True)
-            size = (apart.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-            return apart / size * w[f"{name}.weight"] + w[f"{name}.bias"]
+        w, (height, width) = Weights(self), self.dims.grid or ()
 
         def silu(t: Tensor) -> Tensor:
             return t / (1 + (-t).exp())
@@ -103,14 +94,11 @@ class SumSaliency(Mixer):
         five = torch.zeros(len(x), 5, 1, 1)
         if self.kinds:
             p = w["prompts"][[0] * len(x) if kind is None else kind.tolist()]
-            p = nn.functional.gelu(layer(nn.functional.gelu(layer(p, "mlp.0")), "mlp.2"))
-            five = layer(p, "mlp.4")[..., None, None]
+            p = nn.functional.gelu(w.mlp(p, "mlp"))
+            five = w.linear(p, "mlp.4")[..., None, None]
         b1, a1, b2, a2, a3 = five.to(x).unbind(1)
-        u, z = layer(b1 + (1 + a1) * normed(x, "before"), "enter").chunk(2, -1)
-        around = nn.functional.pad(u.unflatten(1, (height, width)), (0, 0, 1, 1, 1, 1))
-        kernel, taps = w["conv.weight"][:, 0], itertools.product(range(3), repeat=2)
-        found = [kernel[:, i, j] * around[:, i : i + height, j : j + width] for i, j in taps]
-        u = silu((torch.stack(found).sum(0) + w["conv.bias"]).flatten(1, 2))
+        u, z = w.linear(b1 + (1 + a1) * w.norm(x, "before"), "enter").chunk(2, -1)
+        u = silu(w.conv(u.unflatten(1, (height, width)), "conv").flatten(1, 2))
 
         rows = list(range(height * width))
         columns = [a * width + b for b in range(width) for a in range(height)]
@@ -126,7 +114,7 @@ class SumSaliency(Mixer):
             kept, given = (-delta[:, :, n, :, None] * log_rate.exp()).exp(), delta[:, :, n] * met[:, :, n]
             h = kept * h + given[..., None] * write[:, :, n, None]
             total = total.index_add(1, ways[:, n], (h * look[:, :, n, None]).sum(-1) + direct * met[:, :, n])
-        return x + layer(((1 + a2) * normed((1 + a3) * total, "norm") + b2) * silu(z), "leave")
+        return x + w.linear(((1 + a2) * w.norm((1 + a3) * total, "norm") + b2) * silu(z), "leave")
 
     @classmethod
     def cases(cls) -> list[Case]:
@@ -178,16 +166,12 @@ class SumSaliency(Mixer):
 
     @claim("Four scans carry every pixel to every other, at a cost that grows as their number.")
     def support(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        seen, work = [], []
+        seen, costs = [], []
         for grid in ((6, 8), (12, 8)):
             module, x = cls.sample(grid, kinds=0)
             with torch.enable_grad():
                 (gradient,) = torch.autograd.grad(module(x.requires_grad_())[0, 20].sum(), x)
             seen.append(int(gradient[0].ne(0).any(1).sum()))
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                module(x)
-            work.append(counter.get_total_flops())
-        holds = seen == [48, 96] and work[1] == 2 * work[0]
-        return Finding(holds, f"{seen[0]} of 48 and {seen[1]} of 96 seen, {work[1] / work[0]:g} times the products")
+            costs.append(work(partial(module, x)).all)
+        holds = seen == [48, 96] and costs[1] == 2 * costs[0]
+        return Finding(holds, f"{seen[0]} of 48 and {seen[1]} of 96 seen, {costs[1] / costs[0]:g} times the products")

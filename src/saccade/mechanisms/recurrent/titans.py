@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from saccade import attend
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, apart, claim, sample
 from saccade.errors import positive
+from saccade.hosts.short_conv import short_conv, short_taps
 from saccade.scan import (
     FastState,
     LinearMemory,
@@ -62,7 +63,7 @@ class NeuralMemory(nn.Module):
         d, width = dims, dims.dim + 2 * dims.num_kv_heads * dims.head_dim
         self.dims, self.memory, self.chunk, self.max_theta = dims, memory, chunk, max_theta
         self.project = nn.Linear(d.dim, width, bias=False)
-        self.conv = nn.Parameter(torch.empty(width, 1, taps).uniform_(-(taps**-0.5), taps**-0.5))
+        self.conv = short_taps(width, taps)
         self.gates = nn.Linear(d.dim, 3 * d.num_kv_heads)
         # Begin by keeping most of the memory and of the momentum.
         nn.init.constant_(self.gates.bias[: d.num_kv_heads], -4.0)
@@ -71,14 +72,9 @@ class NeuralMemory(nn.Module):
 
     def heads(self, x: Tensor, recent: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q (B, H, N, D), k, v (B, Hkv, N, D) and the last projections."""
-        d, taps = self.dims, self.conv.shape[-1]
-        y = self.project(x)
-        y = torch.cat([y.new_zeros(len(y), taps - 1, y.shape[2]) if recent is None else recent, y], 1)
-        mixed = F.silu(F.conv1d(y.mT, self.conv, groups=y.shape[2]).mT)
-        q, k, v = (
-            mixed.unflatten(2, (-1, d.head_dim)).transpose(1, 2).split([d.num_heads, d.num_kv_heads, d.num_kv_heads], 1)
-        )
-        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, y[:, y.shape[1] - taps + 1 :]
+        y, recent = short_conv(self.project(x), self.conv, recent)
+        q, k, v = self.dims.split(F.silu(y))
+        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, recent
 
     def recall(self, x: Tensor, state: Learned | None = None) -> tuple[Tensor, Learned]:
         """What each token reads after it has written, (B, H, N, D), and the memory after the last."""
@@ -271,10 +267,7 @@ class Titans(Mixer):
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of the attention: q (B, H, N, D), k, v (B, Hkv, N, D)."""
-        d = self.dims
-        heads = self.project(x).unflatten(2, (-1, d.head_dim)).transpose(1, 2)
-        q, k, v = heads.split([d.num_heads, d.num_kv_heads, d.num_kv_heads], 1)
-        return q, k, v
+        return self.dims.split(self.project(x))
 
     def join(self, o: Tensor) -> Tensor:
         return self.out(o.transpose(1, 2).flatten(2))
@@ -302,24 +295,14 @@ class Titans(Mixer):
         def rms(z: Tensor, name: str) -> Tensor:
             return z / ((z * z).mean(-1, keepdim=True) + 1e-6) ** 0.5 * w[f"{name}.weight"]
 
-        def hidden(weights: list[Tensor], z: Tensor) -> list[Tensor]:
-            """What enters every matrix, before its gelu but for the first, and what leaves the last."""
-            found = [z]
+        def network(weights: list[Tensor], z: Tensor) -> Tensor:
             for i, matrix in enumerate(weights):
                 z = z * (1 + torch.erf(z / 2**0.5)) / 2 if i else z
                 z = (z[..., None, :] @ matrix).squeeze(-2)
-                found.append(z)
-            return found
+            return z
 
-        def gradients(weights: list[Tensor], z: Tensor, v: Tensor) -> list[Tensor]:
-            enters = hidden(weights, z)
-            pull, found = 2 * (enters.pop() - v), []
-            for i in reversed(range(len(weights))):
-                below = (1 + torch.erf(enters[i] / 2**0.5)) / 2
-                found.append((enters[i] * below if i else enters[i])[..., :, None] * pull[..., None, :])
-                slope = below + enters[i] * torch.exp(-enters[i] * enters[i] / 2) / (2 * torch.pi) ** 0.5
-                pull = (pull[..., None, :] @ weights[i].transpose(-1, -2)).squeeze(-2) * slope
-            return found[::-1]
+        def loss(weights: list[Tensor], k: Tensor, v: Tensor) -> Tensor:
+            return (network(weights, k) - v).square().sum()  # each sequence and head has weights of its own
 
         def heads(token: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
             past.append(token @ w["memory.project.weight"].T)
@@ -330,7 +313,7 @@ class Titans(Mixer):
             return *(z / ((z * z).sum(-1, keepdim=True) ** 0.5) for z in (q, k)), v
 
         def read(weights: list[Tensor], q: Tensor) -> Tensor:
-            return hidden([z.repeat_interleave(group, 1) for z in weights], q)[-1].flatten(1)
+            return network([z.repeat_interleave(group, 1) for z in weights], q).flatten(1)
 
         def learn(token: Tensor, past: list[Tensor]) -> Tensor:
             nonlocal now, start, speed, written
@@ -338,7 +321,7 @@ class Titans(Mixer):
             gates = sigmoid(token @ w["memory.gates.weight"].T + w["memory.gates.bias"])
             alpha, eta, theta = (z[..., None, None] for z in gates.split(d.num_kv_heads, -1))
             start = now if written % chunk == 0 else start
-            steps = gradients(start, k, v)
+            steps = torch.func.grad(loss)(start, k, v)
             speed = [eta * s - self.memory.max_theta * theta * g for s, g in zip(speed, steps, strict=True)]
             now, written = [(1 - alpha) * z + s for z, s in zip(now, speed, strict=True)], written + 1
             return read(now, q)

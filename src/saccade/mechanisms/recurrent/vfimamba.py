@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim, work
 from saccade.errors import positive
 from saccade.hosts.block import Gated
 from saccade.mix import DepthwiseConv
@@ -101,30 +102,17 @@ class VFIMamba(Mixer):
         return self.kept[1] * x + self.channels(self.norms[1](x))
 
     def oracle(self, x: Tensor) -> Tensor:
-        w, (frames, height, width) = dict(self.named_parameters()), self.dims.grid or ()
-
-        def layer(t: Tensor, name: str) -> Tensor:
-            y = t @ w[f"{name}.weight"].T
-            return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
-
-        def normed(t: Tensor, name: str) -> Tensor:
-            apart = t - t.mean(-1, keepdim=True)
-            size = (apart.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-            return apart / size * w[f"{name}.weight"] + w[f"{name}.bias"]
+        w, (frames, height, width) = Weights(self), self.dims.grid or ()
 
         def silu(t: Tensor) -> Tensor:
             return t / (1 + (-t).exp())
 
         def conv(t: Tensor, name: str) -> Tensor:
-            """Every tap is a number a channel, or a matrix."""
-            around = nn.functional.pad(t.unflatten(1, (frames, height, width)), (0, 0, 1, 1, 1, 1))
-            total: Tensor = w[f"{name}.bias"]
-            for i, j in itertools.product(range(3), repeat=2):
-                met, tap = around[:, :, i : i + height, j : j + width], w[f"{name}.weight"][:, :, i, j]
-                total = total + (tap[:, 0] * met if len(tap) == t.shape[2] and tap.shape[1] == 1 else met @ tap.T)
-            return total.flatten(1, 3)
+            """Frame by frame."""
+            maps = t.reshape(-1, height, width, t.shape[2])
+            return w.conv(maps, name).reshape(len(t), frames * height * width, -1)
 
-        u, z = layer(normed(x, "norms.0"), "mixed.enter").chunk(2, -1)
+        u, z = w.linear(w.norm(x, "norms.0"), "mixed.enter").chunk(2, -1)
         u = silu(conv(u, "mixed.inner.0.conv"))
         rows, columns = [], []
         for i, j in itertools.product(range(height), range(width)):
@@ -143,11 +131,11 @@ class VFIMamba(Mixer):
             kept, given = (-delta[:, :, n, :, None] * log_rate.exp()).exp(), delta[:, :, n] * met[:, :, n]
             h = kept * h + given[..., None] * write[:, :, n, None]
             total = total.index_add(1, ways[:, n], (h * look[:, :, n, None]).sum(-1) + direct * met[:, :, n])
-        x = w["kept"][0] * x + layer(normed(total, "mixed.norm") * silu(z), "mixed.leave")
+        x = w["kept"][0] * x + w.linear(w.norm(total, "mixed.norm") * silu(z), "mixed.leave")
 
-        y = conv(nn.functional.gelu(conv(normed(x, "norms.1"), "channels.convs.0")), "channels.convs.2")
-        gates = layer(y.unflatten(1, (frames, -1)).mean(2), "channels.gate.0").clamp(min=0)
-        gates = 1 / (1 + (-layer(gates, "channels.gate.2")).exp())
+        y = conv(nn.functional.gelu(conv(w.norm(x, "norms.1"), "channels.convs.0")), "channels.convs.2")
+        gates = w.linear(y.unflatten(1, (frames, -1)).mean(2), "channels.gate.0").clamp(min=0)
+        gates = 1 / (1 + (-w.linear(gates, "channels.gate.2")).exp())
         return w["kept"][1] * x + y * gates.repeat_interleave(height * width, 1)
 
     @classmethod
@@ -204,13 +192,9 @@ class VFIMamba(Mixer):
 
     @claim("The products of a block grow as the number of pixels.")
     def linear(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        work = []
+        costs = []
         for grid in ((2, 6, 8), (2, 12, 8), (2, 12, 16)):
             module, x = cls.sample(grid)
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                module(x)
-            work.append(counter.get_total_flops())
-        ratio = (work[2] - work[1]) / (work[1] - work[0])  # the gates of a frame cost the same at any size
+            costs.append(work(partial(module, x)).all)
+        ratio = (costs[2] - costs[1]) / (costs[1] - costs[0])  # the gates of a frame cost the same at any size
         return Finding(ratio == 2, f"192 tokens more cost {ratio:g} times what 96 more do")

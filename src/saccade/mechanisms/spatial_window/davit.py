@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from saccade import attend
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim, reached, weighed
 from saccade.errors import known, positive
-from saccade.hosts.block import MLP, AttentionMixer, Residual, init_linear, num_parameters
+from saccade.hosts.block import MLP, AttentionMixer, Residual, init_linear, published_size
 from saccade.hosts.pyramid import Pyramid, Stage, pool_then_norm
 from saccade.hosts.resize import Reduce
 from saccade.mix import DepthwiseConv, Windowed
@@ -53,6 +52,7 @@ class Davit(Mixer):
     Costs 2 N k^2 C + 2 N C D multiplications in the products, beside the layers.
     Errors: ValueError when dims.grid has not two axes, or heads share keys, for a group mixes its own.
 
+    >>> from saccade.hosts.block import num_parameters
     >>> layer = Davit(Dims(2, 4, grid=(5, 9)), window=3)
     >>> layer(torch.randn(1, 45, 8)).shape, num_parameters(Davit.model)
     (torch.Size([1, 45, 8]), 28360168)
@@ -89,23 +89,10 @@ class Davit(Mixer):
         return self.channel(self.spatial(x))
 
     def oracle(self, x: Tensor) -> Tensor:
-        w, d, k, (height, width) = dict(self.named_parameters()), self.dims, self.window, self.dims.grid or ()
-
-        def layer(t: Tensor, name: str) -> Tensor:
-            return t @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-        def normed(t: Tensor, name: str) -> Tensor:
-            return nn.functional.layer_norm(t, (d.dim,), w[f"{name}.weight"], w[f"{name}.bias"])
+        w, d, k, (height, width) = Weights(self), self.dims, self.window, self.dims.grid or ()
 
         def placed(t: Tensor, name: str) -> Tensor:
-            kernel = w[f"{name}.inner.weight"][:, 0]
-            around = nn.functional.pad(t.unflatten(1, (height, width)), (0, 0, 1, 1, 1, 1))
-            taps = [kernel[:, i, j] * around[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-            return t + (sum(taps) + w[f"{name}.inner.bias"]).flatten(1, 2)
-
-        def heads(t: Tensor, name: str) -> list[tuple[Tensor, ...]]:
-            q, k, v = (part.split(d.head_dim, -1) for part in layer(t, f"{name}.qkv").split(d.dim, -1))
-            return list(zip(q, k, v, strict=True))
+            return t + w.conv(t.unflatten(1, (height, width)), f"{name}.inner").flatten(1, 2)
 
         def within(t: Tensor, name: str) -> Tensor:
             out = torch.empty_like(t)
@@ -113,23 +100,23 @@ class Davit(Mixer):
                 places = itertools.product(range(top, top + k), range(left, left + k))
                 at = [y * width + x for y, x in places if y < height and x < width]
                 tokens = torch.cat([t[:, at], t.new_zeros(len(t), k * k - len(at), d.dim)], 1)
-                mixed = [(q @ k.mT / d.head_dim**0.5).softmax(-1) @ v for q, k, v in heads(tokens, name)]
-                out[:, at] = layer(torch.cat(mixed, -1), f"{name}.out")[:, : len(at)]
+                query, key, value = w.linear(tokens, f"{name}.qkv").split(d.dim, -1)
+                out[:, at] = w.linear(weighed(query, key, value, d.head_dim), f"{name}.out")[:, : len(at)]
             return out
 
         def across(t: Tensor, name: str) -> Tensor:
             mixed = []
-            for q, k, v in heads(t, name):
+            parts = (part.split(d.head_dim, -1) for part in w.linear(t, f"{name}.qkv").split(d.dim, -1))
+            for q, k, v in zip(*parts, strict=True):
                 weights = (torch.einsum("bpi,bpj->bij", k, v) / d.head_dim**0.5).softmax(-1)
                 mixed.append(torch.einsum("bij,bpj->bpi", weights, q))
-            return layer(torch.cat(mixed, -1), f"{name}.out")
+            return w.linear(torch.cat(mixed, -1), f"{name}.out")
 
         for block, attention, name in (("spatial", within, "1.inner.inner"), ("channel", across, "1.inner")):
             x = placed(x, f"{block}.0")
-            x = x + attention(normed(x, f"{block}.1.norm"), f"{block}.{name}")
+            x = x + attention(w.norm(x, f"{block}.1.norm"), f"{block}.{name}")
             x = placed(x, f"{block}.2")
-            hidden = nn.functional.gelu(layer(normed(x, f"{block}.3.norm"), f"{block}.3.inner.0"))
-            x = x + layer(hidden, f"{block}.3.inner.2")
+            x = x + w.mlp(w.norm(x, f"{block}.3.norm"), f"{block}.3.inner")
         return x
 
     @classmethod
@@ -165,19 +152,14 @@ class Davit(Mixer):
 
     @claim("The tiny model has 28.3 million parameters, the small one 49.7, the base one 87.9, as published.")
     def published_size(cls) -> Finding:
-        published = {"tiny": 28.3, "small": 49.7, "base": 87.9}
-        sizes = {name: num_parameters(functools.partial(cls.model, name)) / 1e6 for name in published}
-        holds = all(abs(sizes[name] / size - 1) < 0.02 for name, size in published.items())
-        return Finding(holds, ", ".join(f"{name} {size:.2f} million" for name, size in sizes.items()))
+        return published_size(cls.model, {"tiny": 28.3, "small": 49.7, "base": 87.9})
 
     @claim("One layer of channel attention sees the whole map; one of window attention its window.")
     def global_in_one_layer(cls) -> Finding:
         module, seen = cls(Dims(2, 4, grid=(14, 21))).double(), []
         for block in (module.spatial, module.channel):
-            x = torch.randn(1, 294, 8, dtype=torch.float64).requires_grad_()
-            with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(block[1](x)[0, 0, 0], x)
-            seen.append(int(gradient.ne(0).any(-1).sum()))
+            x = torch.randn(1, 294, 8, dtype=torch.float64)
+            seen.append(int(reached(block[1], x, (0, 0, 0)).sum()))
         return Finding(
             seen == [49, 294], f"of 294 positions the first sees {seen[0]} in windows, {seen[1]} by channels"
         )

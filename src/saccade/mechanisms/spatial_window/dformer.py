@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim, reached, weighed, work
 from saccade.errors import known, positive
 from saccade.hosts.block import Block, init_linear, num_parameters
 from saccade.hosts.pyramid import Stage
@@ -102,41 +103,26 @@ class Dformer(Mixer):
         return self.spread(self.local(x))
 
     def oracle(self, x: Tensor) -> Tensor:
-        w, d, grid = dict(self.named_parameters()), self.dims, self.dims.grid or ()
-
-        def layer(t: Tensor, name: str) -> Tensor:
-            return t @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-        def normed(t: Tensor, name: str) -> Tensor:
-            return nn.functional.layer_norm(t, (d.dim,), w[f"{name}.weight"], w[f"{name}.bias"])
+        w, d, grid = Weights(self), self.dims, self.dims.grid or ()
 
         def attended(t: Tensor, name: str) -> Tensor:
             out, units = torch.empty_like(t), dict[tuple[int, ...], list[int]]()
+            shared = d.num_kv_heads * d.head_dim
             for i, place in enumerate(itertools.product(*map(range, grid))):
                 apart = [-(-n // size) for n, size in zip(grid, self.unit, strict=True)]
                 by = apart if name == "spread" else self.unit
                 key = tuple(c % s if name == "spread" else c // s for c, s in zip(place, by, strict=True))
                 units.setdefault(key, []).append(i)
             for at in units.values():
-                heads, mixed = layer(t[:, at], f"{name}.mixer.inner.qkv").split(d.head_dim, -1), []
-                for h in range(d.num_heads):
-                    g = d.num_heads + h // (d.num_heads // d.num_kv_heads)
-                    scores = torch.einsum("bnd,bmd->bnm", heads[h], heads[g]) / d.head_dim**0.5
-                    mixed.append(scores.softmax(-1) @ heads[g + d.num_kv_heads])
-                out[:, at] = layer(torch.cat(mixed, -1), f"{name}.mixer.inner.out")
+                q, k, v = w.linear(t[:, at], f"{name}.mixer.inner.qkv").split([d.dim, shared, shared], -1)
+                out[:, at] = w.linear(weighed(q, k, v, d.head_dim), f"{name}.mixer.inner.out")
             return out
 
         if "position.weight" in w:
-            volume, kernel = x.unflatten(1, grid), w["position.weight"][:, 0]
-            around = nn.functional.pad(volume, (0, 0, 1, 1, 1, 1, 1, 1))
-            for a, b, c in itertools.product(range(3), repeat=3):
-                spans = [slice(start, start + n) for start, n in zip((a, b, c), grid, strict=True)]
-                volume = volume + kernel[:, a, b, c] * around[(slice(None), *spans)]
-            x = (volume + w["position.bias"]).flatten(1, 3)
+            x = x + w.conv(x.unflatten(1, grid), "position").flatten(1, 3)
         for name in ("local", "spread"):
-            x = x + attended(normed(x, f"{name}.norm_mixer"), name)
-            hidden = layer(normed(x, f"{name}.norm_mlp"), f"{name}.mlp.0")
-            x = x + layer(hidden / 2 * (1 + torch.erf(hidden / 2**0.5)), f"{name}.mlp.2")
+            x = x + attended(w.norm(x, f"{name}.norm_mixer"), name)
+            x = x + w.mlp(w.norm(x, f"{name}.norm_mlp"), f"{name}.mlp")
         return x
 
     @classmethod
@@ -190,10 +176,8 @@ class Dformer(Mixer):
         seen, grid = {}, (4, 9, 9)
         for unit in ((2, 3, 3), (1, 3, 3), (2, 1, 9), (4, 9, 3)):
             module = cls(Dims(2, 4, grid=grid), unit=unit, position=False).double()
-            x = torch.randn(1, 324, 8, dtype=torch.float64).requires_grad_()
-            with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(module(x)[0, 0, 0], x)
-            seen[unit] = int(gradient.ne(0).any(-1).sum())
+            x = torch.randn(1, 324, 8, dtype=torch.float64)
+            seen[unit] = int(reached(module, x, (0, 0, 0)).sum())
         whole = {unit: all(s * s >= n for s, n in zip(unit, grid, strict=True)) for unit in seen}
         holds = all((count == 324) == whole[unit] for unit, count in seen.items())
         figure = "; ".join(f"{'x'.join(map(str, unit))}: {count}" for unit, count in seen.items())
@@ -201,15 +185,11 @@ class Dformer(Mixer):
 
     @claim("A unit that spans the volume costs what a local one does: 4 N t y x C operations, linear in N.")
     def linear(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which the counter does not know by itself
-        rules = {fused: lambda q, k, v, *_, **__: 2 * q[:3].numel() * k[2] * (q[3] + v[3])}
-        work = []
+        found = []
         for grid in ((4, 6, 6), (4, 12, 6), (8, 12, 6)):
             module, n = cls(Dims(2, 4, grid=grid), unit=(2, 3, 3)), torch.Size(grid).numel()
             for block in (module.local, module.spread):
-                with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=rules) as counter:
-                    block.mixer(torch.randn(1, n, 8))
-                work.append((counter.get_total_flops() - 2 * n * 4 * 8**2) / (n * 18 * 8))  # less the projections
-        return Finding(work == [4.0] * 6, f"{work[0]:g} N t y x C locally, {work[1]:g} globally; {work[5]:g} at 4 N")
+                products = work(functools.partial(block.mixer, torch.randn(1, n, 8))).fused
+                found.append(products / (n * 18 * 8))
+        figure = f"{found[0]:g} N t y x C locally, {found[1]:g} globally; {found[5]:g} at 4 N"
+        return Finding(found == [4.0] * 6, figure)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from saccade import attend
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim
 from saccade.errors import known, positive
-from saccade.hosts.block import AttentionMixer, Block, init_linear, num_parameters
+from saccade.hosts.block import AttentionMixer, Block, init_linear, published_size
 from saccade.hosts.pyramid import Pyramid, Stage
 from saccade.hosts.resize import Reduce
 from saccade.mix import to_map, to_tokens
@@ -70,6 +70,7 @@ class Dinat(Mixer):
     Costs 2 N kernel^2 C multiplications in the products, whatever the dilation, beside the layers.
     Errors: ValueError when dims.grid has not two axes.
 
+    >>> from saccade.hosts.block import num_parameters
     >>> layer = Dinat(Dims(2, 4, grid=(9, 12)), kernel=3, dilation=3)
     >>> layer(torch.randn(1, 108, 8)).shape, num_parameters(Dinat.model)
     (torch.Size([1, 108, 8]), 27901582)
@@ -101,16 +102,10 @@ class Dinat(Mixer):
         return self.block(x)
 
     def oracle(self, x: Tensor) -> Tensor:
-        w, d, (height, width) = dict(self.named_parameters()), self.dims, self.dims.grid or ()
+        w, d, (height, width) = Weights(self, "block."), self.dims, self.dims.grid or ()
         step, side, group = self.dilation, self.kernel, self.dims.num_heads // self.dims.num_kv_heads
         high, wide = (max(n, side * step) for n in (height, width))
         (table,) = (weight for name, weight in w.items() if name.endswith("table"))
-
-        def layer(t: Tensor, name: str) -> Tensor:
-            return t @ w[f"block.{name}.weight"].T + w[f"block.{name}.bias"]
-
-        def normed(t: Tensor, name: str) -> Tensor:
-            return nn.functional.layer_norm(t, (d.dim,), w[f"block.{name}.weight"], w[f"block.{name}.bias"])
 
         def nearest(at: int, length: int) -> list[int]:
             same = list(range(at % step, length, step))
@@ -118,8 +113,8 @@ class Dinat(Mixer):
             return same[first : first + side]
 
         image = x.new_zeros(len(x), high, wide, d.dim)
-        image[:, :height, :width] = normed(x, "norm_mixer").unflatten(1, (height, width))
-        heads = layer(image, "mixer.inner.qkv").unflatten(-1, (-1, d.head_dim))
+        image[:, :height, :width] = w.norm(x, "norm_mixer").unflatten(1, (height, width))
+        heads = w.linear(image, "mixer.inner.qkv").unflatten(-1, (-1, d.head_dim))
         q, k, v = heads.split([d.num_heads, d.num_kv_heads, d.num_kv_heads], 3)
         k, v = (t.repeat_interleave(group, 3) for t in (k, v))
         found = []
@@ -130,10 +125,8 @@ class Dinat(Mixer):
             bias = table[:, apart[0]][:, :, apart[1]].flatten(1).T
             scores = torch.einsum("bhd,bmhd->bmh", q[:, row, column], keys) / d.head_dim**0.5 + bias
             found.append(torch.einsum("bmh,bmhd->bhd", scores.softmax(1), values).flatten(1))
-        x = x + w.get("block.scale_mixer", 1) * layer(torch.stack(found, 1), "mixer.inner.out")
-        hidden = layer(normed(x, "norm_mlp"), "mlp.0")
-        hidden = hidden / 2 * (1 + torch.erf(hidden / 2**0.5))
-        return x + w.get("block.scale_mlp", 1) * layer(hidden, "mlp.2")
+        x = x + w.get("block.scale_mixer", 1) * w.linear(torch.stack(found, 1), "mixer.inner.out")
+        return x + w.get("block.scale_mlp", 1) * w.mlp(w.norm(x, "norm_mlp"), "mlp")
 
     @classmethod
     def model(cls, name: str = "tiny", *, params: Mapping[str, Any] | None = None, **host: Any) -> Pyramid:
@@ -176,10 +169,7 @@ class Dinat(Mixer):
 
     @claim("The models have 20, 28, 51, 90 and 200 million parameters, as published.")
     def published_size(cls) -> Finding:
-        published = {"mini": 20, "tiny": 28, "small": 51, "base": 90, "large": 200}
-        sizes = {name: num_parameters(functools.partial(cls.model, name)) / 1e6 for name in published}
-        holds = all(abs(sizes[name] / size - 1) < 0.02 for name, size in published.items())
-        return Finding(holds, ", ".join(f"{name} {size:.2f} million" for name, size in sizes.items()))
+        return published_size(cls.model, {"mini": 20, "tiny": 28, "small": 51, "base": 90, "large": 200})
 
     @claim("Dilation d is neighbourhood attention on each of the d^2 grids of every d-th position, by itself.")
     def interleaved(cls) -> Finding:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim, weighed
 from saccade.errors import known, positive
-from saccade.hosts.block import Block, init_linear, num_parameters
+from saccade.hosts.block import Block, init_linear, published_size
 from saccade.hosts.upscale import Upscaler
 from saccade.hosts.windows import WindowAttention
 
@@ -78,15 +77,7 @@ class Drct(Mixer):
         return x + self.alpha * z
 
     def oracle(self, x: Tensor) -> Tensor:
-        w, size, (height, width) = dict(self.named_parameters()), self.window, self.dims.grid or ()
-
-        def layer(t: Tensor, name: str) -> Tensor:
-            return t @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-        def normed(t: Tensor, name: str) -> Tensor:
-            t = t - t.mean(-1, keepdim=True)
-            t = t / (t.square().mean(-1, keepdim=True) + 1e-5) ** 0.5
-            return t * w[f"{name}.weight"] + w[f"{name}.bias"]
+        w, size, (height, width) = Weights(self), self.window, self.dims.grid or ()
 
         def in_windows(t: Tensor, name: str, shift: int) -> Tensor:
             windows, table = dict[tuple[int, ...], list[tuple[int, int]]](), w[f"{name}.attention.bias.bias.table"]
@@ -98,21 +89,17 @@ class Drct(Mixer):
             out, dim = torch.empty_like(t), t.shape[-1] // len(table)
             for places in windows.values():
                 at = [y * width + c for y, c in places]
-                q, k, v = (s.split(dim, -1) for s in layer(t[:, at], f"{name}.qkv").chunk(3, -1))
                 rows, columns = torch.tensor(places).T
                 apart = rows[:, None] - rows + size - 1, columns[:, None] - columns + size - 1
-                scores = [a @ b.mT / dim**0.5 + own[apart] for a, b, own in zip(q, k, table, strict=True)]
-                mixed = [s.softmax(-1) @ each for s, each in zip(scores, v, strict=True)]
-                out[:, at] = layer(torch.cat(mixed, -1), f"{name}.out")
+                q, k, v = w.linear(t[:, at], f"{name}.qkv").chunk(3, -1)
+                out[:, at] = w.linear(weighed(q, k, v, dim, table[:, apart[0], apart[1]]), f"{name}.out")
             return out
 
         seen, z = x, x
         for index in range(5):
             name, u = f"layers.{index}", seen
-            u = u + in_windows(normed(u, f"{name}.norm_mixer"), f"{name}.mixer.inner", index % 2 * (size // 2))
-            hidden = layer(normed(u, f"{name}.norm_mlp"), f"{name}.mlp.0")
-            hidden = hidden / 2 * (1 + torch.erf(hidden / 2**0.5))
-            z = layer(u + layer(hidden, f"{name}.mlp.2"), f"narrow.{index}")
+            u = u + in_windows(w.norm(u, f"{name}.norm_mixer"), f"{name}.mixer.inner", index % 2 * (size // 2))
+            z = w.linear(u + w.mlp(w.norm(u, f"{name}.norm_mlp"), f"{name}.mlp"), f"narrow.{index}")
             seen = torch.cat([seen, torch.where(z > 0, z, z / 5)], -1)
         return x + self.alpha * z
 
@@ -143,10 +130,7 @@ class Drct(Mixer):
 
     @claim("The base model has 14.13 million parameters, the large one 27.58, as published.")
     def published_size(cls) -> Finding:
-        published = {"base": 14.13, "large": 27.58}
-        sizes = {name: num_parameters(functools.partial(cls.model, name)) / 1e6 for name in published}
-        holds = all(abs(sizes[name] / size - 1) < 0.02 for name, size in published.items())
-        return Finding(holds, ", ".join(f"{name} {size:.2f} million" for name, size in sizes.items()))
+        return published_size(cls.model, {"base": 14.13, "large": 27.58})
 
     @claim("Layer 5 reads the input itself: with the growth at zero, the group is x + a W swin_5([x; 0]).")
     def reads_input(cls) -> Finding:

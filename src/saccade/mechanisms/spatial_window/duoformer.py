@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade import attend
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim, reached, weighed, work
 from saccade.errors import positive
 from saccade.hosts.block import AttentionMixer, Block
 from saccade.hosts.resize import coarser
@@ -152,22 +153,7 @@ class Duoformer(Mixer):
         return self.patches(torch.cat([self.token.expand(len(x), 1, -1), first], 1) + self.place_cells)
 
     def oracle(self, x: Tensor, *, coarser: Sequence[Tensor] | None = None) -> Tensor:
-        w, d, last = dict(self.named_parameters()) | dict(self.named_buffers()), self.dims, len(self.grids) - 1
-
-        def layer(t: Tensor, name: str) -> Tensor:
-            return t @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-        def normed(t: Tensor, name: str) -> Tensor:
-            return nn.functional.layer_norm(t, (d.dim,), w[f"{name}.weight"], w[f"{name}.bias"])
-
-        def convolved(t: Tensor, name: str, stride: int) -> Tensor:  # t (B, rows, columns, C)
-            kernel, (height, width) = w[f"{name}.weight"], t.shape[1:3]
-            around = nn.functional.pad(t, (0, 0, 1, 1, 1, 1))
-            taps = [
-                around[:, i : i + height : stride, j : j + width : stride] @ kernel[:, :, i, j].T
-                for i, j in itertools.product(range(3), range(3))
-            ]
-            return torch.stack(taps).sum(0) + w[f"{name}.bias"]
+        w, d, last = Weights(self), self.dims, len(self.grids) - 1
 
         def halved(t: Tensor, how: str) -> Tensor:
             steps = [range(0, n, 2) for n in t.shape[1:3]]
@@ -175,12 +161,9 @@ class Duoformer(Mixer):
             return torch.stack([torch.stack(row, 1) for row in cells], 1)
 
         def attention(t: Tensor, name: str) -> Tensor:
-            heads, mixed = layer(t, f"{name}.qkv").split(d.head_dim, -1), []
-            for h in range(d.num_heads):
-                shared = d.num_heads + h // (d.num_heads // d.num_kv_heads)
-                scores = torch.einsum("bnd,bmd->bnm", heads[h], heads[shared]) * 2 / d.dim**0.5
-                mixed.append(scores.softmax(-1) @ heads[shared + d.num_kv_heads])
-            return layer(torch.cat(mixed, -1), f"{name}.out")
+            shared = d.num_kv_heads * d.head_dim
+            q, k, v = w.linear(t, f"{name}.qkv").split([d.dim, shared, shared], -1)
+            return w.linear(weighed(q, k, v, d.head_dim, scale=2 / d.dim**0.5), f"{name}.out")
 
         images = [x.unflatten(1, self.grids[0])]
         for at in range(last):
@@ -189,11 +172,11 @@ class Duoformer(Mixer):
         reduced = []
         for at, image in enumerate(images):
             for step in range(last - at - 1):
-                image = convolved(image, f"summary.reduce.{at}.{step}", 2)
+                image = w.conv(image, f"summary.reduce.{at}.{step}")[:, ::2, ::2]
             reduced.append(halved(image, "amax") if at < last else image)
         s = torch.cat(reduced, -1)
         for name, norm in ((f"summary.fuse.{3 * at}", f"summary.fuse.{3 * at + 1}") for at in range(4)):
-            s = convolved(s, name, 1)
+            s = w.conv(s, name)
             s = (s - w[f"{norm}.running_mean"]) / (w[f"{norm}.running_var"] + 1e-5) ** 0.5
             s = (s * w[f"{norm}.weight"] + w[f"{norm}.bias"]).clamp(min=0)
 
@@ -205,16 +188,14 @@ class Duoformer(Mixer):
                 for i, j in itertools.product(range(side), range(side)):
                     a, b = row * side + i, column * side + j
                     if a < height and b < width:
-                        tokens.append(layer(images[at][:, a, b], f"project.{at}"))
+                        tokens.append(w.linear(images[at][:, a, b], f"project.{at}"))
                         places.append(start + i * side + j)
                 start += side**2
             z = torch.stack(tokens, 1) + w["place"][places]
             for name in (f"blocks.{index}" for index in range(self.depth)):
-                mixed = attention(normed(z, f"{name}.norm_mixer"), f"{name}.mixer")
+                mixed = attention(w.norm(z, f"{name}.norm_mixer"), f"{name}.mixer")
                 z = z + w.get(f"{name}.scale_mixer", 1) * mixed
-                hidden = layer(normed(z, f"{name}.norm_mlp"), f"{name}.mlp.0")
-                hidden = hidden / 2 * (1 + torch.erf(hidden / 2**0.5))
-                z = z + w.get(f"{name}.scale_mlp", 1) * layer(hidden, f"{name}.mlp.2")
+                z = z + w.get(f"{name}.scale_mlp", 1) * w.mlp(w.norm(z, f"{name}.norm_mlp"), f"{name}.mlp")
             first.append(z[:, 0])
         u = torch.stack([w["token"].expand(len(x), -1), *first], 1) + w["place_cells"]
         for index in range(self.patch_depth):
@@ -232,16 +213,12 @@ class Duoformer(Mixer):
 
     @claim("Scale attention weighs cells F^2 pairs a block, F = 6, 22, 86, patch attention (1 + cells)^2.")
     def cost(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which the counter does not know by itself
-        rules, exact, sizes = {fused: lambda q, k, *_, **__: q[:3].numel() * k[2]}, True, []
+        exact, sizes = True, []
         for scales, side in ((2, 2), (3, 2), (4, 1), (4, 2)):
             grid = (side << scales - 1, side << scales - 1)
-            module = cls(Dims(2, 4, grid=grid), scales=scales, depth=3, patch_depth=2).eval().requires_grad_(False)
-            with FlopCounterMode(display=False, custom_mapping=rules) as counter:
-                module(torch.randn(1, grid[0] * grid[1], 8))
-            pairs = counter.get_flop_counts()["Global"].get(fused, 0) / 2
+            module = cls(Dims(2, 4, grid=grid), scales=scales, depth=3, patch_depth=2).eval()
+            x = torch.randn(1, grid[0] * grid[1], 8)
+            pairs = work(functools.partial(module, x)).fused / (2 * 4 * 4)  # heads, channels; two products
             sizes.append(len(module.place))
             exact = exact and pairs == 3 * side**2 * sizes[-1] ** 2 + 2 * (1 + side**2) ** 2
         return Finding(exact and sizes == [6, 22, 86, 86], f"F = {sizes[0]}, {sizes[1]}, {sizes[2]}; exact: {exact}")
@@ -249,10 +226,7 @@ class Duoformer(Mixer):
     @claim("Scale attention keeps cells apart.")
     def apart(cls) -> Finding:
         module = cls(Dims(2, 4, grid=(12, 16)), scales=3, depth=2).double().eval()
-        z = torch.randn(12, 22, 8, dtype=torch.float64).requires_grad_()
-        with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(module.blocks(z)[5].square().sum(), z)
-        seen = gradient.ne(0).any(-1).sum(-1)
+        seen = reached(module.blocks, torch.randn(12, 22, 8, dtype=torch.float64), 5).sum(-1)
         figure = f"a cell depends on {int(seen[5])} tokens of its own and {int(seen.sum() - seen[5])} of the 11 others"
         return Finding(int(seen[5]) == int(seen.sum()) == 22, figure)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade import attend
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim, reached, work
 from saccade.errors import known
 
 
@@ -227,16 +227,9 @@ class Egformer(Mixer):
 
     @claim("Rows and then columns join every pair of tokens, at N (X + Y) pairs.")
     def work(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
         (rows, x), (columns, _) = (cls.panorama((8, 16), axis=axis, floor=1.0) for axis in ("rows", "columns"))
-        leaf = x.clone().requires_grad_()
-        with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(columns(rows(leaf))[0, 50].sum(), leaf)
-        seen = int(gradient.ne(0).any(-1).sum())
-        with FlopCounterMode(display=False) as counter:
-            rows(x), columns(x)
-        products = counter.get_flop_counts()["Global"][torch.ops.aten.bmm]
+        seen = int(reached(lambda x: columns(rows(x)), x, (0, 50)).sum())
+        products = work(lambda: (rows(x), columns(x))).batched
         pairs = products / (2 * 2 * (3 * 4 + 1))  # a multiplication and an addition; heads; scores twice, values, ones
         holds = seen == 128 and pairs == 128 * (8 + 16)
         return Finding(holds, f"{seen} of 128 tokens reached, {pairs:.0f} pairs weighed of {128**2}")

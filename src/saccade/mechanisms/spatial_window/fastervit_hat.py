@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from saccade import attend
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim, reached, weighed, work
 from saccade.errors import known, positive
-from saccade.hosts.block import AttentionMixer, Block, init_linear, num_parameters
+from saccade.hosts.block import AttentionMixer, Block, TokenNorm, init_linear, published_size
 from saccade.hosts.pyramid import Mean, Pyramid, Stage
 from saccade.hosts.resize import Reduce
 from saccade.mix import DepthwiseConv, cut_windows, join_windows, to_map, to_tokens
@@ -102,13 +102,6 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + to_tokens(self.layers(to_map(x, self.grid)))
-
-
-class TokenNorm(nn.BatchNorm1d):
-    """Batch normalisation of tokens (B, N, C)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.mT).mT
 
 
 class FasterVitHat(Mixer):
@@ -242,16 +235,13 @@ class FasterVitHat(Mixer):
         return model
 
     def oracle(self, x: Tensor) -> Tensor:
-        w, d, k, side, each = dict(self.named_parameters()), self.dims, self.window, self.side, itertools.product
+        w, d, k, side, each = Weights(self), self.dims, self.window, self.side, itertools.product
         (high, wide), (rows, columns) = self.whole, self.cells
         carriers, below, right = x.new_zeros(len(x), rows, columns, d.dim), high - self.grid[0], wide - self.grid[1]
         image = nn.functional.pad(x.reshape(len(x), *self.grid, d.dim), (0, 0, 0, right, 0, below))
 
-        def layer(t: Tensor, name: str) -> Tensor:
-            return nn.functional.linear(t, w[f"{name}.weight"], w.get(f"{name}.bias"))
-
         def network(points: Tensor, name: str) -> Tensor:
-            return layer(layer(points.to(x), f"{name}.enter").clamp(min=0), f"{name}.leave")
+            return w.linear(w.linear(points.to(x), f"{name}.enter").clamp(min=0), f"{name}.leave")
 
         def positions(height: int, width: int) -> Tensor:
             return torch.tensor(list(each(range(height), range(width))), dtype=torch.float64)
@@ -260,29 +250,20 @@ class FasterVitHat(Mixer):
             half = torch.tensor([height // 2, width // 2])
             return network((positions(height, width) - half) / half.clamp(min=1), name)
 
-        def normed(t: Tensor, name: str) -> Tensor:
-            return nn.functional.layer_norm(t, (d.dim,), w[f"{name}.weight"], w[f"{name}.bias"])
-
         def update(y: Tensor, height: int, width: int, name: str) -> Tensor:  # y (B, extra + height * width, C)
             at, extra = positions(height, width), y.shape[1] - height * width
             apart = (at[:, None] - at) / torch.tensor([max(1, height - 1), max(1, width - 1)])
             apart = apart.sign() * torch.log2(1 + 8 * apart.abs()) / 3
             bias = y.new_zeros(y.shape[1], y.shape[1], d.num_heads)
             bias[extra:, extra:] = 16 / (1 + (-network(apart, f"{name}.mixer.attention.bias")).exp())
-            heads = layer(normed(y, f"{name}.norm_mixer"), f"{name}.mixer.qkv").split(d.head_dim, -1)
-            mixed = []
-            for h in range(d.num_heads):
-                shared = d.num_heads + h // (d.num_heads // d.num_kv_heads)
-                scores = torch.einsum("bnd,bmd->bnm", heads[h], heads[shared]) / d.head_dim**0.5 + bias[..., h]
-                mixed.append(scores.softmax(-1) @ heads[shared + d.num_kv_heads])
-            y = y + w.get(f"{name}.scale_mixer", 1) * layer(torch.cat(mixed, -1), f"{name}.mixer.out")
-            hidden = nn.functional.gelu(layer(normed(y, f"{name}.norm_mlp"), f"{name}.mlp.0"))
-            return y + w.get(f"{name}.scale_mlp", 1) * layer(hidden, f"{name}.mlp.2")
+            counts = d.dim, d.num_kv_heads * d.head_dim, d.num_kv_heads * d.head_dim
+            q, k, v = w.linear(w.norm(y, f"{name}.norm_mixer"), f"{name}.mixer.qkv").split(counts, -1)
+            mixed = w.linear(weighed(q, k, v, d.head_dim, bias.movedim(-1, 0)), f"{name}.mixer.out")
+            y = y + w.get(f"{name}.scale_mixer", 1) * mixed
+            return y + w.get(f"{name}.scale_mlp", 1) * w.mlp(w.norm(y, f"{name}.norm_mlp"), f"{name}.mlp")
 
         if side:
-            around, kernel = nn.functional.pad(image, (0, 0, 1, 1, 1, 1)), w["local.weight"][:, 0]
-            taps = [kernel[:, i, j] * around[:, i : i + high, j : j + wide] for i, j in each(range(3), range(3))]
-            seen, down, along = sum(taps) + w["local.bias"], high // rows, wide // columns
+            seen, down, along = w.conv(image, "local"), high // rows, wide // columns
             tall, broad = high - (rows - 1) * down, wide - (columns - 1) * along
             for i, j in each(range(rows), range(columns)):
                 carriers[:, i, j] = seen[:, i * down : i * down + tall, j * along : j * along + broad].mean((1, 2))
@@ -316,10 +297,7 @@ class FasterVitHat(Mixer):
 
     @claim("FasterViT-0, 1, 2, 3 and 6 have 31.4, 53.4, 75.9, 159.5 and 1360 million parameters, as published.")
     def published_size(cls) -> Finding:
-        published = {"0": 31.4, "1": 53.4, "2": 75.9, "3": 159.5, "6": 1360.0}
-        sizes = {name: num_parameters(functools.partial(cls.model, name)) / 1e6 for name in published}
-        holds = all(abs(sizes[name] / size - 1) < 0.02 for name, size in published.items())
-        return Finding(holds, ", ".join(f"{name}: {size:.2f} million" for name, size in sizes.items()))
+        return published_size(cls.model, {"0": 31.4, "1": 53.4, "2": 75.9, "3": 159.5, "6": 1360.0})
 
     @claim("In one block a token depends on the whole map; without carriers exactly on its window.")
     def global_in_one_block(cls) -> Finding:
@@ -335,17 +313,12 @@ class FasterVitHat(Mixer):
 
     @claim("Its products weigh W (k^2 + L^2)^2 + (W L^2)^2 pairs, a small part of N^2.")
     def work(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which the counter does not know by itself
-        rules = {fused: lambda q, k, *_, **__: 4 * q[:3].numel() * k[2] * q[3]}
         shares, exact = [0.0, 0.0], True
         for at, side in enumerate((28, 56)):
-            module, windows = cls(Dims(2, 4, grid=(side, side))).requires_grad_(False), side**2 // 49
-            with FlopCounterMode(display=False, custom_mapping=rules) as counter:
-                module(torch.randn(1, side**2, 8))
-            work = sum(counter.get_flop_counts()["Global"].get(op, 0) for op in (fused, torch.ops.aten.bmm)) / (4 * 8)
-            exact, shares[at] = exact and work == windows * 53**2 + (windows * 4) ** 2, work / side**4
+            module, windows = cls(Dims(2, 4, grid=(side, side))), side**2 // 49
+            found = work(functools.partial(module, torch.randn(1, side**2, 8)))
+            pairs = (found.fused + found.batched) / (4 * 8)
+            exact, shares[at] = exact and pairs == windows * 53**2 + (windows * 4) ** 2, pairs / side**4
         figure = f"{shares[0]:.1%} of N^2 on 28 x 28, {shares[1]:.1%} on 56 x 56; the formula is exact: {exact}"
         return Finding(exact and shares[1] < shares[0] < 1, figure)
 
@@ -353,8 +326,9 @@ class FasterVitHat(Mixer):
     def _reach(cls, pooled: bool = True, **params: int) -> list[int]:
         """Tokens of 21 x 21 on which the first, the middle and the last one depend."""
         module = cls(Dims(2, 4, grid=(21, 21)), **params).double()  # type: ignore[arg-type]
-        x = torch.randn(1, 441, 8, dtype=torch.float64).requires_grad_()
-        with torch.enable_grad():
-            y = module.stage(x, module.summarise(x if pooled else x.detach()) if module.side else None)
-            found = [torch.autograd.grad(y[0, token, 0], x, retain_graph=True)[0] for token in (0, 220, 440)]
-        return [int(gradient.ne(0).any(-1).sum()) for gradient in found]
+
+        def stage(x: Tensor) -> Tensor:
+            return module.stage(x, module.summarise(x if pooled else x.detach()) if module.side else None)
+
+        x = torch.randn(1, 441, 8, dtype=torch.float64)
+        return [int(reached(stage, x, (0, at, 0)).sum()) for at in (0, 220, 440)]

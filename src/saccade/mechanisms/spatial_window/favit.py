@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from saccade import attend
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim, reached, weighed, work
 from saccade.errors import known, positive
-from saccade.hosts.block import Block, init_linear, num_parameters
+from saccade.hosts.block import Block, init_linear, published_size
 from saccade.hosts.pyramid import Mean, Pyramid, Stage
 from saccade.hosts.resize import Reduce
 from saccade.mix import DepthwiseConv, cut_windows, to_map, to_tokens
@@ -121,6 +121,7 @@ class Favit(Mixer):
     Errors: ValueError when dims.grid has not two axes, shares do not cut C or a group is not cut by the heads, or
     heads share keys.
 
+    >>> from saccade.hosts.block import num_parameters
     >>> layer = Favit(Dims(2, 16, grid=(9, 12)), window=3, reduction=2)
     >>> layer(torch.randn(1, 108, 32)).shape, num_parameters(Favit.model)
     (torch.Size([1, 108, 32]), 3427704)
@@ -166,41 +167,25 @@ class Favit(Mixer):
         return self.block(x)
 
     def oracle(self, x: Tensor) -> Tensor:
-        w, (height, width) = dict(self.named_parameters()), self.dims.grid or ()
+        w, (height, width) = Weights(self, "block."), self.dims.grid or ()
         heads, r, side, sizes = self.dims.num_heads, self.reduction, self.window, self.sizes
-
-        def layer(t: Tensor, name: str) -> Tensor:
-            return t @ w[f"block.{name}.weight"].flatten(1).T + w[f"block.{name}.bias"]
-
-        def normed(t: Tensor, name: str, eps: float) -> Tensor:
-            t = (t - t.mean(-1, keepdim=True)) / (t.var(-1, keepdim=True, correction=0) + eps) ** 0.5
-            return t * w[f"block.{name}.weight"] + w[f"block.{name}.bias"]
-
-        def around(t: Tensor, name: str) -> Tensor:  # t (B, rows, columns, C)
-            kernel, (rows, columns) = w[f"block.{name}.weight"][:, 0], t.shape[1:3]
-            wide = nn.functional.pad(t, (0, 0, 1, 1, 1, 1))
-            taps = [kernel[:, i, j] * wide[:, i : i + rows, j : j + columns] for i in range(3) for j in range(3)]
-            return torch.stack(taps).sum(0) + w[f"block.{name}.bias"]
-
-        def weighed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return (torch.einsum("bnd,bmd->bnm", q, k) / q.shape[2] ** 0.5).softmax(-1) @ v
 
         def mirror(at: int, length: int) -> int:
             while at >= length or at < 0:
                 at = 0 if length == 1 else abs(at) if at < 0 else 2 * (length - 1) - at
             return at
 
-        y = normed(x, "norm_mixer", 1e-6)
-        queries, image = layer(y, "mixer.q"), y.unflatten(1, (height, width))
+        y = w.norm(x, "norm_mixer", 1e-6)
+        queries, image = w.linear(y, "mixer.q"), y.unflatten(1, (height, width))
         rows, columns = -(-height // r), -(-width // r)
         full = nn.functional.pad(image[..., : sizes[0]], (0, 0, 0, columns * r - width, 0, rows * r - height))
         patches = full.unflatten(1, (rows, r)).unflatten(3, (columns, r)).permute(0, 1, 3, 5, 2, 4).flatten(3)
-        coarse = normed(layer(patches, "mixer.reduce.conv"), "mixer.norm", 1e-5)
-        k, v = layer(coarse, "mixer.kv").split(sizes[0], -1)
-        v = v + around(v, "mixer.local")
-        found = [weighed(queries[..., : sizes[0]], k.flatten(1, 2), v.flatten(1, 2))]
+        coarse = w.norm(w.linear(patches, "mixer.reduce.conv"), "mixer.norm")
+        k, v = w.linear(coarse, "mixer.kv").split(sizes[0], -1)
+        v = v + w.conv(v, "mixer.local")
+        found = [weighed(queries[..., : sizes[0]], k.flatten(1, 2), v.flatten(1, 2), sizes[0])]
 
-        features = layer(around(image[..., sizes[0] :], "mixer.depthwise"), "mixer.pointwise")
+        features = w.linear(w.conv(image[..., sizes[0] :], "mixer.depthwise"), "mixer.pointwise")
         each, start = sum(sizes[1:]) // heads, 0
         for group, size in enumerate(sizes[1:]):
             step, dim, name = r if group else 1, size // heads, f"mixer.windows.{group}"
@@ -212,17 +197,17 @@ class Favit(Mixer):
                 mine = slice(start + h * dim, start + (h + 1) * dim)
                 written = torch.cat([features[:, a, b, mine] for a, b in seen], -1)
                 fused = torch.stack([part.mean(-1) for part in written.split(len(corners), -1)], -1)
-                k[:, i, j, h], v[:, i, j, h] = layer(layer(fused, f"{name}.fuse"), f"{name}.kv").split(dim, -1)
-            v = v + around(v.flatten(3), f"{name}.local").unflatten(3, (heads, dim))
+                k[:, i, j, h], v[:, i, j, h] = w.linear(w.linear(fused, f"{name}.fuse"), f"{name}.kv").split(dim, -1)
+            v = v + w.conv(v.flatten(3), f"{name}.local").unflatten(3, (heads, dim))
             for h in range(heads):
                 at = sizes[0] + h * each + offset
                 keys, values = k[..., h, :].flatten(1, 2), v[..., h, :].flatten(1, 2)
-                found.append(weighed(queries[..., at : at + dim], keys, values))
+                found.append(weighed(queries[..., at : at + dim], keys, values, dim))
             start += size
-        x = x + layer(torch.cat(found, -1), "mixer.out")
-        hidden = layer(normed(x, "norm_mlp", 1e-6), "mlp.enter").unflatten(1, (height, width))
-        hidden = around(hidden, "mlp.conv").flatten(1, 2)
-        return x + layer(hidden / 2 * (1 + torch.erf(hidden / 2**0.5)), "mlp.leave")
+        x = x + w.linear(torch.cat(found, -1), "mixer.out")
+        hidden = w.linear(w.norm(x, "norm_mlp", 1e-6), "mlp.enter").unflatten(1, (height, width))
+        hidden = w.conv(hidden, "mlp.conv").flatten(1, 2)
+        return x + w.linear(hidden / 2 * (1 + torch.erf(hidden / 2**0.5)), "mlp.leave")
 
     @classmethod
     def model(cls, name: str = "b0", *, params: Mapping[str, Any] | None = None, **host: Any) -> Pyramid:
@@ -270,24 +255,16 @@ class Favit(Mixer):
 
     @claim("B0, B1 and B3 have 3.4, 13 and 48 million parameters, as published.")
     def published_size(cls) -> Finding:
-        published = {"b0": 3.4, "b1": 13, "b3": 48}
-        sizes = {name: num_parameters(functools.partial(cls.model, name)) / 1e6 for name in published}
-        holds = all(abs(sizes[name] / size - 1) < 0.02 for name, size in published.items())
-        return Finding(holds, ", ".join(f"{name} {size:.2f} million" for name, size in sizes.items()))
+        return published_size(cls.model, {"b0": 3.4, "b1": 13, "b3": 48})
 
     @claim("Local groups read w^2 keys a query on any map; the global one N / r^2, which grows.")
     def keys(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which the counter does not know by itself
-        rules = {fused: lambda q, k, *_, **__: 2 * q[:3].numel() * k[2] * q[3]}
         exact = []
         for grid in ((14, 14), (21, 33)):
             n, coarse = grid[0] * grid[1], -(-grid[0] // 2) * -(-grid[1] // 2)
-            module = cls(Dims(2, 16, grid=grid), reduction=2).requires_grad_(False)
-            with FlopCounterMode(display=False, custom_mapping=rules) as counter:
-                module(torch.randn(1, n, 32))
-            exact.append(counter.get_flop_counts()["Global"].get(fused, 0) / (2 * n) == coarse * 4 + 49 * 28)
+            module = cls(Dims(2, 16, grid=grid), reduction=2)
+            products = work(functools.partial(module, torch.randn(1, n, 32))).fused / (4 * n)
+            exact.append(products == coarse * 4 + 49 * 28)
         return Finding(
             all(exact), f"N / 4 keys of 4 channels and 49 of 28 on 14 x 14 and 21 x 33, exactly: {all(exact)}"
         )
@@ -295,11 +272,12 @@ class Favit(Mixer):
     @claim("The global group and the local one without dilation see the whole map in one layer.")
     def whole_map(cls) -> Finding:
         fasa = cls(Dims(2, 16, grid=(15, 17)), window=3, reduction=4).double().block.mixer
-        x = torch.randn(1, 255, 32, dtype=torch.float64).requires_grad_()
-        with torch.enable_grad():
-            outputs = [group[0, 0].square().sum() for group in fasa.groups(x)]
-            found = [torch.autograd.grad(output, x, retain_graph=True)[0] for output in outputs]
-        seen = [int(gradient.ne(0).any(-1).sum()) for gradient in found]
+        x = torch.randn(1, 255, 32, dtype=torch.float64)
+
+        def first(x: Tensor, group: int) -> Tensor:
+            return fasa.groups(x)[group][0, 0]
+
+        seen = [int(reached(functools.partial(first, group=group), x).sum()) for group in range(3)]
         figure = f"of 255 positions the groups see {seen[0]}, {seen[1]} and, with dilation 4, {seen[2]}"
         return Finding(seen[:2] == [255, 255] and seen[2] < 255, figure)
 

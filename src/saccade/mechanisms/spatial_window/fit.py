@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from saccade import attend
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
-from saccade.errors import positive
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim, reached, weighed, work
+from saccade.errors import per_axis, positive
 from saccade.hosts.block import AttentionMixer, Block
 from saccade.mix import cut_windows, join_windows
 from saccade.where import BlockBand, Causal, Pattern
@@ -147,10 +147,7 @@ class Fit(Mixer):
         if width % heads:
             raise ValueError(f"latent_heads: got {heads} for {width} channels; pass a divisor")
         own, self.causal, self.latent_heads = Dims(heads, width // heads), causal, heads
-        sizes = tuple(group) if isinstance(group, list | tuple) else (group,) * len(dims.grid or ())
-        self.group = tuple(positive("group", size) for size in sizes)
-        if len(sizes) != len(dims.grid or ()):
-            raise ValueError(f"group: got {group} for the grid {dims.grid}; pass one number, or one an axis")
+        self.group = per_axis("group", group, len(dims.grid or ()))
         ones = cut_windows(torch.ones(1, torch.Size(dims.grid or ()).numel(), 1), dims.grid or (), self.group)
         real, count = ones[0, :, :, 0] > 0, positive("latents", latents)
         self.place = nn.Parameter(torch.empty(real.shape[1], dims.dim))
@@ -193,36 +190,18 @@ class Fit(Mixer):
         return self.encode(x)[0]
 
     def oracle(self, x: Tensor) -> Tensor:
-        w, heads, own, grid = (
-            dict(self.named_parameters()),
-            self.dims.num_heads,
-            self.latent_heads,
-            self.dims.grid or (),
-        )
-        size = self.group
+        w, heads, own, size = Weights(self), self.dims.num_heads, self.latent_heads, self.group
+        grid = self.dims.grid or ()
 
-        def layer(t: Tensor, name: str) -> Tensor:
-            return t @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-        def normed(t: Tensor, name: str) -> Tensor:
-            return nn.functional.layer_norm(t, t.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)
-
-        def weighed(q: Tensor, k: Tensor, v: Tensor, num: int, apart: Tensor | None) -> Tensor:
-            q, k, v = (t.unflatten(-1, (num, -1)).transpose(-2, -3) for t in (q, k, v))
-            scores = q @ k.mT / q.shape[-1] ** 0.5
-            scores = scores if apart is None else scores.masked_fill(apart, -torch.inf)
-            return (scores.softmax(-1) @ v).transpose(-2, -3).flatten(-2)
-
-        def block(t: Tensor, name: str, num: int, apart: Tensor | None) -> Tensor:
-            q, k, v = layer(normed(t, f"{name}.norm_mixer"), f"{name}.mixer.qkv").chunk(3, -1)
-            t = t + layer(weighed(q, k, v, num, apart), f"{name}.mixer.out")
-            hidden = layer(normed(t, f"{name}.norm_mlp"), f"{name}.mlp.0")
-            return t + layer(hidden / 2 * (1 + torch.erf(hidden / 2**0.5)), f"{name}.mlp.2")
+        def block(t: Tensor, name: str, num: int, hidden: Tensor | None) -> Tensor:
+            q, k, v = w.linear(w.norm(t, f"{name}.norm_mixer", 1e-6), f"{name}.mixer.qkv").chunk(3, -1)
+            t = t + w.linear(weighed(q, k, v, t.shape[-1] // num, hidden), f"{name}.mixer.out")
+            return t + w.mlp(w.norm(t, f"{name}.norm_mlp", 1e-6), f"{name}.mlp")
 
         def cross(t: Tensor, source: Tensor, name: str) -> Tensor:
-            k, v = layer(normed(source, f"{name}.norm_source"), f"{name}.kv").chunk(2, -1)
-            q = layer(normed(t, f"{name}.norm"), f"{name}.q")
-            return t + layer(weighed(q, k, v, min(heads, own), None), f"{name}.out")
+            k, v = w.linear(w.norm(source, f"{name}.norm_source", 1e-6), f"{name}.kv").chunk(2, -1)
+            q = w.linear(w.norm(t, f"{name}.norm", 1e-6), f"{name}.q")
+            return t + w.linear(weighed(q, k, v, q.shape[-1] // min(heads, own)), f"{name}.out")
 
         members = dict[tuple[int, ...], tuple[list[int], list[int]]]()
         for token, place in enumerate(itertools.product(*map(range, grid))):
@@ -236,16 +215,16 @@ class Fit(Mixer):
         tokens = [x[:, held] + w["place"][inner] for held, inner in groups]
         latents = [vectors.expand(len(x), -1, -1) for vectors in w["table"]]
         owner = torch.arange(len(groups)).repeat_interleave(w["table"].shape[1])
-        later = owner > owner[:, None] if self.causal else None
+        later = x.new_zeros(1, len(owner), len(owner)).masked_fill(owner > owner[:, None], -torch.inf)
         for at, (locally, globally) in enumerate(self.stages):
             for index, t in itertools.product(range(locally), range(len(groups))):
-                ahead = torch.ones(2 * tokens[t].shape[1:2], dtype=torch.bool).triu(1) if self.causal else None
-                tokens[t] = block(tokens[t], f"local.{at}.{index}", heads, ahead)
+                ahead = x.new_full((1, *2 * tokens[t].shape[1:2]), -torch.inf).triu(1)
+                tokens[t] = block(tokens[t], f"local.{at}.{index}", heads, ahead if self.causal else None)
             if globally:
                 latents = [cross(mine, seen, f"reads.{at}") for mine, seen in zip(latents, tokens, strict=True)]
             whole = torch.cat(latents, 1)
             for index in range(globally):
-                whole = block(whole, f"across.{at}.{index}", own, later)
+                whole = block(whole, f"across.{at}.{index}", own, later if self.causal else None)
             latents = list(whole.chunk(len(groups), 1))
             if at + 1 < len(self.stages):
                 read = [torch.zeros_like(latents[0]), *latents[:-1]] if self.causal else latents
@@ -266,28 +245,24 @@ class Fit(Mixer):
 
     @claim("At n = N^(1/3) and one latent a group, a cycle of the four weighs 2 N^(4/3) + 2 N pairs a head, of N^2.")
     def cost(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which the counter does not know by itself
-        rules, pairs = {fused: lambda q, k, *_, **__: q[:3].numel() * k[2]}, {}
+        pairs = {}
         for side in (4, 8):
             module = cls(Dims(2, 4, grid=(side**3,)), group=side, latents=1, layers="(1)1(0)").requires_grad_(False)
-            with FlopCounterMode(display=False, custom_mapping=rules) as counter:
-                module(torch.randn(1, side**3, 8))
-            pairs[side] = counter.get_flop_counts()["Global"].get(fused, 0) / 2
+            products = work(functools.partial(module, torch.randn(1, side**3, 8))).fused
+            pairs[side] = products / (2 * 4 * 4)  # heads; channels; two products of two operations
         holds = all(count == 2 * side**4 + 2 * side**3 for side, count in pairs.items())
         return Finding(holds, f"{pairs[4]:g} of {4**6} pairs at N = 64, {pairs[8]:g} of {8**6} at N = 512")
 
     @claim("One read, global layer and write connect all tokens; without them a group sees itself.")
     def connects(cls) -> Finding:
-        seen = [int(cls._seen(layers).ne(0).any(-1).sum()) for layers in ("(1)1(0)", "(2)")]
+        seen = [int(cls._seen(layers).sum()) for layers in ("(1)1(0)", "(2)")]
         return Finding(
             seen == [96, 8], f"of 96 tokens in groups of 8 one sees {seen[0]}, by local layers alone {seen[1]}"
         )
 
     @claim("In the causal form no token depends on a later one; without the shift of latents it does.")
     def shift(cls) -> Finding:
-        found = [cls._seen("(1)1(1)", causal=True, shifted=shifted).ne(0).any(-1) for shifted in (True, False)]
+        found = [cls._seen("(1)1(1)", causal=True, shifted=shifted) for shifted in (True, False)]
         later = [int(seen[43:].sum()) for seen in found]
         earlier = [int(seen[:43].sum()) for seen in found]
         figure = (
@@ -297,13 +272,11 @@ class Fit(Mixer):
 
     @classmethod
     def _seen(cls, layers: str, *, causal: bool = False, shifted: bool = True) -> Tensor:
-        """The gradient (96, 8) of token 42 in groups of 8."""
+        """On which of 96 tokens in groups of 8 the token 42 depends."""
         module = cls(Dims(2, 4, grid=(96,)), group=8, latents=2, layers=layers, causal=causal).double()
         for name, parameter in module.named_parameters():
             if name.endswith("weight") and parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.3)
         if not shifted:
             module.known = lambda latents: latents  # type: ignore[method-assign]
-        x = torch.randn(1, 96, 8, dtype=torch.float64).requires_grad_()
-        with torch.enable_grad():
-            return torch.autograd.grad(module(x)[0, 42].square().sum(), x)[0][0]
+        return reached(module, torch.randn(1, 96, 8, dtype=torch.float64), (0, 42))[0]

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim, weighed, work
 from saccade.errors import known, positive
-from saccade.hosts.block import Block, init_linear, num_parameters
+from saccade.hosts.block import Block, init_linear, published_size
 from saccade.hosts.pyramid import Pyramid, Stage
 from saccade.hosts.resize import Reduce
 from saccade.hosts.windows import InWindows, WindowAttention
@@ -87,6 +87,7 @@ class Gcvit(Mixer):
     Costs 2 N w^2 C multiplications a block in the products, beside the layers.
     Errors: ValueError when dims.grid has not two axes.
 
+    >>> from saccade.hosts.block import num_parameters
     >>> layer = Gcvit(Dims(2, 4, grid=(9, 12)), window=3)
     >>> layer(torch.randn(1, 108, 8)).shape, layer.query(torch.randn(1, 108, 8)).shape, num_parameters(Gcvit.model)
     (torch.Size([1, 108, 8]), torch.Size([1, 9, 8]), 28221974)
@@ -133,54 +134,40 @@ class Gcvit(Mixer):
         return x
 
     def oracle(self, x: Tensor) -> Tensor:
-        w, d, side, (height, width) = dict(self.named_parameters()), self.dims, self.window, self.dims.grid or ()
+        w, d, side, (height, width) = Weights(self), self.dims, self.window, self.dims.grid or ()
 
         def gelu(t: Tensor) -> Tensor:
             return t / 2 * (1 + torch.erf(t / 2**0.5))
 
-        def layer(t: Tensor, name: str) -> Tensor:
-            return t @ w[f"{name}.weight"].T + w.get(f"{name}.bias", torch.zeros(()).to(t))
-
-        def normed(t: Tensor, name: str) -> Tensor:
-            return nn.functional.layer_norm(t, (d.dim,), w[f"{name}.weight"], w[f"{name}.bias"])
-
-        image = x.unflatten(1, (height, width))
+        image, shared = x.unflatten(1, (height, width)), d.num_kv_heads * d.head_dim
         for level in range(len(self.locals)):
-            rows, columns, kernel = image.shape[1], image.shape[2], w[f"locals.{level}.conv.weight"][:, 0]
-            around = nn.functional.pad(image, (0, 0, 1, 1, 1, 1))
-            taps = [kernel[:, i, j] * around[:, i : i + rows, j : j + columns] for i in range(3) for j in range(3)]
-            u = gelu(torch.stack(taps).sum(0))
-            gate = layer(gelu(layer(u.mean((1, 2), keepdim=True), f"locals.{level}.gate.0")), f"locals.{level}.gate.2")
-            image = image + layer(u / (1 + (-gate).exp()), f"locals.{level}.leave")
+            u = gelu(w.conv(image, f"locals.{level}.conv"))
+            gate = w.mlp(u.mean((1, 2), keepdim=True), f"locals.{level}.gate")
+            image = image + w.linear(u / (1 + (-gate).exp()), f"locals.{level}.leave")
             if self.pools:
-                near = [[slice(max(0, c - 1), c + 2) for c in range(0, n, 2)] for n in (rows, columns)]
+                near = [[slice(max(0, c - 1), c + 2) for c in range(0, n, 2)] for n in image.shape[1:3]]
                 cells = [[image[:, r, c].amax((1, 2)) for c in near[1]] for r in near[0]]
                 image = torch.stack([torch.stack(row, 1) for row in cells], 1)
         share = [[slice(s * n // side, -(-(s + 1) * n // side)) for s in range(side)] for n in image.shape[1:3]]
         query = torch.stack([image[:, r, c].mean((1, 2)) for r in share[0] for c in share[1]], 1)
 
         for index, name in enumerate(f"blocks.{i}" for i in range(len(self.blocks))):
-            inner, tokens, mixed = f"{name}.mixer.inner", normed(x, f"{name}.norm_mixer"), torch.empty_like(x)
+            inner, tokens, mixed = f"{name}.mixer.inner", w.norm(x, f"{name}.norm_mixer"), torch.empty_like(x)
             table = w[f"{inner}.attention.bias.bias.table"]
             for top, left in itertools.product(range(0, height, side), range(0, width, side)):
                 places = list(itertools.product(range(min(side, height - top)), range(min(side, width - left))))
                 at = [(top + r) * width + left + c for r, c in places]
                 if index % 2:
                     given = query[:, [r * side + c for r, c in places]]
-                    heads = torch.cat([given, layer(tokens[:, at], f"{inner}.kv")], -1).split(d.head_dim, -1)
+                    q, k, v = given, *w.linear(tokens[:, at], f"{inner}.kv").chunk(2, -1)
                 else:
-                    heads = layer(tokens[:, at], f"{inner}.qkv").split(d.head_dim, -1)
+                    q, k, v = w.linear(tokens[:, at], f"{inner}.qkv").split([d.dim, shared, shared], -1)
                 down, right = (torch.tensor(axis) for axis in zip(*places, strict=True))
                 apart = down[:, None] - down + side - 1, right[:, None] - right + side - 1
-                found = []
-                for h in range(d.num_heads):
-                    shared = d.num_heads + h // (d.num_heads // d.num_kv_heads)
-                    scores = torch.einsum("bnd,bmd->bnm", heads[h], heads[shared]) / d.head_dim**0.5
-                    found.append((scores + table[h][apart]).softmax(-1) @ heads[shared + d.num_kv_heads])
-                mixed[:, at] = layer(torch.cat(found, -1), f"{inner}.out")
+                found = weighed(q, k, v, d.head_dim, table[:, apart[0], apart[1]])
+                mixed[:, at] = w.linear(found, f"{inner}.out")
             x = x + w.get(f"{name}.scale_mixer", 1) * mixed
-            hidden = gelu(layer(normed(x, f"{name}.norm_mlp"), f"{name}.mlp.0"))
-            x = x + w.get(f"{name}.scale_mlp", 1) * layer(hidden, f"{name}.mlp.2")
+            x = x + w.get(f"{name}.scale_mlp", 1) * w.mlp(w.norm(x, f"{name}.norm_mlp"), f"{name}.mlp")
         return x
 
     @classmethod
@@ -221,23 +208,16 @@ class Gcvit(Mixer):
 
     @claim("The models have 12, 20, 28, 51 and 90 million parameters, as published.")
     def published_size(cls) -> Finding:
-        published = {"xxtiny": 12, "xtiny": 20, "tiny": 28, "small": 51, "base": 90}
-        sizes = {name: num_parameters(functools.partial(cls.model, name)) / 1e6 for name in published}
-        holds = all(abs(sizes[name] / size - 1) < 0.02 for name, size in published.items())
-        return Finding(holds, ", ".join(f"{name} {size:.2f} million" for name, size in sizes.items()))
+        return published_size(cls.model, {"xxtiny": 12, "xtiny": 20, "tiny": 28, "small": 51, "base": 90})
 
     @claim("A block with the global query does the work of a window block less the projection of the queries.")
     def cheaper(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
         module, x = cls(Dims(2, 4, grid=(14, 21)), depth=2), torch.randn(1, 294, 8)
-        work, query = [], module.query(x)
-        for block, options in zip(module.blocks, ({}, {"query": query}), strict=True):
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                block(x, **options)
-            work.append(counter.get_total_flops())
-        saved = (work[0] - work[1]) / (2 * 294 * 8**2)
-        return Finding(saved == 1, f"{saved:g} N C^2 multiplications less, of {work[0] / (2 * 294 * 8**2):.1f}")
+        own, query = module.blocks[0], module.query(x)
+        given = functools.partial(module.blocks[1], query=query)
+        counts = [work(functools.partial(block, x)).all / (2 * 294 * 8**2) for block in (own, given)]
+        saved = counts[0] - counts[1]
+        return Finding(saved == 1, f"{saved:g} N C^2 multiplications less, of {counts[0]:.1f}")
 
     @claim("The query sees the whole map, but through the gates alone: without them, a cell sees 29 x 29 of 56 x 56.")
     def sees(cls) -> Finding:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from saccade import attend
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim, reached, weighed
 from saccade.errors import known, positive
-from saccade.hosts.block import AttentionMixer, Block, init_linear, num_parameters
+from saccade.hosts.block import AttentionMixer, Block, init_linear, published_size
 from saccade.hosts.upscale import Upscaler
 from saccade.hosts.windows import WindowAttention
 from saccade.mix import cut_windows, join_windows, to_map, to_tokens
@@ -159,48 +158,22 @@ class Hat(Mixer):
         return x + to_tokens(self.conv(to_map(y, self.dims.grid or ())))
 
     def oracle(self, x: Tensor) -> Tensor:
-        w, d, size, halo, (height, width) = (
-            dict(self.named_parameters()),
-            self.dims,
-            self.window,
-            self.halo,
-            self.dims.grid or (),
-        )
+        w, d, size, halo = Weights(self), self.dims, self.window, self.halo
+        height, width = self.dims.grid or ()
         places = list(itertools.product(range(height), range(width)))
 
-        def gelu(t: Tensor) -> Tensor:
-            return t / 2 * (1 + torch.erf(t / 2**0.5))
-
-        def layer(t: Tensor, name: str) -> Tensor:
-            return t @ w[f"{name}.weight"].flatten(1).T + w[f"{name}.bias"]
-
-        def normed(t: Tensor, name: str) -> Tensor:
-            return nn.functional.layer_norm(t, (d.dim,), w[f"{name}.weight"], w[f"{name}.bias"])
-
         def convolved(t: Tensor, name: str) -> Tensor:
-            kernel, around = w[f"{name}.weight"], t.unflatten(1, (height, width))
-            around = nn.functional.pad(around, (0, 0, 1, 1, 1, 1))
-            shifted = itertools.product(range(3), range(3))
-            taps = [around[:, i : i + height, j : j + width] @ kernel[:, :, i, j].T for i, j in shifted]
-            return (torch.stack(taps).sum(0) + w[f"{name}.bias"]).flatten(1, 2)
+            return w.conv(t.unflatten(1, (height, width)), name).flatten(1, 2)
 
         def gated(t: Tensor, name: str) -> Tensor:
-            t = convolved(gelu(convolved(t, f"{name}.0")), f"{name}.2")
-            narrow = layer(t.mean(1, keepdim=True), f"{name}.3.gate.0").clamp(min=0)
-            return t / (1 + (-layer(narrow, f"{name}.3.gate.2")).exp())
-
-        def weighed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-            found = []
-            for h in range(d.num_heads):
-                mine, g = slice(h * d.head_dim, (h + 1) * d.head_dim), h // (d.num_heads // d.num_kv_heads)
-                read = slice(g * d.head_dim, (g + 1) * d.head_dim)
-                scores = q[..., mine] @ k[..., read].mT / d.head_dim**0.5 + bias[h]
-                found.append(scores.softmax(-1) @ v[..., read])
-            return torch.cat(found, -1)
+            t = convolved(t, f"{name}.0")
+            t = convolved(t / 2 * (1 + torch.erf(t / 2**0.5)), f"{name}.2")
+            narrow = w.linear(t.mean(1, keepdim=True), f"{name}.3.gate.0").clamp(min=0)
+            return t / (1 + (-w.linear(narrow, f"{name}.3.gate.2")).exp())
 
         def parts(t: Tensor, name: str) -> tuple[Tensor, ...]:
             shared = d.num_kv_heads * d.head_dim
-            return layer(t, f"{name}.qkv").split([d.dim, shared, shared], -1)
+            return w.linear(t, f"{name}.qkv").split([d.dim, shared, shared], -1)
 
         def in_windows(t: Tensor, name: str, shift: int) -> Tensor:
             q, k, v = parts(t, name)
@@ -214,8 +187,8 @@ class Hat(Mixer):
                 rows, columns = torch.tensor([places[i] for i in at]).T
                 apart = rows[:, None] - rows + size - 1, columns[:, None] - columns + size - 1
                 bias = w[f"{name}.attention.bias.bias.table"][:, apart[0], apart[1]]
-                out[:, at] = weighed(q[:, at], k[:, at], v[:, at], bias)
-            return layer(out, f"{name}.out")
+                out[:, at] = weighed(q[:, at], k[:, at], v[:, at], d.head_dim, bias)
+            return w.linear(out, f"{name}.out")
 
         def overlapping(t: Tensor, name: str) -> Tensor:
             q, k, v = parts(t, name)
@@ -228,18 +201,18 @@ class Hat(Mixer):
                 keys = [y * width + c if 0 <= y < height and 0 <= c < width else -1 for y, c in seen]
                 apart = torch.tensor(seen) - torch.tensor([places[i] for i in at])[:, None] + halo + size - 1
                 bias = w[f"{name}.attention.bias.table"][:, apart[..., 0], apart[..., 1]]
-                out[:, at] = weighed(q[:, at], k[:, keys], v[:, keys], bias)
-            return layer(out, f"{name}.out")
+                out[:, at] = weighed(q[:, at], k[:, keys], v[:, keys], d.head_dim, bias)
+            return w.linear(out, f"{name}.out")
 
         y = x
         for index, name in enumerate([*(f"blocks.{i}" for i in range(len(self.blocks))), "overlap"]):
-            u = normed(y, f"{name}.norm_mixer")
+            u = w.norm(y, f"{name}.norm_mixer")
             if name == "overlap":
                 y = y + overlapping(u, f"{name}.mixer")
             else:
                 shifted = in_windows(u, f"{name}.mixer.windows.inner", index % 2 * (size // 2))
                 y = y + shifted + self.conv_scale * gated(u, f"{name}.mixer.conv")
-            y = y + layer(gelu(layer(normed(y, f"{name}.norm_mlp"), f"{name}.mlp.0")), f"{name}.mlp.2")
+            y = y + w.mlp(w.norm(y, f"{name}.norm_mlp"), f"{name}.mlp")
         return x + convolved(y, "conv")
 
     @classmethod
@@ -274,19 +247,13 @@ class Hat(Mixer):
 
     @claim("The small model has 9.6 million parameters, the base one 20.8, the large one 40.8, as published.")
     def published_size(cls) -> Finding:
-        published = {"small": 9.6, "base": 20.8, "large": 40.8}
-        sizes = {name: num_parameters(functools.partial(cls.model, name)) / 1e6 for name in published}
-        holds = all(abs(sizes[name] / size - 1) < 0.02 for name, size in published.items())
-        return Finding(holds, ", ".join(f"{name} {size:.2f} million" for name, size in sizes.items()))
+        return published_size(cls.model, {"small": 9.6, "base": 20.8, "large": 40.8})
 
     @claim("More pixels are activated: the gate reaches all of them, the larger windows more than windows alone.")
     def activates(cls) -> Finding:
         def seen(**params: float) -> int:
             module = cls(Dims(2, 4, grid=(24, 32)), window=4, depth=1, squeeze=1, **params).double()
-            x = torch.randn(1, 768, 8, dtype=torch.float64).requires_grad_()
-            with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(module(x)[0, 429].sum(), x)
-            return int(gradient.ne(0).any(-1).sum())
+            return int(reached(module, torch.randn(1, 768, 8, dtype=torch.float64), (0, 429)).sum())
 
         counts = seen(overlap=0, conv_scale=0), seen(conv_scale=0), seen()
         figure = f"of 768 pixels one sees {counts[0]} by windows, {counts[1]} with overlap, {counts[2]} with the gate"

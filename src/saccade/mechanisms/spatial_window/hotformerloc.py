@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade import attend
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim, reached, weighed
 from saccade.errors import positive
 from saccade.hosts.block import AttentionMixer, Block
 from saccade.mix import cut_windows
@@ -231,30 +232,18 @@ class Hotformerloc(Mixer):
     def oracle(self, x: Tensor, *, coordinates: Tensor | None = None) -> Tensor:
         if coordinates is not None and coordinates.ndim == 3:
             return torch.cat([self.oracle(x[b : b + 1], coordinates=coordinates[b]) for b in range(len(x))])
-        w, d, k, each = dict(self.named_parameters()), self.dims, self.window, itertools.product
+        w, d, k, each = Weights(self), self.dims, self.window, itertools.product
         found = list(each(*map(range, d.grid or ()))) if coordinates is None else [*map(tuple, coordinates.tolist())]
         bits = self.octree_depth or max(self.levels - 1, 1, max(map(max, found)).bit_length())
 
         def curve(place: tuple[int, ...]) -> str:
             return "".join("".join(axis) for axis in zip(*(f"{c:0{bits}b}" for c in place), strict=True))
 
-        def layer(t: Tensor, name: str) -> Tensor:
-            return t @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-        def gelu(t: Tensor) -> Tensor:
-            return t / 2 * (1 + torch.erf(t / 2**0.5))
-
-        def normed(t: Tensor, name: str) -> Tensor:
-            return nn.functional.layer_norm(t, (d.dim,), w[f"{name}.weight"], w[f"{name}.bias"])
-
         def block(t: Tensor, name: str, bias: Tensor) -> Tensor:  # bias (H or 1, n, n)
-            heads, mixed = layer(normed(t, f"{name}.norm_mixer"), f"{name}.mixer.qkv").split(d.head_dim, -1), []
-            for h in range(d.num_heads):
-                shared = d.num_heads + h // (d.num_heads // d.num_kv_heads)
-                scores = torch.einsum("bnd,bmd->bnm", heads[h], heads[shared]) / d.head_dim**0.5
-                mixed.append((scores + bias[h % len(bias)]).softmax(-1) @ heads[shared + d.num_kv_heads])
-            t = t + layer(torch.cat(mixed, -1), f"{name}.mixer.out")
-            return t + layer(gelu(layer(normed(t, f"{name}.norm_mlp"), f"{name}.mlp.0")), f"{name}.mlp.2")
+            counts = d.dim, d.num_kv_heads * d.head_dim, d.num_kv_heads * d.head_dim
+            q, k, v = w.linear(w.norm(t, f"{name}.norm_mixer"), f"{name}.mixer.qkv").split(counts, -1)
+            t = t + w.linear(weighed(q, k, v, d.head_dim, bias), f"{name}.mixer.out")
+            return t + w.mlp(w.norm(t, f"{name}.norm_mlp"), f"{name}.mlp")
 
         order = sorted(range(len(found)), key=lambda node: curve(found[node]))
         places, nodes = [[found[node] for node in order]], [[x[:, node] for node in order]]
@@ -264,10 +253,9 @@ class Hotformerloc(Mixer):
                 family = families.setdefault(tuple(c // 2 for c in place), x.new_zeros(len(x), 8, d.dim))
                 family[:, place[0] % 2 * 4 + place[1] % 2 * 2 + place[2] % 2] = value
             places.append(list(families))
-            down = [
-                normed(layer(family.flatten(1), f"down.{level}.0"), f"down.{level}.1") for family in families.values()
-            ]
-            nodes.append(down)
+            nodes.append([])
+            for family in families.values():
+                nodes[-1].append(w.norm(w.linear(family.flatten(1), f"down.{level}.0"), f"down.{level}.1"))
         relays: list[list[Tensor]] = []
         for level, (where, values) in enumerate(zip(places, nodes, strict=True)):
             relays.append([])
@@ -276,25 +264,21 @@ class Hotformerloc(Mixer):
                 off = points - points.mean(0)
                 spread = off.T @ off / max(1, len(points) - 1)
                 known = torch.cat([points.mean(0), spread[0], spread[1, 1:], spread[2, 2:]]).to(x)
-                encoded = layer(gelu(layer(known, "distribution.0")), "distribution.2")
-                relays[-1].append(torch.stack(values[start : start + k]).mean(0) + encoded)
+                relays[-1].append(torch.stack(values[start : start + k]).mean(0) + w.mlp(known, "distribution"))
         for index in range(self.depth):
             every = [token for level in relays for token in level]
             rest = iter(block(torch.stack(every, 1), f"relay.{index}", x.new_zeros(1, 1, 1)).unbind(1))
             relays = [[next(rest) for _ in level] for level in relays]
             for level, where in enumerate(places):
-                name, old, number = (
-                    f"local.{index * self.levels + level}",
-                    nodes[level],
-                    {p: i for i, p in enumerate(where)},
-                )
+                name, old = f"local.{index * self.levels + level}", nodes[level]
+                number = {place: i for i, place in enumerate(where)}
                 for i, place in enumerate(where):
                     near = x.new_zeros(len(x), d.dim)
                     for tap, move in enumerate(each((-1, 0, 1), repeat=3)):
                         beside = number.get(tuple(c + m for c, m in zip(place, move, strict=True)))
                         if beside is not None:
                             near = near + w[f"{name}.conv"][tap] * old[beside]
-                    nodes[level] = [*nodes[level][:i], old[i] + normed(near, f"{name}.norm"), *nodes[level][i + 1 :]]
+                    nodes[level] = [*nodes[level][:i], old[i] + w.norm(near, f"{name}.norm"), *nodes[level][i + 1 :]]
                 table = w[f"{name}.block.mixer.attention.table"]
                 for run, start in enumerate(range(0, len(where), k)):
                     held = torch.tensor(where[start : start + k])
@@ -303,9 +287,8 @@ class Hotformerloc(Mixer):
                     for axis in range(3):
                         bias[:, 1:, 1:] = bias[:, 1:, 1:] + table[:, axis][:, apart[..., axis]]
                     tokens = torch.stack([relays[level][run], *nodes[level][start : start + k]], 1)
-                    relays[level][run], *nodes[level][start : start + k] = block(tokens, f"{name}.block", bias).unbind(
-                        1
-                    )
+                    relays[level][run], *rows = block(tokens, f"{name}.block", bias).unbind(1)
+                    nodes[level][start : start + k] = rows
         return torch.stack([nodes[0][order.index(node)] for node in range(len(order))], 1)
 
     @classmethod
@@ -344,10 +327,9 @@ class Hotformerloc(Mixer):
             module = cls(Dims(2, 4), window=8).double()
             if not across:
                 module.relay[0] = nn.Identity()
-            x = torch.randn(1, 200, 8, dtype=torch.float64).requires_grad_()
-            with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(module(x, coordinates=cloud)[0, 0].square().sum(), x)
-            seen.append(int(gradient.ne(0).any(-1).sum()))
+            x = torch.randn(1, 200, 8, dtype=torch.float64)
+            found = reached(functools.partial(module, coordinates=cloud), x, (0, 0))
+            seen.append(int(found.sum()))
         figure = f"of 200 scattered nodes one depends on {seen[0]}, without the relay tokens' attention on {seen[1]}"
         return Finding(seen[0] == 200 and seen[1] < 200, figure)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim, reached, work
 from saccade.errors import known, positive
 from saccade.hosts.block import MLP, Gated
 from saccade.hosts.pyramid import Stage
@@ -104,27 +105,15 @@ class LamambaDiff(Mixer):
         return x
 
     def oracle(self, x: Tensor, *, condition: Tensor | None = None) -> Tensor:
-        w, d, (height, width) = dict(self.named_parameters()), self.dims, self.dims.grid or ()
+        w, d, (height, width) = Weights(self), self.dims, self.dims.grid or ()
         places = list(itertools.product(range(height), range(width)))
-
-        def layer(t: Tensor, name: str) -> Tensor:
-            y = t @ w[f"{name}.weight"].T
-            return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
-
-        def normed(t: Tensor, name: str) -> Tensor:
-            apart = t - t.mean(-1, keepdim=True)
-            size = (apart.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-            return apart / size * w[f"{name}.weight"] + w[f"{name}.bias"]
 
         def silu(t: Tensor) -> Tensor:
             return t / (1 + (-t).exp())
 
         def scanned(t: Tensor) -> Tensor:
-            u, z = layer(t, "scan.enter").chunk(2, -1)
-            around = nn.functional.pad(u.unflatten(1, (height, width)), (0, 0, 1, 1, 1, 1))
-            kernel = w["scan.inner.0.weight"][:, 0]
-            taps = [kernel[:, i, j] * around[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-            u = silu(torch.stack(taps).sum(0).flatten(1, 2))
+            u, z = w.linear(t, "scan.enter").chunk(2, -1)
+            u = silu(w.conv(u.unflatten(1, (height, width)), "scan.inner.0").flatten(1, 2))
             rows, columns = [], []
             for y in range(height):
                 across = range(width) if y % 2 == 0 else reversed(range(width))
@@ -145,11 +134,11 @@ class LamambaDiff(Mixer):
                 h = kept * h + given[..., None] * write[:, :, n, None]
                 seen = (h * look[:, :, n, None]).sum(-1) + direct * met[:, :, n]
                 total = total.index_add(1, ways[:, n], seen)
-            return layer(normed(total, "scan.norm") * silu(z), "scan.leave")
+            return w.linear(w.norm(total, "scan.norm") * silu(z), "scan.leave")
 
         def attended(t: Tensor) -> Tensor:
             counts = [d.num_heads, d.num_kv_heads, d.num_kv_heads]
-            q, k, v = layer(t, "attention.inner.qkv").unflatten(2, (-1, d.head_dim)).split(counts, 2)
+            q, k, v = w.linear(t, "attention.inner.qkv").unflatten(2, (-1, d.head_dim)).split(counts, 2)
             k, v = (part.repeat_interleave(d.group, 2) for part in (k, v))
             (table,) = (value for name, value in w.items() if name.endswith("table"))
             whole = [-(-n // side) * side for n, side in zip((height, width), self.sizes, strict=True)]
@@ -166,16 +155,13 @@ class LamambaDiff(Mixer):
                 biases = torch.stack([table[:, y - p + self.sizes[0] - 1, x - r + self.sizes[1] - 1] for p, r in mates])
                 scores = (q[:, at, None] * k[:, keys]).sum(-1) / d.head_dim**0.5 + biases
                 out.append((scores.softmax(1)[..., None] * v[:, keys]).sum(1).flatten(1))
-            return layer(torch.stack(out, 1), "attention.inner.out")
-
-        def fed(t: Tensor) -> Tensor:
-            return layer(nn.functional.gelu(layer(t, "mlp.0")), "mlp.2")
+            return w.linear(torch.stack(out, 1), "attention.inner.out")
 
         c = torch.zeros(len(x), self.width, dtype=x.dtype) if condition is None else condition
-        moves = layer(silu(layer(c, "project")), "modulation").unflatten(1, (3, 3, 1, d.dim))
-        for i, branch in enumerate((scanned, attended, fed)):
+        moves = w.linear(silu(w.linear(c, "project")), "modulation").unflatten(1, (3, 3, 1, d.dim))
+        for i, branch in enumerate((scanned, attended, lambda t: w.mlp(t, "mlp"))):
             b, s, g = moves[:, i].unbind(1)
-            x = x + g * branch(normed(x, f"norms.{i}") * (1 + s) + b)
+            x = x + g * branch(w.norm(x, f"norms.{i}") * (1 + s) + b)
         return x
 
     @classmethod
@@ -262,9 +248,8 @@ class LamambaDiff(Mixer):
             module, x = cls.sample((16, 16), shift=shift)
             if not scans:
                 module.scan.leave.weight.data.zero_()
-            with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(module(x.requires_grad_())[0, 0].sum(), x)
-            rows, columns = gradient[0].ne(0).any(1).view(16, 16).nonzero().unbind(1)
+            found = reached(module, x, (0, 0))
+            rows, columns = found.view(16, 16).nonzero().unbind(1)
             seen.append((len(rows), int(rows.max()) + 1, int(columns.max()) + 1))
         figures = ", ".join(str(count) for count, *_ in seen)
         return Finding(
@@ -274,13 +259,9 @@ class LamambaDiff(Mixer):
 
     @claim("The products grow as the number of tokens.")
     def linear(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        work = []
+        found = []
         for grid in ((8, 16), (16, 16), (16, 32)):
             module, x = cls.sample(grid)
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                module(x)
-            work.append(counter.get_total_flops())
-        ratio = (work[2] - work[1]) / (work[1] - work[0])  # the condition costs the same at any size
+            found.append(work(functools.partial(module, x)).all)
+        ratio = (found[2] - found[1]) / (found[1] - found[0])  # the condition costs the same at any size
         return Finding(ratio == 2, f"256 tokens more cost {ratio:g} times what 128 more do")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
 from torch import Tensor, nn
 
 from saccade import attend
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim, weighed, work
 from saccade.errors import positive
 from saccade.hosts.block import MLP, Residual
 from saccade.hosts.windows import WindowAttention
@@ -84,35 +85,19 @@ class Maformer(Mixer):
         return self.mlp(fine + attend(q, k, v).transpose(1, 2).flatten(2))
 
     def oracle(self, x: Tensor) -> Tensor:
-        w, d, size, (height, width) = dict(self.named_parameters()), self.dims, self.window, self.dims.grid or ()
+        w, d, size, (height, width) = Weights(self), self.dims, self.window, self.dims.grid or ()
 
-        def layer(t: Tensor, name: str) -> Tensor:
-            return t @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-        def normed(t: Tensor, name: str) -> Tensor:
-            return nn.functional.layer_norm(t, (d.dim,), w[f"{name}.weight"], w[f"{name}.bias"])
-
-        def weighed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (t.unflatten(-1, (-1, d.head_dim)) for t in (q, k, v))
-            mixed = []
-            for h in range(d.num_heads):
-                g = h // (d.num_heads // d.num_kv_heads)
-                scores = torch.einsum("bnd,bmd->bnm", q[:, :, h], k[:, :, g]) / d.head_dim**0.5
-                mixed.append(torch.einsum("bnm,bmd->bnd", scores.softmax(-1), v[:, :, g]))
-            return torch.cat(mixed, -1)
-
-        u, shared = normed(x, "norm"), d.num_kv_heads * d.head_dim
+        u, shared = w.norm(x, "norm"), d.num_kv_heads * d.head_dim
         fine = x.clone()
         for top, left in itertools.product(range(0, height, size), range(0, width, size)):
             rows, columns = range(top, min(top + size, height)), range(left, min(left + size, width))
             at = [y * width + c for y, c in itertools.product(rows, columns)]
-            q, k, v = layer(u[:, at], "windows.inner.qkv").split([d.dim, shared, shared], -1)
-            fine[:, at] = fine[:, at] + layer(weighed(q, k, v), "windows.inner.out")
+            q, k, v = w.linear(u[:, at], "windows.inner.qkv").split([d.dim, shared, shared], -1)
+            fine[:, at] = fine[:, at] + w.linear(weighed(q, k, v, d.head_dim), "windows.inner.out")
         coarse = torch.einsum("mn,bnc->bmc", w["summary.reduce.weight"], u)
         coarse = coarse + w["summary.reduce.bias"][:, None] + w["summary.position"]
-        y = fine + weighed(layer(fine, "query"), layer(coarse, "key"), layer(coarse, "value"))
-        hidden = layer(normed(y, "mlp.norm"), "mlp.inner.0")
-        return y + layer(hidden / 2 * (1 + torch.erf(hidden / 2**0.5)), "mlp.inner.2")
+        y = fine + weighed(w.linear(fine, "query"), w.linear(coarse, "key"), w.linear(coarse, "value"), d.head_dim)
+        return y + w.mlp(w.norm(y, "mlp.norm"), "mlp.inner")
 
     @classmethod
     def cases(cls) -> list[Case]:
@@ -124,21 +109,15 @@ class Maformer(Mixer):
 
     @claim("The fusion costs P N^2: half of full attention for P = 0.5, and quadratic all the same.")
     def fusion_work(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which the counter does not know by itself
-        rules = {fused: lambda q, k, v, *_, **__: 2 * q[:3].numel() * k[2] * (q[3] + v[3])}
-        work = []
+        found = []
         for grid in ((14, 14), (14, 28)):
             module, n = cls(Dims(2, 4, grid=grid)), torch.Size(grid).numel()
-            x = torch.randn(1, n, 8)
-            with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=rules) as counter:
-                module(x)
+            products = work(functools.partial(module, torch.randn(1, n, 8))).all
             layers = 2 * n * 8**2 * (4 + 1 + 8) + 2 * n // 2 * 8**2 * 2  # of windows, query, MLP; key and value
-            work.append(counter.get_total_flops() - layers - 4 * n * 49 * 8 - 2 * n * n // 2 * 8)
+            found.append(products - layers - 4 * n * 49 * 8 - 2 * n * n // 2 * 8)
         full = 4 * 196**2 * 8
-        holds = work[0] * 2 == full and work[1] == 4 * work[0]
-        return Finding(holds, f"{work[0] / full:g} of full attention; {work[1] / work[0]:g} times at twice N")
+        holds = found[0] * 2 == full and found[1] == 4 * found[0]
+        return Finding(holds, f"{found[0] / full:g} of full attention; {found[1] / found[0]:g} times at twice N")
 
     @claim("The layer over positions has P N^2 weights, which fit no other grid.")
     def tied(cls) -> Finding:

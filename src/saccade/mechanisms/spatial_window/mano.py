@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade import attend
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim, reached, weighed, work
 from saccade.errors import positive
 from saccade.hosts.block import MLP, AttentionMixer, Residual
 from saccade.hosts.resize import Reduce, coarser
@@ -152,10 +153,7 @@ class Mano(Mixer):
         return self.mlp(x + self.multipole(x))
 
     def oracle(self, x: Tensor) -> Tensor:
-        w, d, grid, r = dict(self.named_parameters()), self.dims, self.dims.grid or (), self.factor
-
-        def normed(t: Tensor, name: str) -> Tensor:
-            return nn.functional.layer_norm(t, (d.dim,), w[f"{name}.weight"], w[f"{name}.bias"])
+        w, d, grid, r = Weights(self), self.dims, self.dims.grid or (), self.factor
 
         def starts(length: int) -> list[int]:
             found = [0]
@@ -166,16 +164,12 @@ class Mano(Mixer):
         def within(image: Tensor) -> Tensor:
             height, width = image.shape[1:3]
             total, met = torch.zeros_like(image), image.new_zeros(height, width, 1)
-            tokens = normed(normed(image, "multipole.norm.0"), "multipole.norm.1")
-            heads = (tokens @ w["multipole.mixer.qkv.weight"].T).split(d.head_dim, -1)
+            tokens = w.norm(w.norm(image, "multipole.norm.0"), "multipole.norm.1")
+            every, shared = w.linear(tokens, "multipole.mixer.qkv"), d.num_kv_heads * d.head_dim
             for top, left in itertools.product(starts(height), starts(width)):
                 at = slice(None), slice(top, top + self.window), slice(left, left + self.window)
-                mixed = []
-                for h in range(d.num_heads):
-                    shared = d.num_heads + h // (d.num_heads // d.num_kv_heads)
-                    q, k, v = (heads[i][at].flatten(1, 2) for i in (h, shared, shared + d.num_kv_heads))
-                    mixed.append((torch.einsum("bnd,bmd->bnm", q, k) / d.head_dim**0.5).softmax(-1) @ v)
-                out = torch.cat(mixed, -1) @ w["multipole.mixer.out.weight"].T + w["multipole.mixer.out.bias"]
+                q, k, v = every[at].flatten(1, 2).split([d.dim, shared, shared], -1)
+                out = w.linear(weighed(q, k, v, d.head_dim), "multipole.mixer.out")
                 total[at] += out.view_as(total[at])
                 met[at[1:]] += 1
             return total / met
@@ -193,9 +187,7 @@ class Mano(Mixer):
             height, width = maps[at].shape[1:3]
             z = within(maps[at]) + raised[:, :height, :width] / (self.levels - 1 - at)
         x = x + z.flatten(1, 2)
-        hidden = normed(x, "mlp.norm") @ w["mlp.inner.0.weight"].T + w["mlp.inner.0.bias"]
-        hidden = hidden / 2 * (1 + torch.erf(hidden / 2**0.5))
-        return x + hidden @ w["mlp.inner.2.weight"].T + w["mlp.inner.2.bias"]
+        return x + w.mlp(w.norm(x, "mlp.norm"), "mlp.inner")
 
     @classmethod
     def cases(cls) -> list[Case]:
@@ -208,27 +200,23 @@ class Mano(Mixer):
 
     @claim("All levels together attend to less than 4/3 of the pairs of one, for halved maps.")
     def cost(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which the counter does not know by itself
-        rules, work = {fused: lambda q, k, *_, **__: q[:3].numel() * k[2]}, []
+        found = []
         for levels in (1, 2, 5):
-            module = cls(Dims(2, 4, grid=(32, 64)), window=2, levels=levels).requires_grad_(False)
-            with FlopCounterMode(display=False, custom_mapping=rules) as counter:
-                module(torch.randn(1, 2048, 8))
-            work.append(counter.get_flop_counts()["Global"].get(fused, 0) / (2 * 2048 * 4))
-        holds = work == [sum(4.0**-at for at in range(levels)) for levels in (1, 2, 5)] and work[-1] < 4 / 3
-        return Finding(holds, f"{work[0]:g}, {work[1]:g} and {work[2]:.3f} N w^2 pairs a head with 1, 2 and 5 levels")
+            module = cls(Dims(2, 4, grid=(32, 64)), window=2, levels=levels)
+            products = work(functools.partial(module, torch.randn(1, 2048, 8))).fused
+            found.append(products / (2 * 4 * 4 * 2048 * 4))  # heads; channels; two products of two operations; N w^2
+        holds = found == [sum(4.0**-at for at in range(levels)) for levels in (1, 2, 5)] and found[-1] < 4 / 3
+        figure = f"{found[0]:g}, {found[1]:g} and {found[2]:.3f} N w^2 pairs a head with 1, 2 and 5 levels"
+        return Finding(holds, figure)
 
     @claim("One layer sees the whole map exactly when the coarsest map fits one window.")
     def global_reach(cls) -> Finding:
         found, holds = [], True
         for side, window in ((8, 2), (12, 2), (12, 3), (16, 4)):
             module = cls(Dims(2, 4, grid=(side, side)), window=window).double().multipole
-            x = torch.randn(1, side**2, 8, dtype=torch.float64).requires_grad_()
-            with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(module(x)[0, 0, 0], x)
-            seen, coarsest = int(gradient.ne(0).any(-1).sum()), module.grids[-1][0]
+            x = torch.randn(1, side**2, 8, dtype=torch.float64)
+            seen = int(reached(module, x, (0, 0, 0)).sum())
+            coarsest = module.grids[-1][0]
             holds = holds and (seen == side**2) == (coarsest <= window)
             found.append(f"{seen} of {side**2} with windows of {window} and a coarsest map of {coarsest}")
         return Finding(holds, "; ".join(found))

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim, reached, weighed, work
 from saccade.errors import known, positive
-from saccade.hosts.block import MLP, Block, init_linear, num_parameters
+from saccade.hosts.block import MLP, Block, init_linear, published_size
 from saccade.hosts.pyramid import Mean, Pyramid, Stage
 from saccade.hosts.windows import WindowAttention
 from saccade.mix import to_map, to_tokens
@@ -76,6 +76,7 @@ class Maxvit(Mixer):
     Costs 2 N (P^2 + G^2) C multiplications in the products, beside the layers.
     Errors: ValueError when dims.grid has not two axes.
 
+    >>> from saccade.hosts.block import num_parameters
     >>> layer = Maxvit(Dims(2, 4, grid=(5, 9)), window=3, grid_size=2).eval()
     >>> layer(torch.randn(1, 45, 8)).shape, num_parameters(Maxvit.model)
     (torch.Size([1, 45, 8]), 30916528)
@@ -107,35 +108,26 @@ class Maxvit(Mixer):
         return self.grid(self.block(x))
 
     def oracle(self, x: Tensor) -> Tensor:
-        w, d, (height, width) = (
-            dict(self.named_parameters()) | dict(self.named_buffers()),
-            self.dims,
-            self.dims.grid or (),
-        )
+        w, d, (height, width) = Weights(self), self.dims, self.dims.grid or ()
 
         def gelu(t: Tensor) -> Tensor:
             return t / 2 * (1 + (0.79788456080286535588 * (t + 0.044715 * t**3)).tanh())
-
-        def layer(t: Tensor, name: str) -> Tensor:
-            return t @ w[f"{name}.weight"].flatten(1).T + w.get(f"{name}.bias", 0)
 
         def scaled(t: Tensor, name: str) -> Tensor:
             t = (t - w[f"{name}.running_mean"]) / (w[f"{name}.running_var"] + 1e-3) ** 0.5
             return t * w[f"{name}.weight"] + w[f"{name}.bias"]
 
         def convolved(t: Tensor) -> Tensor:
-            u = gelu(scaled(layer(scaled(t, "conv.enter.0"), "conv.enter.1"), "conv.enter.2"))
-            around = nn.functional.pad(u.unflatten(1, (height, width)), (0, 0, 1, 1, 1, 1))
-            kernel = w["conv.depthwise.weight"][:, 0]
-            taps = [kernel[:, i, j] * around[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-            u = gelu(scaled(torch.stack(taps).sum(0).flatten(1, 2), "conv.norm"))
-            narrow = layer(u.mean(1, keepdim=True), "conv.gate.0")
-            gate = layer(narrow / (1 + (-narrow).exp()), "conv.gate.2")
-            return t + layer(u / (1 + (-gate).exp()), "conv.leave")
+            u = gelu(scaled(w.linear(scaled(t, "conv.enter.0"), "conv.enter.1"), "conv.enter.2"))
+            u = w.conv(u.unflatten(1, (height, width)), "conv.depthwise").flatten(1, 2)
+            u = gelu(scaled(u, "conv.norm"))
+            narrow = w.linear(u.mean(1, keepdim=True), "conv.gate.0")
+            gate = w.linear(narrow / (1 + (-narrow).exp()), "conv.gate.2")
+            return t + w.linear(u / (1 + (-gate).exp()), "conv.leave")
 
         def attended(t: Tensor, name: str, size: int, down: int, right: int) -> Tensor:
             """Windows are the positions of one colour; `down`, `right`: steps from one to the next inside a window."""
-            out = torch.empty_like(t)
+            out, shared = torch.empty_like(t), d.num_kv_heads * d.head_dim
             windows: dict[tuple[int, int], list[tuple[int, int]]] = {}
             for y, c in itertools.product(range(height), range(width)):
                 colour = (y // size, c // size) if name == "block" else (y % down, c % right)
@@ -144,18 +136,11 @@ class Maxvit(Mixer):
                 at = [y * width + c for y, c in places]
                 rows, columns = ([p[axis] // step for p in places] for axis, step in ((0, down), (1, right)))
                 apart = [torch.tensor(a)[:, None] - torch.tensor(a) + size - 1 for a in (rows, columns)]
-                heads = layer(t[:, at], f"{name}.mixer.inner.qkv").split(d.head_dim, -1)
-                mixed = []
-                for h in range(d.num_heads):
-                    shared = d.num_heads + h // (d.num_heads // d.num_kv_heads)
-                    scores = torch.einsum("bnd,bmd->bnm", heads[h], heads[shared]) / d.head_dim**0.5
-                    bias = w[f"{name}.mixer.inner.attention.bias.bias.table"][h][apart[0], apart[1]]
-                    mixed.append((scores + bias).softmax(-1) @ heads[shared + d.num_kv_heads])
-                out[:, at] = layer(torch.cat(mixed, -1), f"{name}.mixer.inner.out")
+                q, k, v = w.linear(t[:, at], f"{name}.mixer.inner.qkv").split([d.dim, shared, shared], -1)
+                table = w[f"{name}.mixer.inner.attention.bias.bias.table"]
+                mixed = weighed(q, k, v, d.head_dim, table[:, apart[0], apart[1]])
+                out[:, at] = w.linear(mixed, f"{name}.mixer.inner.out")
             return out
-
-        def normed(t: Tensor, name: str) -> Tensor:
-            return nn.functional.layer_norm(t, (d.dim,), w[f"{name}.weight"], w[f"{name}.bias"])
 
         if "conv.leave.weight" in w:
             x = convolved(x)
@@ -164,8 +149,8 @@ class Maxvit(Mixer):
             ("block", self.sizes[0], (1, 1)),
             ("grid", side, (-(-height // side), -(-width // side))),
         ):
-            x = x + attended(normed(x, f"{name}.norm_mixer"), name, size, *steps)
-            x = x + layer(gelu(layer(normed(x, f"{name}.norm_mlp"), f"{name}.mlp.0")), f"{name}.mlp.2")
+            x = x + attended(w.norm(x, f"{name}.norm_mixer"), name, size, *steps)
+            x = x + w.linear(gelu(w.linear(w.norm(x, f"{name}.norm_mlp"), f"{name}.mlp.0")), f"{name}.mlp.2")
         return x
 
     @classmethod
@@ -209,10 +194,7 @@ class Maxvit(Mixer):
 
     @claim("The tiny model has 31 million parameters, small 69, base 119, large 212, as published.")
     def published_size(cls) -> Finding:
-        published = {"tiny": 31, "small": 69, "base": 119, "large": 212}
-        sizes = {name: num_parameters(functools.partial(cls.model, name)) / 1e6 for name in published}
-        holds = all(abs(sizes[name] / size - 1) < 0.02 for name, size in published.items())
-        return Finding(holds, ", ".join(f"{name} {size:.2f} million" for name, size in sizes.items()))
+        return published_size(cls.model, {"tiny": 31, "small": 69, "base": 119, "large": 212})
 
     @claim("Grid attention is block attention of permuted tokens.")
     def permuted(cls) -> Finding:
@@ -229,22 +211,16 @@ class Maxvit(Mixer):
         seen = {}
         for window, grid_size in ((3, 4), (4, 3), (3, 3), (2, 4)):
             module = cls(Dims(2, 4, grid=(12, 12)), window=window, grid_size=grid_size, expand=0).double()
-            x = torch.randn(1, 144, 8, dtype=torch.float64).requires_grad_()
-            with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(module(x)[0, 0, 0], x)
-            seen[window, grid_size] = int(gradient.ne(0).any(-1).sum())
+            x = torch.randn(1, 144, 8, dtype=torch.float64)
+            seen[window, grid_size] = int(reached(module, x, (0, 0, 0)).sum())
         holds = all(count == min(12, p * g) ** 2 for (p, g), count in seen.items())
         return Finding(holds, "; ".join(f"P = {p}, G = {g}: {count} of 144" for (p, g), count in seen.items()))
 
     @claim("For fixed P and G the work grows as the number of positions.")
     def linear(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        work = []
+        found = []
         for grid in ((14, 14), (14, 28), (28, 28)):
             module, x = cls(Dims(2, 4, grid=grid), expand=0), torch.randn(1, grid[0] * grid[1], 8)
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                module(x)
-            work.append(counter.get_total_flops())
-        holds = work[1] == 2 * work[0] and work[2] == 4 * work[0]
-        return Finding(holds, f"{work[1] / work[0]:g} and {work[2] / work[0]:g} times the work at 2 and 4 times N")
+            found.append(work(functools.partial(module, x)).all)
+        holds = found[1] == 2 * found[0] and found[2] == 4 * found[0]
+        return Finding(holds, f"{found[1] / found[0]:g} and {found[2] / found[0]:g} times the work at 2 and 4 times N")

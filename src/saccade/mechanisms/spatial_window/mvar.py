@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade import attend
-from saccade.contract import Attention, Case, Dims, Finding, Spec, claim
+from saccade.contract import Attention, Case, Dims, Finding, Spec, claim, reached
 from saccade.errors import positive
 from saccade.where import Documents, Neighborhood, Pattern
 
@@ -158,10 +158,7 @@ class Mvar(Attention):
         found, outside = [], 0
         ends = [0, *itertools.accumulate(side**2 for side in SCALES)]
         for start, end in itertools.pairwise(ends):
-            keys = k.clone().requires_grad_()
-            with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(module(q, keys, v)[0, :, (start + end) // 2].sum(), keys)
-            seen = gradient[0].ne(0).any(-1).any(0)
+            seen = reached(lambda k: module(q, k, v), k, (0, slice(None), (start + end) // 2))[0].any(0)
             found.append(int(seen[start:end].sum()))
             outside += int(seen.sum()) - found[-1]
         holds = outside == 0 and found[:8] == [side**2 for side in SCALES[:8]] and found[8:] == [49, 49]

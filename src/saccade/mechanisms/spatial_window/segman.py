@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade import attend
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim, reached, work
 from saccade.errors import known, positive
 from saccade.hosts.block import ConvMLP, Residual, TokenNorm, init_linear, num_parameters
 from saccade.hosts.pyramid import Pyramid, Stage, widen_then_pool
@@ -177,27 +177,13 @@ class Segman(Mixer):
         return self.block(x)
 
     def oracle(self, x: Tensor) -> Tensor:
-        w, d, (height, width) = dict(self.state_dict(keep_vars=True)), self.dims, self.dims.grid or ()
+        w, d, (height, width) = Weights(self), self.dims, self.dims.grid or ()
         last = ".inner" if self.scaled else ""
         lass, feed = f"block.1.inner{last}", f"block.3.inner{last}"
         places = list(itertools.product(range(height), range(width)))
 
-        def layer(t: Tensor, name: str) -> Tensor:
-            return t @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-        def normed(t: Tensor, name: str) -> Tensor:
-            apart = t - t.mean(-1, keepdim=True)
-            size = (apart.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-            return apart / size * w[f"{name}.weight"] + w[f"{name}.bias"]
-
         def conv(t: Tensor, name: str) -> Tensor:
-            kernel = w[f"{name}.weight"][:, 0]
-            side = kernel.shape[1]
-            edge = side // 2
-            around = nn.functional.pad(t.unflatten(1, (height, width)), (0, 0, edge, edge, edge, edge))
-            taps = itertools.product(range(side), repeat=2)
-            found = [kernel[:, i, j] * around[:, i : i + height, j : j + width] for i, j in taps]
-            return (torch.stack(found).sum(0) + w[f"{name}.bias"]).flatten(1, 2)
+            return w.conv(t.unflatten(1, (height, width)), name).flatten(1, 2)
 
         def rotated(t: Tensor) -> Tensor:
             quarter = d.head_dim // 4
@@ -213,11 +199,10 @@ class Segman(Mixer):
             return range(first, first + side)
 
         def scanned(u: Tensor) -> Tensor:
-            t = conv(u, f"{lass}.scan.before.0")
-            mean, spread = (w[f"{lass}.scan.before.1.running_{name}"] for name in ("mean", "var"))
-            t = (t - mean) / (spread + 1e-5).sqrt() * w[f"{lass}.scan.before.1.weight"] + w[
-                f"{lass}.scan.before.1.bias"
-            ]
+            mean, spread, weight, bias = (
+                w[f"{lass}.scan.before.1.{name}"] for name in ("running_mean", "running_var", "weight", "bias")
+            )
+            t = (conv(u, f"{lass}.scan.before.0") - mean) / (spread + 1e-5).sqrt() * weight + bias
             t = t / (1 + (-t).exp())
             columns = [a * width + b for b in range(width) for a in range(height)]
             ways = torch.tensor([range(len(places)), columns, range(len(places))[::-1], columns[::-1]])
@@ -229,14 +214,13 @@ class Segman(Mixer):
             delta = (1 + (low @ step.mT + bias[:, None]).exp()).log()
             h, total = torch.zeros_like(met[:, :, 0]), torch.zeros_like(u)
             for n in range(len(places)):
-                h = (-delta[:, :, n] * log_rate[..., 0].exp()).exp() * h + delta[:, :, n] * met[:, :, n] * write[
-                    :, :, n
-                ]
+                h = (-delta[:, :, n] * log_rate[..., 0].exp()).exp() * h
+                h = h + delta[:, :, n] * met[:, :, n] * write[:, :, n]
                 total = total.index_add(1, ways[:, n], h * look[:, :, n] + direct * met[:, :, n])
-            return u + normed(total, f"{lass}.scan.norm")
+            return u + w.norm(total, f"{lass}.scan.norm", 1e-6)
 
         def mixed(t: Tensor) -> Tensor:
-            every = layer(t, f"{lass}.qkv")
+            every = w.linear(t, f"{lass}.qkv")
             q, k, v = (part.unflatten(2, (d.num_heads, -1)) for part in every.split(d.dim, 2))
             q, k = rotated(q) / d.head_dim**0.5, rotated(k)
             table, reach, local = w[f"{lass}.bias.table"], self.kernel - 1, []
@@ -252,15 +236,15 @@ class Segman(Mixer):
             else:
                 weights = (torch.einsum("bihd,bjhd->bhij", q, k) + w[f"{lass}.pairs.table"]).softmax(-1)
                 out = torch.einsum("bhij,bjhd->bihd", weights, u).flatten(2)
-            return layer(out + conv(every[..., -d.dim :], f"{lass}.position"), f"{lass}.out")
+            return w.linear(out + conv(every[..., -d.dim :], f"{lass}.position"), f"{lass}.out")
 
         def fed(t: Tensor) -> Tensor:
-            h = nn.functional.gelu(layer(t, f"{feed}.enter"))
-            return layer(h + conv(h, f"{feed}.local"), f"{feed}.leave")
+            h = nn.functional.gelu(w.linear(t, f"{feed}.enter"))
+            return w.linear(h + conv(h, f"{feed}.local"), f"{feed}.leave")
 
         for number, branch in ((0, mixed), (2, fed)):
             x = x + conv(x, f"block.{number}.inner")
-            y = branch(normed(x, f"block.{number + 1}.norm"))
+            y = branch(w.norm(x, f"block.{number + 1}.norm", 1e-6))
             name = f"block.{number + 1}.inner"
             x = x + (w[f"{name}.factor"] * y + w[f"{name}.offset"] if self.scaled else y)
         return x
@@ -321,10 +305,7 @@ class Segman(Mixer):
     )
     def support(cls) -> Finding:
         def seen(mixer: nn.Module, at: int) -> tuple[int, ...]:
-            x = torch.randn(1, 144, 8, dtype=torch.float64).requires_grad_()
-            with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(mixer(x)[0, at].sum(), x)
-            places = gradient[0].ne(0).any(1).view(12, 12)
+            places = reached(mixer, torch.randn(1, 144, 8, dtype=torch.float64), (0, at)).view(12, 12)
             return int(places.sum()), int(places.any(1).sum()), int(places.any(0).sum())
 
         found = []
@@ -344,18 +325,10 @@ class Segman(Mixer):
 
     @claim("With the scan the products grow as the number of tokens, with full attention faster.")
     def linear(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which the counter does not know by itself
-        rules = {fused: lambda q, k, v, *_, **__: 2 * q[:3].numel() * k[2] * (q[3] + v[3])}
         growth = {}
         for beyond in ("scan", "attention"):
-            work = []
-            for grid in ((32, 32), (32, 64)):
-                module = cls(Dims(1, 4, grid=grid), beyond=beyond).eval()
-                with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=rules) as counter:
-                    module(torch.randn(1, grid[0] * grid[1], 4))
-                work.append(counter.get_total_flops())
-            growth[beyond] = work[1] / work[0]
+            once, twice = (cls(Dims(1, 4, grid=(32, side)), beyond=beyond).eval() for side in (32, 64))
+            less = work(functools.partial(once, torch.randn(1, 32 * 32, 4))).all
+            growth[beyond] = work(functools.partial(twice, torch.randn(1, 32 * 64, 4))).all / less
         holds = growth["scan"] < 2**1.5 < growth["attention"]  # between linear and quadratic
         return Finding(holds, ", ".join(f"{beyond}: {by:.2f} times at 2 N" for beyond, by in growth.items()))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade import attend
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim, reached
 from saccade.errors import positive
 from saccade.hosts.block import AttentionMixer, Block
 from saccade.mix import to_map, to_tokens
@@ -98,15 +98,9 @@ class Tcsr(Mixer):
         return self.block(x)
 
     def oracle(self, x: Tensor) -> Tensor:
-        w, d, k, (height, width) = dict(self.named_parameters()), self.dims, self.kernel, self.dims.grid or ()
+        w, d, k, (height, width) = Weights(self, "block."), self.dims, self.kernel, self.dims.grid or ()
 
-        def layer(t: Tensor, name: str) -> Tensor:
-            return t @ w[f"block.{name}.weight"].T + w[f"block.{name}.bias"]
-
-        def normed(t: Tensor, name: str) -> Tensor:
-            return nn.functional.layer_norm(t, (d.dim,), w[f"block.{name}.weight"], w[f"block.{name}.bias"])
-
-        parts, out = layer(normed(x, "norm_mixer"), "mixer.qkv").split(d.head_dim, -1), torch.empty_like(x)
+        parts, out = w.linear(w.norm(x, "norm_mixer"), "mixer.qkv").split(d.head_dim, -1), torch.empty_like(x)
         for y, c in itertools.product(range(height), range(width)):
             top, left = (min(max(at - k // 2, 0), n - k) for at, n in ((y, height), (c, width)))
             seen = [a * width + b for a in range(top, top + k) for b in range(left, left + k)]
@@ -115,17 +109,17 @@ class Tcsr(Mixer):
                 scores = (parts[h][:, y * width + c, None] * parts[g][:, seen]).sum(-1) / d.head_dim**0.5
                 mixed = (scores.softmax(-1)[..., None] * parts[g + d.num_kv_heads][:, seen]).sum(1)
                 out[:, y * width + c, h * d.head_dim : (h + 1) * d.head_dim] = mixed
-        x = x + layer(out, "mixer.out")
+        x = x + w.linear(out, "mixer.out")
 
         steps = [(0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1)][: self.directions]
-        hidden = layer(normed(x, "norm_mlp"), "mlp.0")
+        hidden = w.linear(w.norm(x, "norm_mlp"), "mlp.0")
         moved, share = torch.zeros_like(hidden), hidden.shape[-1] // len(steps)
         for g, (down, right) in enumerate(steps):
             own = slice(g * share, (g + 1) * share)
             for y, c in itertools.product(range(height), range(width)):
                 if 0 <= y - down < height and 0 <= c - right < width:
                     moved[:, y * width + c, own] = hidden[:, (y - down) * width + c - right, own]
-        return x + layer(moved / 2 * (1 + torch.erf(moved / 2**0.5)), "mlp.3")
+        return x + w.linear(moved / 2 * (1 + torch.erf(moved / 2**0.5)), "mlp.3")
 
     @classmethod
     def cases(cls) -> list[Case]:
@@ -151,10 +145,8 @@ class Tcsr(Mixer):
         found, added = {}, 0
         for directions in shapes:
             effn = cls(Dims(2, 4, grid=(7, 7)), directions=directions).double().block.mlp
-            x = torch.randn(1, 49, 8, dtype=torch.float64).requires_grad_()
-            with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(effn(x)[0, 24].sum(), x)
-            seen = gradient.ne(0).any(-1).view(7, 7)
+            x = torch.randn(1, 49, 8, dtype=torch.float64)
+            seen = reached(effn, x, (0, 24)).view(7, 7)
             found[directions] = ["".join(str(int(s)) for s in row[2:5]) for row in seen[2:5]]
             added += int(seen.sum()) - sum(row.count("1") for row in shapes[directions])
             added += sum(p.numel() for p in effn[1].parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade import attend
-from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
+from saccade.contract import Case, Dims, Finding, Mixer, Spec, Weights, claim, reached, work
 from saccade.errors import positive
 from saccade.mix import (
     DepthwiseConv,
@@ -188,17 +189,14 @@ class Ultragen(Mixer):
         return self.out(torch.lerp(z, y, self.far(t, x.dtype)))
 
     def oracle(self, x: Tensor, *, time: Tensor | None = None) -> Tensor:
-        w, d, (frames, height, width) = dict(self.named_parameters()), self.dims, self.grid
-
-        def layer(t: Tensor, name: str) -> Tensor:
-            return t @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+        w, d, (height, width) = Weights(self), self.dims, self.grid[1:]
 
         def gate(name: str) -> Tensor:
             at = torch.zeros(len(x)) if time is None else time
             angles = at[:, None].double() * torch.tensor([10000 ** (-i / 128) for i in range(128)], dtype=torch.float64)
-            t = layer(torch.cat([angles.cos(), angles.sin()], 1).to(x), f"{name}.layers.0")
+            t = w.linear(torch.cat([angles.cos(), angles.sin()], 1).to(x), f"{name}.layers.0")
             for number in (2, 4):
-                t = layer(t / (1 + (-t).exp()), f"{name}.layers.{number}")
+                t = w.linear(t / (1 + (-t).exp()), f"{name}.layers.{number}")
             return (1 / (1 + (-t).exp()))[:, None, None, None]
 
         def tent(old: int, new: int) -> Tensor:
@@ -218,11 +216,7 @@ class Ultragen(Mixer):
             return torch.einsum("ntyixjc,cij->ntyxc", t, kernel) + w[f"{name}.reduce.bias"]
 
         def grown(t: Tensor, name: str) -> Tensor:
-            around = nn.functional.pad(sized(t, height, width), (0, 0, 1, 1, 1, 1, 1, 1))
-            kernel, total = w[f"{name}.smooth.weight"][:, 0], torch.zeros_like(around[:, 1:-1, 1:-1, 1:-1])
-            for f, i, j in itertools.product(range(3), repeat=3):
-                total = total + kernel[:, f, i, j] * around[:, f : f + frames, i : i + height, j : j + width]
-            return total + w[f"{name}.smooth.bias"]
+            return w.conv(sized(t, height, width), f"{name}.smooth")
 
         def attended(t: Tensor, name: str = "") -> Tensor:
             """Full attention of t (B, T, Y, X, C)."""
@@ -234,18 +228,12 @@ class Ultragen(Mixer):
                 for at, pairs in zip(place, (d.head_dim // 2 - 2 * sixth, sixth, sixth), strict=True):
                     turns[-1] += [at * 10000 ** (-pair / pairs) for pair in range(pairs)]
             angles, heads = torch.tensor(turns, dtype=torch.float64)[:, None], []
-            for part, weights in enumerate(
-                zip(*(w[f"qkv.{kind}"].chunk(3) for kind in ("weight", "bias")), strict=True)
-            ):
-                y = tokens @ weights[0].T + weights[1]
+            for part, y in enumerate(w.linear(tokens, "qkv").split(d.dim, -1)):
                 if name:
-                    y = y + layer(layer(tokens, f"{name}.adapter.parts.{part}.0"), f"{name}.adapter.parts.{part}.1")
+                    own = f"{name}.adapter.parts.{part}"
+                    y = y + w.linear(w.linear(tokens, f"{own}.0"), f"{own}.1")
                 if part < 2:
-                    y = (
-                        y
-                        / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-                        * w[("norm_q.weight", "norm_k.weight")[part]]
-                    )
+                    y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"norm_{'qk'[part]}.weight"]
                 y = y.unflatten(2, (d.num_heads, d.head_dim))
                 if part < 2:
                     cos, sin, a, b = angles.cos().to(x), angles.sin().to(x), y[..., ::2], y[..., 1::2]
@@ -265,7 +253,7 @@ class Ultragen(Mixer):
         rough = grown(windowed(shrunk(video, "hierarchy", self.coarse), self.counts[1], "hierarchy"), "hierarchy")
         whole = grown(attended(shrunk(video, "whole", self.stride), "whole"), "whole")
         near, far = gate("near"), gate("far")
-        return layer((far * whole + (1 - far) * (near * fine + (1 - near) * rough)).flatten(1, 3), "out")
+        return w.linear((far * whole + (1 - far) * (near * fine + (1 - near) * rough)).flatten(1, 3), "out")
 
     @classmethod
     def cases(cls) -> list[Case]:
@@ -318,26 +306,18 @@ class Ultragen(Mixer):
         seen = []
         for layer in (0, 1):
             module, x = cls.sample((1, 20, 20), near=1e3, far=-1e3, layer=layer)
-            x = x.repeat(20, 1, 1).requires_grad_()
-            with torch.enable_grad():
-                y = module(x)[torch.arange(20), torch.arange(20) * 21]  # the diagonal, one token a video
-                (gradient,) = torch.autograd.grad(y.sum(), x)
-            seen.append(gradient.ne(0).any(2)[:, ::21].tolist())
+            at = torch.arange(20), torch.arange(20) * 21  # the diagonal, one token a video
+            found = reached(module, x.repeat(20, 1, 1), at)
+            seen.append(found[:, ::21].tolist())
         apart = [[at for at in range(19) if not one[at][at + 1]] for one in seen]
         holds = apart == [[4, 9, 14], [3, 7, 11, 15]]
         return Finding(holds, f"borders of 20 rows after {apart[0]} in even layers, after {apart[1]} in odd ones")
 
     @claim("K x K windows divide the products by K^2.")
     def cheaper(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which the counter does not know by itself
-        rules = {fused: lambda q, k, v, *_, **__: 2 * q[:3].numel() * k[2] * (q[3] + v[3])}
         module, x = cls.sample((2, 12, 24))
-        layers, work = 2 * x.numel() * 36, {}
-        for count in (1, 2, 3, 4):
-            with FlopCounterMode(display=False, custom_mapping=rules) as counter:
-                module.float().windowed(x.float(), (2, 12, 24), count)
-            work[count] = counter.get_total_flops() - layers
-        holds = all(count**2 * each == work[1] for count, each in work.items())
-        return Finding(holds, ", ".join(f"K = {count}: 1 / {work[1] / each:g}" for count, each in work.items()))
+        module, x = module.float(), x.float()
+        windows = functools.partial(module.windowed, x, (2, 12, 24))
+        found = {n: work(functools.partial(windows, n)).fused for n in (1, 2, 3, 4)}
+        holds = all(count**2 * each == found[1] for count, each in found.items())
+        return Finding(holds, ", ".join(f"K = {count}: 1 / {found[1] / each:g}" for count, each in found.items()))

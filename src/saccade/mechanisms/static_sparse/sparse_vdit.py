@@ -4,6 +4,7 @@ which.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.contract import Attention, Case, Dims, Finding, Spec, claim
+from saccade.contract import Attention, Case, Dims, Finding, Spec, claim, work
 from saccade.errors import known, positive
 from saccade.softmax import attend_heads
 from saccade.where import Band, Full, Pattern, PerHead, Plan, Prefix, Sinks
@@ -231,17 +232,12 @@ class SparseVdit(Attention):
 
     @claim("The cost that the search weighs is the work that is done.")
     def work(cls) -> Finding:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which the counter does not know by itself
-        rules = {fused: lambda q, k, *_, **__: 4 * q[:3].numel() * k[2] * q[3]}
         dims, found, holds = Dims(1, 16, grid=(8, 16, 16)), [], True
         q, k, v = torch.randn(3, 1, 1, 2048, 16)
         for mode in MODES:
             module = cls(dims, modes=mode)
-            with FlopCounterMode(display=False, custom_mapping=rules) as counter, torch.no_grad():
-                module(q, k, v)
-            done, predicted = counter.get_total_flops() / (4 * 16 * 2048**2), module.plan(q, k).num_tiles / 32**2
+            done = work(functools.partial(module, q, k, v)).all / (4 * 16 * 2048**2)
+            predicted = module.plan(q, k).num_tiles / 32**2
             found.append(f"{mode} {done:.1%} ({predicted:.1%})")
             holds &= abs(done - predicted) < 0.02
         return Finding(holds, f"of the products of full attention, done and predicted: {', '.join(found)}")
