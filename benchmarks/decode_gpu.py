@@ -4,8 +4,9 @@ Every figure is of replays of a captured graph of CALLS calls, so that no launch
 keys in the second-level cache: they are many times its size, and the calls of a graph read lists that have no page in
 common. Ours and the baseline run in turns; the speed-up is the median of the pairs' ratios with a 95 % interval. The
 share of the copy: bytes of the keys and values that a call must read, a second, over the rate at which the device
-copies 2 GiB, read and written, in the same run; the merge is part of a call. 32 query heads over 8 key heads, D = 128,
-bfloat16.
+copies 2 GiB, read and written, in the same run; the merge is part of a call. Pages in codes of 8 and 4 bits, keys by
+channel and values by token, are beside the same lists of the same pages in bfloat16; zeros and steps are among the
+bytes that they must read. 32 query heads over 8 key heads, D = 128, bfloat16.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from saccade.bench.timing import Call, ratio, rounds
 from saccade.softmax import Pages, attend_cascade, attend_pages
+from saccade.softmax.page_rows import Found
+from saccade.softmax.paged import CodedFrames, Codes
 
-HEADS, KV_HEADS, DIM, CALLS = 32, 8, 128, 10
+HEADS, KV_HEADS, DIM, CALLS, CODE_GROUP = 32, 8, 128, 10, 32
 TOKEN_BYTES = 2 * 2 * KV_HEADS * DIM  # of its keys and values, of all heads
 DEVICE = "cuda"
 
@@ -73,6 +76,28 @@ def store(batch: int, tokens: int, page: int, memory: Sequence[Tensor]) -> Pages
     return Pages(k, v, table, torch.full_like(table[:, 0], tokens))
 
 
+def coded(batch: int, tokens: int, page: int, bits: int) -> tuple[Pages, int]:
+    """As `store`, a sequence a key head, every page in codes; and the bytes of a token of all heads."""
+    rows, count = batch * KV_HEADS, batch * KV_HEADS * tokens // page
+
+    def codes(groups: tuple[int, int]) -> Codes:
+        packed = torch.randint(256, (count + 1, page, DIM * bits // 8), dtype=torch.uint8, device=DEVICE)
+        zero = -2 - torch.rand(count + 1, *groups, dtype=torch.bfloat16, device=DEVICE)
+        group = 0 if groups[0] == 1 else CODE_GROUP
+        return Codes(packed, zero, (4 / 2**bits * torch.rand_like(zero)), bits, group)
+
+    frames = CodedFrames(
+        codes((1, DIM)),
+        codes((page, DIM // CODE_GROUP)),
+        torch.zeros(count, dtype=torch.int64, device=DEVICE),
+        torch.randperm(count, device=DEVICE) + 1,
+    )
+    table = torch.arange(count, dtype=torch.int32, device=DEVICE).view(rows, -1)
+    nobody = torch.zeros(1, 1, page, DIM, dtype=torch.bfloat16, device=DEVICE)
+    pages = Pages(nobody, nobody, table, torch.full_like(table[:, 0], tokens), Found(), frames)
+    return pages, KV_HEADS * sum(x[0].nbytes for part in frames[:2] for x in part[:3]) // page
+
+
 def chosen(pages: Pages, share: float) -> tuple[list[Tensor], int]:
     """CALLS lists of a share of the pages, for each sequence and key head, no page in two of them; and the tokens."""
     batch, count = pages.table.shape
@@ -82,7 +107,7 @@ def chosen(pages: Pages, share: float) -> tuple[list[Tensor], int]:
 
 
 def cases(memory: Sequence[Tensor]) -> list[dict[str, Any]]:
-    """name, sequences, tokens each, calls of ours, tokens that a call reads, calls of the baseline."""
+    """name, sequences, tokens each, calls of ours, tokens that a call reads, calls of the baseline; of codes, bytes."""
 
     def queries(batch: int) -> Tensor:
         return torch.randn(batch, HEADS, 1, DIM, dtype=torch.bfloat16, device=DEVICE)
@@ -120,6 +145,17 @@ def cases(memory: Sequence[Tensor]) -> list[dict[str, Any]]:
     lists = [(indptr, torch.cat([x[i * len(x) // 10 :][: len(x) // 10] for x in orders])) for i in range(CALLS)]
     read = int(counts.sum()) * 16 // KV_HEADS
     found.append(ours("ragged, 10 %, pages of 16", q, ragged, lists, read, dense(q, tokens)))
+    for bits in (8, 4):
+        for page in (16, 64):
+            pages, token_bytes = coded(batch, tokens, page, bits)
+            k, v = (x[: len(pages.coded.hot_at) * page * DIM].view(-1, 1, page, DIM) for x in memory)
+            plain = Pages(k, v, pages.coded.cold_at.int().view_as(pages.table) - 1, pages.lengths)
+            lists, read = chosen(store(batch, tokens, page, memory), 0.1)
+            lists = [x.view(batch * KV_HEADS, 1, -1) for x in lists]
+            of_rows = q.view(batch * KV_HEADS, HEADS // KV_HEADS, 1, DIM)
+            base = [lambda each=each, of=plain, q=of_rows: attend_pages(q, of, each) for each in lists]
+            case = ours(f"10 %, pages of {page}, {bits} bits", of_rows, pages, lists, read, base)
+            found.append({**case, "batch": batch, "token bytes": token_bytes})
     # A prefix of 32,768 tokens that 32 sequences share, and 1,024 tokens of each one's own.
     batch, tokens, own = 32, 32768, 1024
     q, prefix = queries(batch), store(1, tokens, 64, memory)
@@ -141,7 +177,7 @@ def measure(case: dict[str, Any], rate: float, seconds: float) -> dict[str, Any]
     """One row."""
     function, baseline = captured(case["calls"]), captured(case["baseline"])
     (samples,) = rounds([function], baseline, seconds=seconds, clock=EventClock())
-    speed, read = ratio(samples), case["read"] * TOKEN_BYTES
+    speed, read = ratio(samples), case["read"] * case.get("token bytes", TOKEN_BYTES)
     return {
         "pattern": case["name"],
         "batch": case["batch"],

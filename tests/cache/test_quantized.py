@@ -5,8 +5,9 @@ import torch
 from test_policies import ALL, OWN, drawn, run
 
 from saccade import cache
-from saccade.cache import Grid, Policy, Quantized, Quest, Session, Tokens
+from saccade.cache import Evict, Grid, Policy, Quantized, Quest, Session, Tokens
 from saccade.cache.coded import CodedPool
+from saccade.softmax import attend_pages
 from saccade.testing.budget import assert_close
 from saccade.testing.oracles import dense_attention
 
@@ -138,6 +139,43 @@ def test_attention_is_that_to_what_the_codes_stand_for(scratch, chosen, n, monke
     assert_close(found, truth, truth, name="attention", terms=41, scale=float(v.abs().max()))
 
 
+def by_kernels(q, pages, chosen, scale, needs_lse):
+    return attend_pages(q, pages, chosen, scale=scale, return_lse=True, backend="triton")
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+@pytest.mark.parametrize("chosen", ["all", "pages", "tokens"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("keys", ["channel", "token"])
+def test_kernels_read_codes_where_they_lie(chosen, bits, keys, monkeypatch):
+    monkeypatch.setattr("saccade.cache.coded.has_kernels", lambda device: True)
+    monkeypatch.setattr("saccade.cache.store.read_pages", by_kernels)
+    monkeypatch.setattr(CodedPool, "_decoded", None)
+    q, k, v = (torch.randn(2, heads, 53, 32) for heads in (4, 2, 2))
+    policy = Evict(cache.KeyNorm(), cache.AcrossHeads(36))  # rows of unlike lengths
+    session = Session(Quantized(policy, bits, residual=6, keys=keys))
+    with torch.no_grad():
+        session.attend(0, q, k, v)
+        store = session.store(0)
+        slots, there = store.order()
+        keys, values = (store.read(x, slots) for x in (store.pool.k, store.pool.v))
+        mask, asked = there.clone(), None
+        if chosen == "pages":
+            asked = torch.stack([torch.randperm(2) for _ in range(4)]).view(2, 2, 2)
+            asked[1, 0, 1] = -1
+            mask &= (torch.arange(there.shape[2]) // 16 == asked[..., None]).any(2)
+        elif chosen == "tokens":
+            picked = torch.stack([torch.randperm(int(n))[:9] for n in store.counts.flatten()]).view(2, 2, 9)
+            mask, asked = (torch.arange(there.shape[2]) == picked[..., None]).any(2), Tokens(picked)
+        assert 0 < store.pool.num_coded < store.pool.in_use
+        found = store.attend(q[:, :, -1:], asked)
+    mask = mask.repeat_interleave(2, 1)[:, :, None]
+    wide = [x.double().masked_fill(~there[..., None], 0) for x in (keys, values)]
+    truth = dense_attention(q[:, :, -1:].double(), *wide, mask=mask)
+    eager = dense_attention(q[:, :, -1:], *(x.float() for x in wide), mask=mask)
+    assert_close(found, truth, eager, name="attention", terms=53, scale=float(v.abs().max()))
+
+
 def test_only_the_chosen_pages_are_decoded(monkeypatch):
     session, x = Session(Quantized(Policy(), residual=0)), torch.randn(1, 2, 320, 8)
     session.attend(0, x, x, x)
@@ -207,8 +245,9 @@ def test_nothing_is_asked_of_the_device_between_pages(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("gradients", [True, False])  # with them codes are decoded, else kernels read them
 @pytest.mark.parametrize("bits", [4, 8])
-def test_codes_on_a_gpu_are_those_on_a_cpu(bits):
+def test_codes_on_a_gpu_are_those_on_a_cpu(bits, gradients):
     q, k, v = drawn(heads=8, kv_heads=4, n=300, dtype=torch.bfloat16)
     sessions = [Session(Quantized(Quest(64), bits, residual=20)) for _ in range(2)]
     outputs = []
@@ -219,7 +258,8 @@ def test_codes_on_a_gpu_are_those_on_a_cpu(bits):
         store = session.store(0)
         slots, _ = store.order()
         outputs.append([store.read(x, slots).cpu() for x in (store.pool.k, store.pool.v)])
-        outputs[-1].append(store.attend(now[0][:, :, 299:]).cpu())
+        with torch.set_grad_enabled(gradients):
+            outputs[-1].append(store.attend(now[0][:, :, 299:]).cpu())
         assert store.pool.num_coded == 8 * (280 // 16)
     (keys, values, o), (on_gpu, values_on_gpu, found) = outputs
     for mine, other in ((on_gpu, keys), (values_on_gpu, values)):

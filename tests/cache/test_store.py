@@ -205,6 +205,35 @@ def test_single_tokens_are_read_for_each_key_or_query_head(heads):
     assert_close(found, truth, truth, name="attention to tokens", terms=7)
 
 
+def pages_of_heads(heads):
+    store, k, v = filled()
+    q = torch.randn(2, 2 * HEADS, 1, D).double()
+    pages = torch.stack([torch.randperm(6)[:3] for _ in range(2 * heads)]).view(2, heads, 3)
+    pages[0, 0, 1] = -1
+    found = store.attend(q, pages)
+    mask = (torch.arange(23) // PAGE == pages[..., None]).any(2)
+    mask = mask.repeat_interleave(2 * HEADS // heads, 1)[:, :, None]
+    truth = dense_attention(q, k, v, mask=mask)
+    assert_close(found, truth, truth, name="attention to pages", terms=23)
+
+
+@pytest.mark.parametrize("heads", [HEADS, 2 * HEADS])
+def test_pages_are_read_for_each_key_or_query_head(heads):
+    pages_of_heads(heads)
+
+
+def test_lists_of_another_key_head_are_noticed(monkeypatch):
+    """The broken twin: the lists of a sequence take its key heads in turns."""
+
+    def in_turns(store, lists, rows):
+        each = lists // store.kv_heads
+        return store._table(rows).repeat(each, 1), store._lengths(rows).repeat(each)
+
+    monkeypatch.setattr(Store, "_lists", in_turns)
+    with pytest.raises(AssertionError):
+        pages_of_heads(2 * HEADS)
+
+
 def test_what_is_free_is_never_read():
     store, k, v = filled()
     keep = torch.rand(2, HEADS, 23) < 0.4

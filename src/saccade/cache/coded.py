@@ -20,8 +20,10 @@ from saccade.cache.wrapped import Wrapped
 from saccade.errors import known, positive
 from saccade.softmax import Pages
 from saccade.softmax.page_rows import Found
+from saccade.softmax.paged import CodedFrames, Codes, has_kernels, reads_codes
 
 SCRATCH = 1 << 24  # numbers of k and v that are decoded at once
+WIDEST_CODED = 128  # channels of codes that a kernel reads
 AXES = ("channel", "token")
 
 
@@ -184,14 +186,33 @@ class CodedPool(LayeredPool):
     def reading(self, table: Tensor, lengths: Tensor, chosen: Tensor | None, found: Found) -> Reading:
         if not self.num_coded:
             yield Pages(self.hot["k"], self.hot["v"], self.hot_at[table.long()].int(), lengths, found), chosen
+        elif (pages := self._in_codes(self.page, table, lengths, found)) is not None:
+            yield pages, chosen
         else:
             yield from self._decoded(table, lengths, chosen)
 
-    def _decoded(self, table: Tensor, lengths: Tensor, chosen: Tensor | None) -> Iterator[tuple[Pages, Tensor]]:
-        """Full-precision copies of the chosen pages, at most `SCRATCH` numbers at a time.
+    def reading_tokens(self, places: Tensor, lengths: Tensor) -> Pages:
+        pages = self._in_codes(1, places, lengths, Found()) if self.num_coded else None
+        return super().reading_tokens(places, lengths) if pages is None else pages
 
-        A kernel that reads codes would take the place of this: it needs `cold`, `cold_at` and `hot_at`.
-        """
+    def _in_codes(self, page: int, table: Tensor, lengths: Tensor, found: Found) -> Pages | None:
+        """Pages of `page` tokens as they lie, for kernels that read codes; None where there are none."""
+        if not has_kernels(table.device) or torch.is_grad_enabled():
+            return None
+        k, v = (self.hot[name].view(-1, 1, page, self.dims[name]) for name in ("k", "v"))
+        coded = CodedFrames(self._codes("k"), self._codes("v"), self.hot_at, self.cold_at)
+        pages = Pages.trusted(k, v, table, lengths, found, coded)
+        # Of wider heads and of float32 a chip keeps most in local memory: there decoding first is no slower.
+        spills = table.is_cuda and (self.hot["k"].element_size() > 2 or max(self.dims.values()) > WIDEST_CODED)
+        return pages if reads_codes(pages) and not spills else None
+
+    def _codes(self, name: str) -> Codes:
+        grid = self.grids[name]
+        codes, zero, step = (self.cold[f"{name}_{kind}"] for kind in ("codes", "zero", "step"))
+        return Codes(codes, zero, step, grid.bits, 0 if grid.along == "channel" else grid.group)
+
+    def _decoded(self, table: Tensor, lengths: Tensor, chosen: Tensor | None) -> Iterator[tuple[Pages, Tensor]]:
+        """Full-precision copies of the chosen pages, at most `SCRATCH` numbers at a time."""
         (rows, width), numbers = table.shape, self.page * sum(self.dims.values())
         logical = torch.arange(width, device=table.device).expand(rows, 1, -1) if chosen is None else chosen.long()
         for part in logical.split(max(1, SCRATCH // (rows * numbers)), 2):
@@ -253,9 +274,11 @@ class Quantized(Wrapped):
     keys by token. A page that another session holds too is copied first.
 
     Memory of a coded page, in bits a number of 16: bits + 32 / page for keys, bits + 32 / group for values, and 4 bytes
-    a token. Costs: the chosen pages are decoded into at most 2^24 numbers of scratch at a time. Pages are looked
-    through, which waits for the device, once every `policy.page` steps, and at steps that drop a token. Errors:
-    ValueError for other bits, and for a policy that has a storage of its own.
+    a token. Costs: on a GPU, without gradients, a step reads those bytes of what is chosen, in 16 bits and up to 128
+    channels, where a token has whole words of 32 bits and `group` is a power of two, of a word at least; elsewhere the
+    chosen pages are decoded into at most 2^24 numbers of scratch at a time. Pages are looked through, which waits for
+    the device, once every `policy.page` steps, and at steps that drop a token. Errors: ValueError for other bits, and
+    for a policy that has a storage of its own.
 
     >>> from saccade.cache import Quest
     >>> session, x = Session(Quantized(Quest(64), bits=4, residual=16)), torch.randn(1, 2, 600, 64)

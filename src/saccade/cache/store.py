@@ -191,8 +191,8 @@ class Store:
     ) -> Tensor:
         """o (G, H, N, Dv) of the last N tokens' queries, q (G, H, N, D), as `attend_pages` has it.
 
-        chosen: all (default); pages int (G, Hkv, K), -1 for none; or `Tokens`, for each key head or each query head,
-        for N = 1. Single tokens are read as pages of one token.
+        chosen: all (default); pages int (G, Hkv or H, K), -1 for none; or `Tokens`, for N = 1. Each query head reads
+        the list of its key head once for all of a group, or a list of its own. Single tokens are read as pages of one.
         """
         (batch, heads, n, _), kv_heads, pool = q.shape, self.kv_heads, self.pool
         lists, listed = kv_heads, None
@@ -204,8 +204,9 @@ class Store:
             reading: Reading = iter([(pool.reading_tokens(place, torch.full_like(place[:, 0], count)), listed)])
         else:
             if chosen is not None:
-                listed = chosen.reshape(batch * kv_heads, 1, -1).int()
-            reading = pool.reading(self._table(rows), self._lengths(rows), listed, self.found)
+                lists = chosen.shape[1]
+                listed = chosen.reshape(batch * lists, 1, -1).int()
+            reading = pool.reading(*self._lists(lists, rows), listed, self.found)
         of_rows = q.reshape(batch * lists, heads // lists, n, -1)
         parts = [read_pages(of_rows, *part, scale, needs_lse=not pool.whole) for part in reading]
         o = parts[0][0] if len(parts) == 1 else merge(parts)[0]
@@ -218,9 +219,11 @@ class Store:
         return self.pool.scores(q, self._table(rows), self._lengths(rows), self.width(rows), scale)
 
     def prefetch(self, pages: Tensor, rows: Sequence[int] | None = None) -> None:
-        """Pages int (G, Hkv, K), -1 for none, that a step will soon read; a guess, which costs time alone if wrong."""
+        """Pages int (G, Hkv or H, K), -1 for none, that a step will soon read; a guess, which costs time alone if
+        wrong.
+        """
         if self.table.shape[1]:
-            self.pool.prefetch(self._table(rows), self._lengths(rows), pages.flatten(0, 1)[:, None])
+            self.pool.prefetch(*self._lists(pages.shape[1], rows), pages.flatten(0, 1)[:, None])
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -548,6 +551,11 @@ class Store:
 
     def _lengths(self, rows: Sequence[int] | None) -> Tensor:
         return self.lengths if rows is None else self.lengths[self._rows(rows)]
+
+    def _lists(self, lists: int, rows: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+        """Tables and lengths of `lists` lists a sequence, those of the same key head one after another."""
+        found, each = (self._table(rows), self._lengths(rows)), lists // self.kv_heads
+        return found if each == 1 else (found[0].repeat_interleave(each, 0), found[1].repeat_interleave(each, 0))
 
     def _places(self, slots: Tensor, rows: Sequence[int] | None) -> Tensor:
         """Where slots (G, Hkv, M) lie among all tokens of the pool."""

@@ -37,7 +37,7 @@ class Codes(NamedTuple):
     group: int
 
 
-class Coded(NamedTuple):
+class CodedFrames(NamedTuple):
     """Where pages lie of which some are codes: tables name pages that have a frame in full precision or one of codes.
 
     k, v: the codes. hot_at, cold_at (P,): the frame of a page among those in full precision, and among those of codes;
@@ -51,7 +51,7 @@ class Coded(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Of a frame."""
+        """Tokens a frame. Pages are frames, or, where they are shorter, pieces of frames, one after another."""
         return self.k.codes.shape[1]
 
 
@@ -64,6 +64,7 @@ class Pages:
     max_pages) int32: the physical page of each logical one; pages may be shared. lengths (B,) int32: tokens of each
     sequence. What lies in pages that no table names, or behind a sequence's end, reaches no result. found: what a host
     that reads these pages itself has found of the tables, for those who ask again; pages that follow these share it.
+    coded: where pages lie of which some are codes; then k and v are the frames of the others, and of one key head.
 
     >>> k, v = torch.randn(2, 2, 3, 50, 8)
     >>> pages = Pages.of(k, v, page=16, room=14)
@@ -78,7 +79,7 @@ class Pages:
     table: Tensor
     lengths: Tensor
     found: Found = field(default_factory=Found, repr=False)
-    coded: Coded | None = None
+    coded: CodedFrames | None = None
 
     def __post_init__(self) -> None:
         for name, x in (("k", self.k), ("v", self.v)):
@@ -103,10 +104,12 @@ class Pages:
             )
 
     @classmethod
-    def trusted(cls, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, found: Found) -> Pages:
+    def trusted(
+        cls, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, found: Found, coded: CodedFrames | None = None
+    ) -> Pages:
         """Pages as they are, for a store, whose tensors are right by their making: nothing is checked."""
         pages = object.__new__(cls)
-        vars(pages).update(k=k, v=v, table=table, lengths=lengths, found=found)
+        vars(pages).update(k=k, v=v, table=table, lengths=lengths, found=found, coded=coded)
         return pages
 
     @classmethod
@@ -148,6 +151,8 @@ class Pages:
 
         The tables must have pages for them; on a CPU an error says so, elsewhere the device does.
         """
+        if self.coded is not None:
+            raise ValueError("k: got tokens for pages of which some are codes; append them to the store of these pages")
         _check_pair(k, v)
         n, form = k.shape[2], (len(self.table), self.k.shape[1])
         for name, x, store in (("k", k, self.k), ("v", v, self.v)):
@@ -401,9 +406,24 @@ def _reasons(problem: Problem, *stores: Pages) -> list[str]:
         found.append(f"its kernels hold {WIDEST} channels, got {k.shape[3]} and {v.shape[3]}")
     if any(x.stride(-1) != 1 for pages in stores for x in (pages.k, pages.v)):
         found.append("the channels of k or v do not lie side by side")
+    if not all(pages.coded is None or reads_codes(pages) for pages in stores):
+        found.append("its kernels read codes of one key head, whole words of 32 bits a token and 2^n channels a group")
     if problem.wants_gradients:
         found.append("it has no gradients, and q, k or v asks for them")
     return found
+
+
+def reads_codes(pages: Pages) -> bool:
+    """Whether kernels read these pages, some of which are codes, where kernels run and there are no gradients."""
+    assert pages.coded is not None
+    for x, codes in ((pages.k, pages.coded.k), (pages.v, pages.coded.v)):
+        words, group = codes.codes.shape[2] / 4, codes.group
+        whole = words == x.shape[3] * codes.bits / 32 and words.is_integer()
+        if group:
+            whole &= group.bit_count() == 1 and group * codes.bits % 32 == 0
+        if not whole or x.shape[1] > 1 or x.shape[3] > WIDEST or x.dtype == torch.float64:
+            return False
+    return True
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -419,6 +439,10 @@ def _interpreted() -> bool:
 
 def _choose(backend: str, problem: Problem, *stores: Pages) -> str:
     known("backend", backend, BACKENDS)
+    if any(pages.coded is not None for pages in stores):
+        if found := ["torch reads none"] if backend == "torch" else _reasons(problem, *stores):
+            raise ValueError(f"pages: some are codes, which kernels alone read, but {'; '.join(found)}")
+        return "triton"
     if backend == "torch":
         return backend
     if backend == "auto":

@@ -7,7 +7,11 @@ the tokens of it that make a step). Each program walks an equal part of the line
 whose lists it meets, and leaves a partial (o, lse) for each; a second kernel merges the partials of a list. Nothing is
 planned on the host, so that one captured graph serves any lengths and lists. LeanAttention, arXiv 2405.10480.
 
-Cost: each listed key and value is read once; a partial is 4 (Dv + 1) bytes a row, one a program and list.
+Pages may be codes (`paged.CodedFrames`): a step then has two tiles of keys and of values, one in full precision and one
+that is restored from codes in registers; nothing is read for the one whose memory the page does not lie in.
+
+Cost: each listed key and value is read once, in the bytes that it lies in; a partial is 4 (Dv + 1) bytes a row, one a
+program and list.
 """
 
 from __future__ import annotations
@@ -22,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from saccade.softmax.kernels.arguments import Heads
 from saccade.softmax import paged
+from saccade.softmax.kernels.arguments import Heads
 from saccade.softmax.kernels.scores import LOG2E, along, tanh
 from saccade.softmax.paged import Chosen, Pages
 from saccade.softmax.problem import Problem
@@ -49,7 +53,7 @@ class Codes(NamedTuple):
     @classmethod
     def of(cls, codes: paged.Codes, per: int) -> Codes:
         given = (codes.bits, codes.group, per)
-        return cls(codes.codes, codes.zero, codes.step, *(tl.constexpr(x) for x in given))
+        return cls(codes.codes.view(torch.int32), codes.zero, codes.step, *(tl.constexpr(x) for x in given))
 
 
 class Memory(NamedTuple):
@@ -63,7 +67,7 @@ class Memory(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where pages lie that may be codes: see `softmax.paged.Coded`."""
+    """Where pages lie that may be codes: see `softmax.paged.CodedFrames`."""
 
     hot_at: Tensor
     cold_at: Tensor
@@ -238,65 +242,95 @@ def fetch(
 
 
 @triton.jit
+def fraction(words, one, at: tl.constexpr, BITS: tl.constexpr):
+    """1 + code / 2^BITS of the code that begins at bit `at`: below the exponent of 1, with no conversion, for that is
+    slow.
+    """
+    TO: tl.constexpr = 23 - BITS  # the first bits of a float's mantissa
+    if at < TO:
+        moved = words << (TO - at)
+    else:
+        moved = words >> (at - TO)
+    return (moved & (2**BITS - 1) * 2**TO | one).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def fractions(words, one, first: tl.constexpr, every: tl.constexpr, BITS: tl.constexpr):
+    """`fraction` of the codes first, first + every, ... of words (...): (..., 2, ..., 2), in order."""
+    if every * BITS == 32:
+        return fraction(words, one, first * BITS, BITS)
+    else:
+        return tl.join(
+            fractions(words, one, first, 2 * every, BITS),
+            fractions(words, one, first + every, 2 * every, BITS),
+        )
+
+
+@triton.jit
 def restore(
-    codes, page, slot, there, dtype: tl.constexpr,
+    codes, page, slot, there, one, dtype: tl.constexpr,
     PAGE: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """As `fetch`, from codes: zero + step code, in float32, then in dtype."""
-    PACK: tl.constexpr = 8 // codes.BITS
-    BYTES: tl.constexpr = (WIDTH + PACK - 1) // PACK
+    PACK: tl.constexpr = 32 // codes.BITS
     GROUP: tl.constexpr = PADDED if codes.GROUP == 0 else min(codes.GROUP, PADDED)
     GROUPS: tl.constexpr = PADDED // GROUP
-    token = (slot + tl.arange(0, BN)) % PAGE
-    row = page.to(tl.int64) * PAGE + token
+    row = page.to(tl.int64) * PAGE + (slot + tl.arange(0, BN)) % PAGE
     group = tl.arange(0, GROUPS)
-    byte = group[:, None] * (GROUP // PACK) + tl.arange(0, GROUP // PACK)[None, :]
-    packed = tl.load(
-        codes.x + row[:, None, None] * BYTES + byte[None, :, :],
-        mask=there[:, None, None] & (byte < BYTES)[None, :, :],
+    word = group[:, None] * (GROUP // PACK) + tl.arange(0, GROUP // PACK)[None, :]
+    words = tl.load(
+        codes.x + row[:, None, None] * (WIDTH // PACK) + word[None, :, :],
+        mask=there[:, None, None] & (word < WIDTH // PACK)[None, :, :],
         other=0,
-    ).to(tl.int32)
-    if PACK == 2:
-        packed = tl.reshape(tl.join(packed & 15, packed >> 4), [BN, GROUPS, GROUP])
-    # A whole number below 2^23 behind the exponent of 2^23 is that number on top of it: no conversion, which is slow.
-    number = (packed | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    )
+    number = tl.reshape(fractions(words, one, 0, 1, codes.BITS), [BN, GROUPS, GROUP])
     if codes.GROUP > 0:
-        COUNT: tl.constexpr = (WIDTH + codes.GROUP - 1) // codes.GROUP
+        COUNT: tl.constexpr = (WIDTH + GROUP - 1) // GROUP
         beside = row[:, None] * COUNT + group[None, :]
         here = there[:, None] & (group < COUNT)[None, :]
         zero = tl.load(codes.zero + beside, mask=here, other=0.0).to(tl.float32)[:, :, None]
         step = tl.load(codes.step + beside, mask=here, other=0.0).to(tl.float32)[:, :, None]
     else:
-        channel = tl.arange(0, PADDED)
+        channel = tl.arange(0, PADDED)[None, None, :]
         if PAGE % BN == 0:
-            beside = (page // codes.PER).to(tl.int64) * WIDTH + channel[None, None, :]
-            here = (page > 0) & (channel < WIDTH)[None, None, :]
+            beside = (page // codes.PER).to(tl.int64) * WIDTH + channel
+            here = (page > 0) & (channel < WIDTH)
         else:
-            beside = (page // codes.PER).to(tl.int64)[:, None, None] * WIDTH + channel[None, None, :]
-            here = there[:, None, None] & (channel < WIDTH)[None, None, :]
+            beside = (page // codes.PER).to(tl.int64)[:, None, None] * WIDTH + channel
+            here = there[:, None, None] & (channel < WIDTH)
         zero = tl.load(codes.zero + beside, mask=here, other=0.0).to(tl.float32)
         step = tl.load(codes.step + beside, mask=here, other=0.0).to(tl.float32)
-    x = tl.reshape((zero + step * number).to(dtype), [BN, PADDED])
+    step = step * 2**codes.BITS
+    x = tl.reshape((zero - step + step * number).to(dtype), [BN, PADDED])
     return x if DIM == 0 else tl.trans(x)
 
 
 @triton.jit
 def read(
-    x, head, place, slot, there,
+    x, head, place, slot, there, one,
     PAGE: tl.constexpr, BN: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     DIM: tl.constexpr,
 ):  # fmt: skip
-    """As `fetch`, of pages that lie where `placed` says."""
+    """Tiles whose sum is what `fetch` would give, of pages that lie where `placed` says: one; or two where pages may be
+    codes, of which that in full precision, or that of codes, is zeros.
+    """
     if x.codes is None:
-        return fetch(x, head, place, slot, there, PAGE, BN, STRIDE, WIDTH, PADDED, DIM)
+        return (fetch(x, head, place, slot, there, PAGE, BN, STRIDE, WIDTH, PADDED, DIM),)
     else:
         hot = fetch(x, head, place, slot, there & (place > 0), PAGE, BN, STRIDE, WIDTH, PADDED, DIM)
         dtype = x.x.dtype.element_ty
-        cold = restore(x.codes, -place, slot, there & (place < 0), dtype, PAGE, BN, WIDTH, PADDED, DIM)
-        if PAGE % BN == 0:
-            return tl.where(place < 0, cold, hot)
+        return hot, restore(x.codes, -place, slot, there & (place < 0), one, dtype, PAGE, BN, WIDTH, PADDED, DIM)
+
+
+@triton.jit
+def multiply(tiles, other, acc, SIDE: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + the sum of the tiles times other, which is on the SIDE 1, the right one, or 0."""
+    for i in tl.static_range(len(tiles)):
+        if SIDE == 1:
+            acc = tl.dot(tiles[i], other.to(tiles[i].dtype), acc, input_precision=PRECISION)
         else:
-            return tl.where(along(place < 0, DIM), cold, hot)
+            acc = tl.dot(other.to(tiles[i].dtype), tiles[i], acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -344,6 +378,7 @@ def attend_split(
         place_1 = placed(places, physical_1, origin_1, length)
         logical = listed(lists, names, first + 3 * BN, last, PAGE, BN)
         nought = tl.minimum(length, 0)  # loops that only hand a value on are not pipelined; this sum looks like work
+        one = 0x3F800000 + nought  # the bits of 1; what the compiler does not know it keeps at hand
 
         r = own % parts * ROWS + tl.arange(0, ROWS)
         exists = r < all_rows
@@ -374,12 +409,13 @@ def attend_split(
             else:
                 position = origin + (slot + tl.arange(0, BN)) % PAGE
                 some = position < length
-            ks = read(k, head, place, slot, some, PAGE, BN, K_STRIDE, D, PAD_D, AXIS)
-            vs = read(v, head, place, slot, position < length, PAGE, BN, V_STRIDE, DV, PAD_DV, 1 - AXIS)
+            ks = read(k, head, place, slot, some, one, PAGE, BN, K_STRIDE, D, PAD_D, AXIS)
+            vs = read(v, head, place, slot, position < length, one, PAGE, BN, V_STRIDE, DV, PAD_DV, 1 - AXIS)
             if AXIS == 0:
-                z = tl.dot(ks, qs, input_precision=PRECISION) * scale
+                z = tl.zeros([BN, ROWS], tl.float32)
             else:
-                z = tl.dot(qs, ks, input_precision=PRECISION) * scale
+                z = tl.zeros([ROWS, BN], tl.float32)
+            z = multiply(ks, qs, z, 1 - AXIS, PRECISION) * scale
             if cap is not None:
                 z = cap * tanh(z / cap)
             z = tl.where(along(position, AXIS) < along(limit, 1 - AXIS), z, float("-inf"))
@@ -389,10 +425,7 @@ def attend_split(
             shrink = tl.exp2(top - base)
             mass = mass * shrink + tl.sum(p, AXIS)
             acc = acc * along(shrink, 1 - AXIS)
-            if AXIS == 0:
-                acc = tl.dot(vs, p.to(vs.dtype), acc, input_precision=PRECISION)
-            else:
-                acc = tl.dot(p.to(vs.dtype), vs, acc, input_precision=PRECISION)
+            acc = multiply(vs, p, acc, 1 - AXIS, PRECISION)
             top = new
             origin = origin_1 + nought
             place = place_1 + nought
@@ -514,7 +547,7 @@ def partial(
     all_rows = group * shared * nq
     table, lengths = pages.table.contiguous(), pages.lengths.contiguous()
     pad_d, pad_dv = (max(16, triton.next_power_of_2(x)) for x in (d, dv))
-    cut = cut_of(all_rows, pad_d, pad_dv, q.element_size())
+    cut = cut_of(all_rows, pad_d, pad_dv, q.element_size(), 0 if pages.coded is None else pages.coded.k.bits)
     unit = math.gcd(page, cut.tokens)
     parts, kept = -(-all_rows // cut.rows), min(cut.rows, all_rows)
     lists = Lists.of(chosen, len(pages.table), kv_heads, parts)
@@ -555,9 +588,9 @@ def memory(pages: Pages) -> tuple[Memory, Memory, Places | None]:
     return Memory(*k, Codes.of(coded.k, per)), Memory(*v, Codes.of(coded.v, per)), places
 
 
-def cut_of(rows: int, pad_d: int, pad_dv: int, bytes_each: int) -> Cut:
-    """The cut for `rows` rows a key head. What counts is bytes on their way, and a program of one warp waits for
-    nobody; where its registers do not hold the rows, several share them.
+def cut_of(rows: int, pad_d: int, pad_dv: int, bytes_each: int, bits: int = 0) -> Cut:
+    """The cut for `rows` rows a key head, and pages some of which are codes of `bits`. What counts is bytes on their
+    way, and a program of one warp waits for nobody; where its registers do not hold the rows, several share them.
     """
     if rows <= 16:
         kept, tokens, axis, warps, stages, most = 8 if rows <= 8 else 16, 16, int(rows > 8), 1, 4, 12
@@ -565,9 +598,13 @@ def cut_of(rows: int, pad_d: int, pad_dv: int, bytes_each: int) -> Cut:
         kept, tokens, axis, warps, stages, most = 64, 64, 1, 4, 3, 2
     else:
         kept, tokens, axis, warps, stages, most = 128, 64, 1, 8, 3, 1
+    if bits:  # two tiles in the place of one, the one of which is hardly used; and one that is restored
+        tokens, stages = max(16, tokens // 2), 3
     while True:
         buffers = stages - 1 if warps == 1 else stages  # products of several read theirs as others are filled
         own = (tokens * (pad_d + pad_dv) * buffers + kept * pad_d) * bytes_each + OVERHEAD
+        if bits:  # codes, zeros and steps; and tiles that are restored, on their way to a product
+            own += tokens * (pad_d + pad_dv) * (buffers * (bits + 4) // 8 + bytes_each * (1 if warps == 1 else 2))
         if own <= SHARED or tokens == 16:
             return Cut(kept, tokens, axis, warps, stages, max(1, min(most, SHARED // own)))
         tokens //= 2
