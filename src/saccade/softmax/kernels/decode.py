@@ -294,7 +294,7 @@ def restore(
         channel = tl.arange(0, PADDED)[None, None, :]
         if PAGE % BN == 0:
             beside = (page // codes.PER).to(tl.int64) * WIDTH + channel
-            here = (page > 0) & (channel < WIDTH)
+            here = channel < tl.where(page > 0, WIDTH, 0)
         else:
             beside = (page // codes.PER).to(tl.int64)[:, None, None] * WIDTH + channel
             here = there[:, None, None] & (channel < WIDTH)
@@ -317,9 +317,10 @@ def read(
     if x.codes is None:
         return (fetch(x, head, place, slot, there, PAGE, BN, STRIDE, WIDTH, PADDED, DIM),)
     else:
-        hot = fetch(x, head, place, slot, there & (place > 0), PAGE, BN, STRIDE, WIDTH, PADDED, DIM)
+        each = tl.zeros([BN], tl.int32) + place  # an interpreter takes masks of whole tiles alone
+        hot = fetch(x, head, place, slot, there & (each > 0), PAGE, BN, STRIDE, WIDTH, PADDED, DIM)
         dtype = x.x.dtype.element_ty
-        return hot, restore(x.codes, -place, slot, there & (place < 0), one, dtype, PAGE, BN, WIDTH, PADDED, DIM)
+        return hot, restore(x.codes, -place, slot, there & (each < 0), one, dtype, PAGE, BN, WIDTH, PADDED, DIM)
 
 
 @triton.jit
