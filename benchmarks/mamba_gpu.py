@@ -21,19 +21,17 @@ machine.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from attend_gpu import graphed
-from common import save, show
-from scan_gpu import copy_rate, step
+from scan_gpu import beside, step, sweep
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from saccade.bench.timing import Samples, clock_for, ratio, rounds
+from saccade.bench.timing import clock_for, rounds
 from saccade.scan import linear_attention, selective_scan
 
 Inputs = list[Tensor]
@@ -217,11 +215,8 @@ def measure(case: Case, backward: bool, seconds: float, rate: float) -> dict[str
         row: dict[str, Any] = {"triton ms": round(taken * 1e3, 4)}
     else:
         (found,) = rounds([theirs[0]], mine, seconds=seconds, clock=clock)
-        taken, faster = found.baseline_seconds, ratio(Samples(found.baseline, found.function))  # theirs over ours
-        row = {"triton ms": round(taken * 1e3, 4), "mamba ms": round(found.seconds * 1e3, 4)}
-        row |= {"over mamba": round(faster.median, 3), "mamba error": float(f"{theirs[1]:.2e}")}
-        row |= {"over mamba low": faster.low and round(faster.low, 3)}
-        row |= {"over mamba high": faster.high and round(faster.high, 3)}
+        taken = found.baseline_seconds
+        row = {"triton ms": round(taken * 1e3, 4), "mamba error": float(f"{theirs[1]:.2e}")} | beside("mamba", found)
     floor = case.floor(backward) / rate
     return row | {
         "floor ms": round(floor * 1e3, 4),
@@ -231,35 +226,7 @@ def measure(case: Case, backward: bool, seconds: float, rate: float) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each case and direction")
-    parser.add_argument("--forward", action="store_true", help="leave the backward pass out")
-    options = parser.parse_args()
-    rate, rows = copy_rate(), []
-    print(f"a copy moves {rate / 1e12:.2f} TB/s")
-    for case in CASES:
-        if options.only not in case.name:
-            continue
-        for backward in (False,) if options.forward else (False, True):
-            row = measure(case, backward, options.seconds, rate)
-            name = f"{case.name}, forward{' + backward' if backward else ''}"
-            rows.append({"pattern": name, "tokens": case.tokens, **row})
-            print({k: v for k, v in rows[-1].items() if not k.endswith(("low", "high"))}, flush=True)
-            save("mamba_gpu", rows[-1:], device="cuda", dtype="bfloat16", copy_bytes_per_second=round(rate))
-            torch.cuda.empty_cache()
-    shown = (
-        "pattern",
-        "tokens",
-        "triton ms",
-        "mamba ms",
-        "over mamba",
-        "floor ms",
-        "over floor",
-        "error",
-        "mamba error",
-    )
-    show("Scans of Mamba: milliseconds, and how many times faster", [{n: row.get(n) for n in shown} for row in rows])
+    sweep(__doc__, "mamba_gpu", CASES, measure, "Scans of Mamba", "mamba ms", "over mamba", "error", "mamba error")
 
 
 if __name__ == "__main__":

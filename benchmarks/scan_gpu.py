@@ -196,44 +196,48 @@ def measure(case: Case, backward: bool, seconds: float, rate: float) -> dict[str
     samples = dict(zip(names, found, strict=True))
     mine, floor = found[0].baseline_seconds, case.floor(backward) / rate
     row: dict[str, Any] = {"triton ms": round(mine * 1e3, 4), "floor ms": round(floor * 1e3, 4)}
-    row |= {"TB/s moved": round(case.moved(backward, inputs) / mine / 1e12, 2)}
+    row |= {"over floor": round(mine / floor, 2), "TB/s moved": round(case.moved(backward, inputs) / mine / 1e12, 2)}
     for name, one in samples.items():
-        faster = ratio(Samples(one.baseline, one.function))  # theirs over ours
-        row |= {f"{name} ms": round(one.seconds * 1e3, 4), f"over {name}": round(faster.median, 3)}
-        row |= {f"over {name} low": faster.low and round(faster.low, 3)}
-        row |= {f"over {name} high": faster.high and round(faster.high, 3)}
+        row |= beside(name, one)
     return row | {"error": float(f"{error(case, inputs):.2e}")}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def beside(name: str, samples: Samples) -> dict[str, Any]:
+    """Milliseconds of a peer, and how many times faster ours, the baseline, was."""
+    faster = ratio(Samples(samples.baseline, samples.function))  # theirs over ours
+    row = {f"{name} ms": round(samples.seconds * 1e3, 4), f"over {name}": round(faster.median, 3)}
+    return row | {
+        f"over {name} {end}": value and round(value, 3) for end, value in (("low", faster.low), ("high", faster.high))
+    }
+
+
+def sweep(
+    about: str | None, results: str, cases: list[Any], measured: Callable[..., dict[str, Any]], title: str, *shown: str
+) -> None:
+    """The command: `measured(case, backward, seconds, rate)` of the cases that are asked for, saved row by row."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each case and direction")
     parser.add_argument("--forward", action="store_true", help="leave the backward pass out")
     options = parser.parse_args()
     rate, rows = copy_rate(), []
     print(f"a copy moves {rate / 1e12:.2f} TB/s")
-    for case in CASES:
+    for case in cases:
         if options.only not in case.name:
             continue
         for backward in (False,) if options.forward else (False, True):
-            row = measure(case, backward, options.seconds, rate)
+            row = measured(case, backward, options.seconds, rate)
             name = f"{case.name}, forward{' + backward' if backward else ''}"
             rows.append({"pattern": name, "tokens": case.tokens, **row})
             print({k: v for k, v in rows[-1].items() if not k.endswith(("low", "high"))}, flush=True)
-            save("scan_gpu", rows[-1:], device="cuda", dtype="bfloat16", copy_bytes_per_second=round(rate))
-    shown = (
-        "pattern",
-        "tokens",
-        "triton ms",
-        "floor ms",
-        "over floor",
-        "TB/s moved",
-        "fla ms",
-        "over fla",
-        "over dense",
-    )
-    show("Scans: milliseconds, and how many times faster", [{n: row.get(n) for n in shown} for row in rows])
+            save(results, rows[-1:], device="cuda", dtype="bfloat16", copy_bytes_per_second=round(rate))
+            torch.cuda.empty_cache()
+    names = ("pattern", "tokens", "triton ms", "floor ms", "over floor", *shown)
+    show(f"{title}: milliseconds, and how many times faster", [{n: row.get(n) for n in names} for row in rows])
+
+
+def main() -> None:
+    sweep(__doc__, "scan_gpu", CASES, measure, "Scans", "TB/s moved", "fla ms", "over fla", "over dense")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Compile the kernels of the scans for compute capability 9.0, without a GPU: python compile_kernels.py DTYPE.
 
-The interpreter runs kernels as Python and is blind to what the compiler refuses: names that change their type, branches
-that leave other types behind, what is None in one variant alone. Prints a line a kernel.
+Prints a line a kernel; see `saccade.testing.offline`.
 """
 
 import sys
@@ -10,43 +9,18 @@ from io import StringIO
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
 
 from saccade.scan.kernels import launch, selective_ops, step_ops
 from saccade.scan.kernels.abreast import compiling
 from saccade.scan.kernels.delta_launch import DeltaLaunch
 from saccade.scan.kernels.launch import Launch, Sizes, Tile
+from saccade.testing.offline import compile_only
 
 TOKENS, D, DV = 96, 16, 32  # of several chunks and tiles, the smallest that make every product
 
 
-class NoGpu:
-    """What the compiler asks of a driver."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-
-def compiled(kernel: JITFunction, grid: object):
-    """In the place of a launch."""
-
-    def run(*args, **options):
-        kernel.warmup(*args, grid=grid, **options)
-        print(kernel.fn.__name__, flush=True)
-
-    return run
-
-
 def main(dtype: torch.dtype) -> None:
-    triton.runtime.driver.set_active(NoGpu())
-    JITFunction.__getitem__ = compiled
+    compile_only(lambda name, _: print(name, flush=True))
     Sizes.of = classmethod(lambda cls, *problem: cls(32, Tile(16, 4, 2)))
     Launch.stretches = 2
     launch.ANCHORED = 64

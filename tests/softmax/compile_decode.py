@@ -4,43 +4,24 @@ Pages in full precision and in codes of 8 and 4 bits, read whole and token by to
 its name, the case, and the bytes of shared memory, which must not be more than a program may have.
 """
 
+from typing import Any
+
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
 
 from saccade.softmax import Pages
 from saccade.softmax.kernels import decode
 from saccade.softmax.page_rows import Found
 from saccade.softmax.paged import FULL, SOFTMAX, CodedFrames, Codes
 from saccade.softmax.problem import Problem
+from saccade.testing.offline import compile_only
 
 FRAMES, DIM, ROWS = 2, 128, 4
 
 
-class NoGpu:
-    """What the compiler asks of a driver."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-
-def compiled(kernel: JITFunction, grid: object):
-    """In the place of a launch."""
-
-    def run(*args, **options):
-        if kernel is decode.attend_split:
-            found = kernel.warmup(*args, grid=grid, **options)
-            assert found.metadata.shared <= decode.SHARED, found.metadata.shared
-            print(kernel.fn.__name__, *case, found.metadata.shared, flush=True)
-
-    return run
+def seen(name: str, kernel: Any) -> None:
+    if name == "attend_split":
+        assert kernel.metadata.shared <= decode.SHARED, kernel.metadata.shared
+        print(name, *case, kernel.metadata.shared, flush=True)
 
 
 def pages(bits: int, along: str, frame: int, page: int) -> Pages:
@@ -57,8 +38,7 @@ def pages(bits: int, along: str, frame: int, page: int) -> Pages:
     return Pages.trusted(k, v, table, table[:, 0].contiguous(), Found(), coded)
 
 
-triton.runtime.driver.set_active(NoGpu())
-JITFunction.__getitem__ = compiled
+compile_only(seen)
 CASES = [
     (0, "channel", 16, 16, 4),
     *((bits, along, 16, page, 4) for bits in (8, 4) for along in ("channel", "token") for page in (16, 1)),
