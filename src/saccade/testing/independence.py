@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from saccade.contract import Mechanism
+from saccade.contract import Mechanism, Weights
 from saccade.testing.registry import named
 from saccade.testing.subject import Subject
 
@@ -79,6 +79,8 @@ class Reader(ast.NodeVisitor):
             return
         if in_room or is_fast or value is self.instance or any(value is fused for fused in FUSED):
             self.forbidden.append(f"{self.at} uses {text}")
+        elif value is Weights or (home == Mechanism.__module__ and inspect.isfunction(value)):
+            self.read[value] = text  # what is written there by the book is for one of the two
         elif own and inspect.isroutine(value):
             self.follow(value, method_of)
         elif own and isinstance(value, nn.Module):

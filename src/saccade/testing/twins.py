@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from saccade.contract import Attention, Case, Dims, Finding, Mechanism, claim
+from saccade.contract import Attention, Case, Dims, Finding, Mechanism, claim, rotated
 from saccade.errors import check_cu_seqlens
 from saccade.testing.healthy import Decayed, Sliding
 from saccade.where import Causal, Plan, Window
@@ -650,6 +650,17 @@ class SharedHelper(Decayed):
 
     def oracle(self, x: Tensor) -> Tensor:
         return super().oracle(self.turned(x))
+
+
+@twin("oracle_independent", "share rotated")
+class SharedBook(Decayed):
+    """The fast path takes what is by the book, for oracles, and so does its oracle."""
+
+    def compute(self, x: Tensor, **options: Any) -> Tensor:
+        return super().compute(rotated(x, torch.arange(x.shape[1]), 100.0), **options)
+
+    def oracle(self, x: Tensor) -> Tensor:
+        return super().oracle(rotated(x, torch.arange(x.shape[1]), 100.0))
 
 
 @twin("claim", "0.50 times")
