@@ -100,6 +100,15 @@ def padded(side, lengths=(11, 7, 1, 9)):
     return tokens(*real.shape) * real, real
 
 
+# Options of `generate`.
+ROUTES = {"greedy": {}, "beam": {"num_beams": 3}, "chunked": {"prefill_chunk_size": 4}}
+
+
+def generated(model, read, real, **options):
+    """Six tokens more."""
+    return model.generate(read, attention_mask=real, do_sample=False, max_new_tokens=6, **options)
+
+
 def close(found, oracle, eager, where=...):
     assert_close(found[where], oracle[where], eager[where], name="logits", terms=TERMS)
 

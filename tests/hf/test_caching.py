@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf_models import FULL, close, made, padded, tokens, wide
+from hf_models import FULL, ROUTES, close, generated, made, padded, tokens, wide
 from transformers import DynamicCache
 
 import saccade
@@ -28,17 +28,12 @@ POLICIES = {
     "across_layers": lambda budget: Evict(KeyNorm(), AcrossLayers(budget)),
     "quest": lambda budget: Quest(budget, page=4),
 }
-ROUTES = {"greedy": {}, "beam": {"num_beams": 3}, "chunked": {"prefill_chunk_size": 4}}
 
 
 @pytest.fixture(autouse=True)
 def _no_grad():
     with torch.no_grad():
         yield
-
-
-def generated(model, read, real, **options):
-    return model.generate(read, attention_mask=real, do_sample=False, max_new_tokens=6, **options)
 
 
 @pytest.mark.parametrize("shape", FULL)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf_models import FULL, SHAPES, made, near, padded, tokens
+from hf_models import FULL, ROUTES, SHAPES, generated, made, near, padded, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache, StaticCache
 
@@ -18,17 +18,12 @@ POLICIES = {
     "second_layer": lambda model: [None, cache.knorm(4), None],
 }
 ALL = {"dense": lambda model: None, "near": lambda model: near(model, 3), "moba": lambda model: "moba", **POLICIES}
-ROUTES = {"greedy": {}, "beam": {"num_beams": 3}, "chunked": {"prefill_chunk_size": 4}}
 
 
 @pytest.fixture(autouse=True)
 def _no_grad():
     with torch.no_grad():
         yield
-
-
-def generated(model, read, real, **options):
-    return model.generate(read, attention_mask=real, do_sample=False, max_new_tokens=6, **options)
 
 
 def generates_the_same(shape, name, routes=ROUTES):
