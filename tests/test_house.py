@@ -12,10 +12,11 @@ from saccade.catalogue import mechanism
 from saccade.contract import Attention, Case, Dims, Finding, Mixer, claim
 
 SOURCE = Path(saccade.__file__).parent
-FOUNDATION = {"errors"}
+FOUNDATION = {"errors", "operators"}
 PRIMITIVES = {"where", "scan", "mix"}
 MAY_OPEN = {
     "errors": set(),
+    "operators": set(),
     "where": FOUNDATION,
     "scan": FOUNDATION,
     "mix": FOUNDATION,

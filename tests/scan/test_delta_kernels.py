@@ -352,7 +352,7 @@ def test_operator_is_well_formed():
     cu = torch.tensor([0, 9, TOKENS], dtype=torch.int32)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     for given in ((q, k, v, beta, None, memory, None, SCALE), (q, k, v, beta, g, memory.repeat(2, 1, 1, 1), cu, SCALE)):
-        torch.library.opcheck(delta_ops.delta_scan, given, test_utils=checks)
+        torch.library.opcheck(delta_ops.delta_scan.overload, given, test_utils=checks)
 
 
 @pytest.mark.parametrize("beta_heads", ["key", "query"])

@@ -350,7 +350,7 @@ def test_operator_is_well_formed():
         (q, k, v, None, memory, None, None, SCALE, False, False),
         (q, k, v, g, memory.repeat(2, 1, 1, 1), sums, cu, SCALE, True, True),
     ):
-        torch.library.opcheck(ops.linear_scan, given, test_utils=checks)
+        torch.library.opcheck(ops.linear_scan.overload, given, test_utils=checks)
 
 
 @pytest.mark.parametrize("options", [{}, {"normalizer": "sum", "feature_map": "elu1"}])

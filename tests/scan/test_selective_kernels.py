@@ -114,7 +114,7 @@ def test_a_wrong_gradient_is_caught(which, monkeypatch):
 def test_operator_is_well_formed():
     x, delta, a, b, c, before = (z.float().requires_grad_() for z in problem(2 * TOKENS + 1))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(ops.selective, (x, delta, a, b, c, before), test_utils=checks)
+    torch.library.opcheck(ops.selective.overload, (x, delta, a, b, c, before), test_utils=checks)
 
 
 def test_the_rest_of_the_layer_is_the_same():

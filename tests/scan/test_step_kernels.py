@@ -670,15 +670,15 @@ def test_operators_are_well_formed():
         (q, k, v, None, None, None, 0.5, True, True, False, 0, 0.0),
         (q, k, v, None, None, None, 0.5, True, False, False, 2, 1.0),
     ):
-        torch.library.opcheck(step_ops.linear_step, given, test_utils=checks)
+        torch.library.opcheck(step_ops.linear_step.overload, given, test_utils=checks)
     for given in ((q, k, v, beta, g, memory, product, 0.5, True), (q, k, v, beta, None, None, None, 0.5, False)):
-        torch.library.opcheck(step_ops.delta_step, given, test_utils=checks)
+        torch.library.opcheck(step_ops.delta_step.overload, given, test_utils=checks)
     x, size, a, b, c, direct, z, bias, before, sums = map(single, selective_problem())
     for given in (
         (x, size, a, b, c, bias, True, direct, z, before, sums, True),
         (x, size, a, b, c, None, False, None, None, None, None, False),
     ):
-        torch.library.opcheck(step_ops.selective_step, given, test_utils=checks)
+        torch.library.opcheck(step_ops.selective_step.overload, given, test_utils=checks)
 
 
 def test_a_graph_holds_it_whole():

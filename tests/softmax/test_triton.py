@@ -153,7 +153,7 @@ def test_operator_is_well_formed():
     settled = triton.settle(problem)
     given_arguments = (q, k, v, problem.sink, None, *settled, 0.25, 0.0)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(ops.attend, given_arguments, test_utils=checks)
+    torch.library.opcheck(ops.attend.overload, given_arguments, test_utils=checks)
 
 
 def test_what_cannot_run_says_so():

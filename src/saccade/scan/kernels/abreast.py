@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -41,10 +41,31 @@ def alike(*counts: str) -> Callable[[Any], Launched]:
     return partial(Launched, do_not_specialize_on_alignment=list(counts))
 
 
+class Loading(ThreadPoolExecutor):
+    """Threads that load a kernel too when it is compiled, so that its launcher, which is C, is built side by side."""
+
+    def __init__(self, device: torch.device | None) -> None:
+        super().__init__(os.cpu_count())
+        self.device = device
+
+    def submit(self, compiled: Callable[[], Any], /) -> Future[Any]:  # type: ignore[override]
+        return super().submit(self.load, compiled)
+
+    def load(self, compiled: Callable[[], Any]) -> Any:
+        kernel = compiled()
+        if self.device is not None:
+            with torch.cuda.device(self.device):  # a thread has a device of its own
+                kernel.run  # noqa: B018 - looking at it loads it
+        return kernel
+
+
 @contextmanager
-def compiling() -> Iterator[None]:
-    """No kernel is launched; those that would be are compiled by the end, in as many threads as there are cores."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
+def compiling(device: torch.device | None = None) -> Iterator[None]:
+    """No kernel is launched; those that would be are compiled by the end, in as many threads as there are cores.
+
+    device: onto which they are loaded.
+    """
+    with Loading(device) as pool, triton.AsyncCompileMode(pool):
         token = _compiling.set(True)
         try:
             yield
@@ -68,5 +89,5 @@ def compile_abreast(kind: Hashable, device: torch.device, call: Callable[[], obj
     if torch.cuda.is_current_stream_capturing():  # what the call does besides would be recorded
         return
     _known.add(kind)
-    with compiling():
+    with compiling(device):
         call()

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.operators import operator
 from saccade.scan.kernels.abreast import compile_abreast, trained
 from saccade.scan.kernels.delta_launch import DeltaLaunch, Solved
 
 
-@torch.library.custom_op("saccade::delta_scan", mutates_args=())
+@operator("saccade::delta_scan")
 def delta_scan(
     q: Tensor,
     k: Tensor,
@@ -50,7 +51,7 @@ def _(
     return q.new_empty(*q.shape[:3], v.shape[3]), memory.new_empty(memory.shape), list(found)
 
 
-@torch.library.custom_op("saccade::delta_scan_backward", mutates_args=())
+@operator("saccade::delta_scan_backward")
 def _backward(
     do: Tensor,
     dafter: Tensor,
@@ -105,3 +106,4 @@ def _gradients(ctx: Any, do: Tensor | None, dafter: Tensor | None, _: Any) -> tu
 
 
 delta_scan.register_autograd(_gradients, setup_context=_save)
+_backward.refuse_gradients()

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.operators import operator
 from saccade.scan.kernels.abreast import compile_abreast, trained
 from saccade.scan.kernels.launch import Launch, state_heads
 
 
-@torch.library.custom_op("saccade::linear_scan", mutates_args=())
+@operator("saccade::linear_scan")
 def linear_scan(
     q: Tensor,
     k: Tensor,
@@ -66,7 +67,7 @@ def _(
     )
 
 
-@torch.library.custom_op("saccade::linear_scan_backward", mutates_args=())
+@operator("saccade::linear_scan_backward")
 def _backward(
     do: Tensor,
     dmass: Tensor | None,
@@ -141,3 +142,4 @@ def _filled(x: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 linear_scan.register_autograd(_gradients, setup_context=_save)
+_backward.refuse_gradients()

@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from saccade.operators import operator
 from saccade.scan.kernels.abreast import compile_abreast, trained
 from saccade.scan.kernels.join import join_stretches
 from saccade.scan.kernels.launch import JOINED, multiprocessors
@@ -74,7 +75,7 @@ class Shape(NamedTuple):
         return {"T": TOKENS, "BC": self.block, "S": self.states, "PAD": padded, "num_warps": WARPS}
 
 
-@torch.library.custom_op("saccade::selective", mutates_args=())
+@operator("saccade::selective")
 def selective(
     x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, before: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,7 +98,7 @@ def _(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, before: Tensor)
     return x.new_empty(x.shape, dtype=torch.float32), torch.empty_like(before), starts
 
 
-@torch.library.custom_op("saccade::selective_backward", mutates_args=())
+@operator("saccade::selective_backward")
 def selective_backward(
     dy: Tensor,
     dafter: Tensor,
@@ -187,3 +188,4 @@ def _gradients(ctx: Any, dy: Tensor, dafter: Tensor, _: Tensor) -> tuple[Tensor,
 
 
 selective.register_autograd(_gradients, setup_context=_save)
+selective_backward.refuse_gradients()

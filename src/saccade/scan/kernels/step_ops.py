@@ -10,7 +10,6 @@ its columns one after another, each from a multiple of 16 numbers on, so that th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from saccade.operators import operator
 from saccade.scan.kernels.delta_launch import delta_heads
 from saccade.scan.kernels.launch import padded, state_heads
 from saccade.scan.kernels.step_kernels import delta_step as delta_kernel
@@ -56,22 +56,6 @@ class Plan(NamedTuple):
 
     programs: int
     options: dict[str, Any]
-
-
-def operator(results: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """An operator of PyTorch that computes what `results`, of the same arguments, has room for.
-
-    A decoder waits for its host, so it has none of what `custom_op` puts around one for the sake of gradients.
-    """
-
-    def register(run: Callable[..., Any]) -> Any:
-        name = f"saccade::{run.__name__}"
-        torch.library.define(name, torch.library.infer_schema(run, mutates_args=()))
-        torch.library.impl(name, "default")(run)
-        torch.library.register_fake(name)(results)
-        return getattr(torch.ops.saccade, run.__name__).default
-
-    return register
 
 
 def gate_of(g: Tensor | None) -> int:
@@ -140,7 +124,7 @@ def _linear_results(
     return o, after, q.new_empty(total, dtype=torch.float32)
 
 
-@operator(_linear_results)
+@operator("saccade::linear_step")
 def linear_step(
     q: Tensor,
     k: Tensor,
@@ -163,6 +147,9 @@ def linear_step(
         lines(after, kept, mass), heads(o, kept), old, grown if track else None, scale, least, **options,
     )  # fmt: skip
     return o, after, grown
+
+
+linear_step.register_fake(_linear_results)
 
 
 @lru_cache
@@ -195,7 +182,7 @@ def _delta_results(
     return q.new_empty(batch, count, 1, width), after, product
 
 
-@operator(_delta_results)
+@operator("saccade::delta_step")
 def delta_step(
     q: Tensor,
     k: Tensor,
@@ -216,6 +203,9 @@ def delta_step(
         **options,
     )  # fmt: skip
     return o, after, product
+
+
+delta_step.register_fake(_delta_results)
 
 
 @lru_cache
@@ -253,7 +243,7 @@ def _selective_results(
     return x.new_empty(batch, 1, width), after, grown
 
 
-@operator(_selective_results)
+@operator("saccade::selective_step")
 def selective_step(
     x: Tensor,
     delta: Tensor,
@@ -277,3 +267,6 @@ def selective_step(
         **options,
     )  # fmt: skip
     return y, after, grown
+
+
+selective_step.register_fake(_selective_results)

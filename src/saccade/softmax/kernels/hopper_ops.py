@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.operators import operator
 from saccade.softmax.kernels import hopper, hopper_backward
 from saccade.softmax.kernels.hopper_backward import KeyWalk
 from saccade.softmax.kernels.hopper_walk import Walk
@@ -36,7 +37,7 @@ def _walk(tensors: list[Tensor], sizes: list[int]) -> Walk:
     return Walk(work, indices, lo, hi, coord, far, (bq, bk), axes, grid)
 
 
-@torch.library.custom_op("saccade::attend_hopper", mutates_args=())
+@operator("saccade::attend_hopper")
 def attend(
     q: Tensor,
     k: Tensor,
@@ -58,7 +59,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return o, q.new_empty(batch, heads, n, dtype=torch.float32)
 
 
-@torch.library.custom_op("saccade::attend_hopper_backward", mutates_args=())
+@operator("saccade::attend_hopper_backward")
 def _attend_backward(
     do: Tensor,
     dlse: Tensor | None,
@@ -101,3 +102,4 @@ def _gradients(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, .
 
 
 attend.register_autograd(_gradients, setup_context=_save)
+_attend_backward.refuse_gradients()

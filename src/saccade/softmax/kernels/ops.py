@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
+from saccade.operators import operator
 from saccade.softmax.kernels.arguments import ByKey, Scores, Slopes, Table, Tables
 from saccade.softmax.kernels.launch import Launch, summary_rows
 from saccade.where.grid import Grid
@@ -61,7 +62,7 @@ def _launch(
     return Launch(q, k, v, scores, tables, (bq, bk), pack, grid, bool(anywhere))
 
 
-@torch.library.custom_op("saccade::attend", mutates_args=())
+@operator("saccade::attend")
 def attend(
     q: Tensor,
     k: Tensor,
@@ -86,7 +87,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return o, q.new_empty(batch, heads, n, dtype=torch.float32)
 
 
-@torch.library.custom_op("saccade::attend_backward", mutates_args=())
+@operator("saccade::attend_backward")
 def _attend_backward(
     do: Tensor,
     dlse: Tensor | None,
@@ -165,3 +166,4 @@ def _none(given: list[Any]) -> list[None] | None:
 
 
 attend.register_autograd(_gradients, setup_context=_save)
+_attend_backward.refuse_gradients()
