@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rows import Row, best
-from sweep import Clock, Contestant, Job, Recipe, failures, of_families, options, start, train
+from sweep import Clock, Contestant, Job, Recipe, Steps, failures, of_families, options, start, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -92,21 +92,29 @@ def do(job: Job, clock: Clock, device: str) -> Row:
     def loss(chosen: Tensor) -> Tensor:
         return F.cross_entropy(model(images.x[chosen]), images.y[chosen])
 
-    def batches(epoch: int) -> Iterator[Callable[[], Tensor]]:
+    def batches(epoch: int) -> Iterator[tuple[Tensor]]:
         generator = torch.Generator().manual_seed(protocol.seed + epoch)
         order = torch.randperm(len(images.x), generator=generator).to(device)
-        return (functools.partial(loss, chosen) for chosen in order.split(protocol.batch))
+        return ((chosen,) for chosen in order.split(protocol.batch))
+
+    right = torch.zeros((), device=device)
 
     @torch.no_grad()
-    def validate() -> float:
+    def test() -> None:
         starts = range(0, len(images.test_x), protocol.batch)
         logits = torch.cat([model(images.test_x[start : start + protocol.batch]) for start in starts])
-        return (logits.argmax(1) == images.test_y).float().mean().item()
+        right.copy_((logits.argmax(1) == images.test_y).float().mean())
+
+    tested = Steps(test, model, job.graph)
+
+    def validate() -> float:
+        tested()
+        return right.item()
 
     # No accuracy is enough: all train for as long.
     recipe = Recipe(protocol.epochs, protocol.batch, protocol.decay, enough=float("inf"))
     steps = -(-len(images.x) // protocol.batch)
-    trained = train(model, recipe, job.key["rate"], batches, steps, validate, clock, device)
+    trained = train(model, recipe, job.key["rate"], batches, loss, steps, validate, clock, device, job.graph)
     return about | trained | {"accuracy": trained["valid"]}
 
 

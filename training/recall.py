@@ -36,7 +36,7 @@ import functools
 import io
 import json
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -196,7 +196,7 @@ def do(job: Job, clock: Clock, device: str) -> Row:
     rows, held = drawn("train", protocol, device), drawn("validation", protocol, device)
     steps = sum(-(-len(part) // protocol.batch) for part in rows)
 
-    def batches(epoch: int) -> Iterator[Callable[[], Tensor]]:
+    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(protocol.seed + epoch)
         cut = []
         for part in rows:
@@ -204,17 +204,18 @@ def do(job: Job, clock: Clock, device: str) -> Row:
             cut += [(part, chosen) for chosen in order.split(protocol.batch)]
         for at in torch.randperm(len(cut), generator=generator).tolist():
             part, chosen = cut[at]
-            yield functools.partial(loss, part[chosen])
+            batch = part[chosen]
+            yield batch.tokens, batch.asked, batch.answers
 
-    def loss(part: Recall) -> Tensor:
-        return F.cross_entropy(model(part.tokens, part.asked).flatten(0, 1), part.answers.flatten())
+    def loss(tokens: Tensor, asked: Tensor, answers: Tensor) -> Tensor:
+        return F.cross_entropy(model(tokens, asked).flatten(0, 1), answers.flatten())
 
     def validate() -> float:
         found = accuracies(model, held, batch=protocol.batch)
         return sum(found.values()) / len(found)
 
     recipe = Recipe(protocol.epochs, protocol.batch)
-    trained = train(model, recipe, key["rate"], batches, steps, validate, clock, device)
+    trained = train(model, recipe, key["rate"], batches, loss, steps, validate, clock, device, job.graph)
     tested = accuracies(model, drawn("test", protocol, device), batch=protocol.batch)
     return {
         "accuracy": sum(tested.values()) / len(tested),

@@ -4,20 +4,26 @@ A sweep is a list of jobs and a function that does one. Jobs are taken in their 
 processes, which share the device, and what it found is appended to a JSON-lines file at once. A job whose key stands in
 the file is not run again, so a sweep that was stopped goes on where it was: what is lost is what was running. A job
 that raises, or whose process dies, is a line with its `error`, and does not come again unless it is asked for.
+
+On a GPU the steps of a training are recorded as CUDA graphs and replayed, since small models wait for their launches. A
+model whose steps cannot be recorded is trained all the same, step by step, in a new process; its row has `recorded`
+false, and why.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import json
 import multiprocessing
 import os
+import random
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -31,6 +37,7 @@ from torch import Tensor, nn
 from saccade import attend, mechanism, mechanisms
 from saccade.bench.dense import dense_attention
 from saccade.bench.records import environment
+from saccade.cache.recorded import CudaGraph, Replayed
 from saccade.contract import Attention, Dims, Mechanism, Mixer
 from saccade.hosts.block import AttentionMixer
 from saccade.where import Causal, Window
@@ -176,6 +183,105 @@ class Stopped(Exception):
     """The sweep's time is over, and the job is not done."""
 
 
+class NotRecorded(Exception):
+    """A step cannot be recorded, for the reason that this says; the process may be of no more use to its GPU."""
+
+
+Graph = Callable[[Callable[[], None]], Replayed]
+
+
+@dataclass
+class Take:
+    """Of inputs of one shape: tensors that a recording reads, how many calls ran as they are, and the recording."""
+
+    inputs: list[Tensor]
+    early: int = 0
+    graph: Replayed | None = None
+
+
+class Steps:
+    """`run(*inputs)`, recorded once for all inputs of the same shapes, and replayed from then on.
+
+    The first `few` calls of a shape run as they are, so that what is compiled, chosen or remembered at first is there;
+    then one is recorded. Results are tensors that were there before, which `run` writes into.
+
+    run: tensors -> None. model: the module in it; a buffer that it binds anew is put back where it lay, since a replay
+    would look for it there. graph: what records (None: nothing is, all calls run as they are). few: 3.
+    Costs a copy of the inputs a call, and the memory of a step for every shape.
+    Errors: `NotRecorded` where `run` asks the device for a number, or draws one on the host.
+
+    >>> from saccade.testing.tape import Tape
+    >>> total = torch.zeros(())
+    >>> step = Steps(lambda x: total.add_(x.sum()), nn.Identity(), Tape)
+    >>> for n in range(6): step(torch.tensor([n, n]))
+    >>> total.item(), step.replays
+    (30.0, 3)
+    """
+
+    def __init__(self, run: Callable[..., Any], model: nn.Module, graph: Graph | None, few: int = 3) -> None:
+        self.run, self.model, self.graph, self.few = run, model, graph, few
+        self.replays = 0
+        self._takes: dict[Any, Take] = {}
+
+    def __call__(self, *inputs: Tensor) -> None:
+        if self.graph is None:
+            self.run(*inputs)
+            return
+        shapes = tuple((x.shape, x.dtype) for x in inputs)
+        if shapes not in self._takes:
+            self._takes[shapes] = Take([x.clone() for x in inputs])
+        take = self._takes[shapes]
+        for x, new in zip(take.inputs, inputs, strict=True):
+            x.copy_(new)
+        if take.early < self.few:
+            take.early += 1
+            self._in_place(take.inputs)
+            return
+        if take.graph is None:
+            take.graph = self._recorded(self.graph, take.inputs)  # a GPU is told nothing yet
+        take.graph.replay()
+        self.replays += 1
+
+    def _in_place(self, inputs: Sequence[Tensor]) -> None:
+        before = [(module, dict(module._buffers)) for module in self.model.modules()]
+        self.run(*inputs)
+        for module, buffers in before:
+            for name, old in buffers.items():
+                new = module._buffers[name]
+                if old is not None and new is not None and new is not old:
+                    module._buffers[name] = old.copy_(new.detach())
+
+    def _recorded(self, graph: Graph, inputs: Sequence[Tensor]) -> Replayed:
+        before = _host_generators()
+        try:
+            made = graph(lambda: self._in_place(inputs))
+            if _host_generators() != before:
+                raise RuntimeError("random numbers were drawn on the host, which a replay would not draw again")
+        except Exception as error:
+            why: BaseException = error
+            while why.__context__ is not None:  # a graph that is broken off says less than what broke it off
+                why = why.__context__
+            raise NotRecorded(f"{type(why).__name__}: {why}"[:500]) from error
+        return made
+
+
+def _host_generators() -> Any:
+    return random.getstate(), torch.get_rng_state().tolist()
+
+
+@contextlib.contextmanager
+def aside(device: str) -> Iterator[None]:
+    """What is told to a GPU inside goes to a stream of its own: on the default one nothing can be recorded."""
+    if device == "cpu":
+        yield
+        return
+    before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(before)
+    with torch.cuda.stream(stream):
+        yield
+    before.wait_stream(stream)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """AdamW, the rate by a cosine an epoch down to zero; stops above `enough` of validation accuracy."""
@@ -190,49 +296,65 @@ def train(
     model: nn.Module,
     recipe: Recipe,
     rate: float,
-    batches: Callable[[int], Iterator[Callable[[], Tensor]]],
+    batches: Callable[[int], Iterator[tuple[Tensor, ...]]],
+    loss: Callable[..., Tensor],
     steps: int,
     validate: Callable[[], float],
     clock: Clock,
     device: str,
+    graph: Graph | None = None,
 ) -> Row:
     """Train and say how it went; a job that is late or whose loss is no number ends early, and says so.
 
-    batches: epoch -> functions that give the loss of one batch. steps: batches of an epoch. validate: () -> accuracy.
-    Errors: `Stopped` when the sweep is over.
+    batches: epoch -> inputs of one batch after the other. loss: inputs of a batch -> (); with a graph it may not ask
+    the device for a number. steps: batches of an epoch. validate: () -> accuracy. graph: what records steps (None:
+    nothing; with one AdamW is fused, which rounds otherwise on a CPU).
+    Errors: `Stopped` when the sweep is over, `NotRecorded`.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=recipe.decay, fused=device == "cuda")
+    on_gpu = device == "cuda"
+    fused = on_gpu or graph is not None
+    # What a recording reads is a tensor, into which the schedule writes.
+    settings = {"lr": torch.tensor(rate, device=device) if fused else rate, "fused": fused, "capturable": on_gpu}
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=recipe.decay, **settings)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
+    last = torch.zeros((), device=device)
+
+    def run(*inputs: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)  # a recording has gradients of its own
+        found = loss(*inputs)
+        found.backward()
+        optimizer.step()
+        last.copy_(found.detach())
+
+    step = Steps(run, model, graph)
     done, valid, ended, curve = 0, 0.0, "all epochs", []
-    for epoch in range(recipe.epochs):
-        model.train()
-        loss = torch.zeros((), device=device)
-        for lossy in batches(epoch):
-            optimizer.zero_grad(set_to_none=True)
-            loss = lossy()
-            loss.backward()
-            optimizer.step()
-            done += 1
-            if done % 10 == 0:
-                clock.share(done / (steps * recipe.epochs))
-            if clock.is_over:
-                raise Stopped
-            if clock.is_late:
-                break
-        schedule.step()
-        model.eval()
-        valid = validate()
-        curve.append(round(valid, 4))
-        if not bool(loss.isfinite()):  # read once an epoch: to look at a number is to wait for the device
-            ended = "diverged"
-        elif valid > recipe.enough:
-            ended = "solved"
-        elif clock.is_late:
-            ended = "late"
-        else:
-            continue
-        break
-    return {"valid": valid, "curve": curve, "steps": done, "planned": steps * recipe.epochs, "ended": ended}
+    with aside(device):
+        for epoch in range(recipe.epochs):
+            model.train()
+            for inputs in batches(epoch):
+                step(*inputs)
+                done += 1
+                if done % 10 == 0:
+                    clock.share(done / (steps * recipe.epochs))
+                if clock.is_over:
+                    raise Stopped
+                if clock.is_late:
+                    break
+            schedule.step()
+            model.eval()
+            valid = validate()
+            curve.append(round(valid, 4))
+            if not bool(last.isfinite()):  # read once an epoch: to look at a number is to wait for the device
+                ended = "diverged"
+            elif valid > recipe.enough:
+                ended = "solved"
+            elif clock.is_late:
+                ended = "late"
+            else:
+                continue
+            break
+    found = {"valid": valid, "curve": curve, "steps": done, "planned": steps * recipe.epochs, "ended": ended}
+    return {**found, "recorded": step.replays > 0}
 
 
 # How jobs are run.
@@ -240,11 +362,15 @@ def train(
 
 @dataclass(frozen=True)
 class Job:
-    """key: what tells it from others, plain values. contestant: name; alone: nothing else runs beside it."""
+    """key: what tells it from others, plain values. contestant: name; alone: nothing else runs beside it.
+
+    graph: what records its steps, which the sweep that hands it out says; None: nothing.
+    """
 
     key: Mapping[str, Any]
     contestant: Contestant
     alone: bool = False
+    graph: Graph | None = None
 
     @property
     def ident(self) -> str:
@@ -272,13 +398,15 @@ def append(path: Path, row: Row) -> None:
 
 
 def do(work: Work, job: Job, clock: Clock, device: str) -> Row | None:
-    """One job's row; None when it was not done in time."""
+    """One job's row; None when it was not done in time. Errors: `NotRecorded`."""
     row = {"id": job.ident, "key": dict(job.key), "contestant": job.contestant.name, "family": family(job.contestant)}
     try:
         torch.manual_seed(0)
         found = work(job, clock, device)
     except Stopped:
         return None
+    except NotRecorded:
+        raise
     except Exception as error:  # the others go on; the row tells
         last = traceback.extract_tb(error.__traceback__)[-1]
         at = f"{Path(last.filename).name}:{last.lineno}"
@@ -291,15 +419,20 @@ def family(contestant: Contestant) -> str:
 
 
 def _serve(pipe: Connection, work: Work, device: str, over: float, most: float) -> None:
-    """A worker: jobs in, shares and rows out, until the pipe closes."""
+    """A worker: jobs in, shares and rows out, until the pipe closes or a recording fails."""
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
     with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
         while True:
             job = pipe.recv()
             clock = Clock(lambda share: pipe.send(("share", share)), over, most)
-            pipe.send(("row", do(work, job, clock, device)))
+            try:
+                pipe.send(("row", do(work, job, clock, device)))
+            except NotRecorded as error:
+                pipe.send(("unrecorded", str(error)))
+                os._exit(0)  # not through a shutdown that asks the GPU
             if device == "cuda":
+                gc.collect()  # an optimizer and its schedule hold each other, and gradients in a recording's memory
                 torch.cuda.empty_cache()
 
 
@@ -329,6 +462,10 @@ class Sweep:
     needless: (job, rows so far) -> must it not be run any more? workers: processes (0: in this one, one after another).
     most: seconds of a job, after which it ends and says so. Jobs of a contestant that was late once come last. A job
     that is `alone` waits until nothing runs.
+
+    graph: what records the steps of jobs in other processes (default: `CudaGraph` on a GPU, else nothing). Where a
+    recording fails, or the process dies, the job begins anew in a new process without one, and so do the contestant's
+    others; their rows have the reason, `unrecorded`. In this process nothing is recorded, since it has to go on.
     """
 
     def __init__(
@@ -343,9 +480,12 @@ class Sweep:
         device: str = "cpu",
         retry: bool = False,
         console: Console | None = None,
+        graph: Graph | None = None,
     ) -> None:
         self.path, self.work, self.needless, self.most = path, work, needless, most
         self.num_workers, self.device = workers, device
+        self.graph = CudaGraph if graph is None and device == "cuda" else graph
+        self.unrecorded: dict[str, str] = {}
         self.over = time.time() + 60 * minutes
         self.rows = [row for row in read(path) if not (retry and "error" in row)]
         surroundings = environment(device)
@@ -378,7 +518,8 @@ class Sweep:
 
     def _keep(self, row: Row | None) -> None:
         if row is not None:
-            self.rows.append({**row, **self.stamp})
+            why = None if row.get("recorded") else self.unrecorded.get(row["contestant"])
+            self.rows.append({**row, **({"unrecorded": why} if why and "recorded" in row else {}), **self.stamp})
             append(self.path, self.rows[-1])
             self.progress.advance(self.whole)
 
@@ -397,7 +538,7 @@ class Sweep:
                     return
                 for pipe in wait([worker.pipe for worker in busy], timeout=1.0):
                     at = next(i for i, worker in enumerate(workers) if worker.pipe is pipe)
-                    if not self._hear(workers[at]):
+                    if not self._hear(workers[at], waiting):
                         workers[at].end()
                         workers[at] = Worker(*told)
         finally:
@@ -414,12 +555,15 @@ class Sweep:
                 job = self._take(waiting, busy=any(other.job for other in workers))
                 if job is None:
                     return
-                worker.job = job
+                worker.job = replace(job, graph=None if job.contestant.name in self.unrecorded else self.graph)
                 worker.bar = self.progress.add_task(f"  {job.contestant.name}", total=100)
-                worker.pipe.send(job)
+                worker.pipe.send(worker.job)
 
-    def _hear(self, worker: Worker) -> bool:
-        """Take one message of a worker; False when it died, and its job is a row that says so."""
+    def _hear(self, worker: Worker, waiting: list[Job]) -> bool:
+        """Take one message of a worker; False when the worker is of no more use, or has died.
+
+        The job of one that died is a row that says so, if nothing was recorded there; else it waits again.
+        """
         assert worker.job is not None
         assert worker.bar is not None
         try:
@@ -427,14 +571,22 @@ class Sweep:
         except (EOFError, ConnectionResetError):
             worker.process.join(5)
             words = f"the process ended with code {worker.process.exitcode}"
-            kind, value = "died", do(_raise(words), worker.job, Clock(lambda share: None), self.device)
+            if worker.job.graph is None:
+                kind, value = "died", do(_raise(words), worker.job, Clock(lambda share: None), self.device)
+            else:
+                kind, value = "unrecorded", words
         if kind == "share":
             self.progress.update(worker.bar, completed=round(100 * value))
             return True
         self.progress.remove_task(worker.bar)
-        self._keep(value)
+        if kind == "unrecorded":
+            self.unrecorded[worker.job.contestant.name] = value
+            waiting.insert(0, worker.job)
+        else:
+            self._keep(value)
         worker.job = worker.bar = None
-        return kind == "row"
+        # After an error a GPU may answer that process nothing but the error.
+        return kind == "row" and (self.device == "cpu" or "error" not in (value or {}))
 
 
 def _raise(words: str) -> Work:

@@ -14,9 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 import saccade
+from saccade.cache.recorded import CudaGraph
 from saccade.contract import Dims
+from saccade.testing import assert_close
+from saccade.testing.budget import same_bits
+from saccade.testing.tape import Tape
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("rows", "sweep", "recall", "images")
@@ -153,6 +159,235 @@ def test_processes_share_the_work(sweep, tmp_path):
     assert {row["threads"] for row in others} == {1}
     alone = by_number[3]
     assert all(row is alone or row["over"] <= alone["began"] or row["began"] >= alone["over"] for row in others)
+
+
+# Recorded steps.
+
+
+class Taped(Tape):
+    """What `backward` told is on the tape; it is not to be recorded by autograd once more."""
+
+    def replay(self):
+        with torch.no_grad():
+            super().replay()
+
+
+class Again:
+    """A recording that is none: what it is to do, it runs."""
+
+    def __init__(self, run):
+        self.result, self.replay = None, run
+
+
+class Broken:
+    """Cannot record."""
+
+    def __init__(self, run):
+        try:
+            raise ValueError("the device was asked for a number")
+        except ValueError:
+            raise RuntimeError("broken off")  # noqa: B904  as a graph does it
+
+
+class Mean(nn.Module):
+    """x W - m, m a running mean, which every call binds anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(3, 2)
+        self.register_buffer("mean", torch.zeros(2))
+
+    def forward(self, x):
+        y = self.project(x)
+        if self.training:
+            self.mean = 0.5 * self.mean + 0.5 * y.detach().mean(0)
+        return y - self.mean
+
+
+def small_training(sweep, graph, *, device="cpu", dtype=torch.float32, factor=lambda: 1):
+    """All that `train` leaves in a `Mean`, in one vector, and its row: six epochs of batches of 8, 8 and 5 rows."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(21, width, generator=generator).to(device, dtype) for width in (3, 2))
+    model = Mean()
+    with torch.no_grad():
+        for part in model.parameters():
+            part.copy_(torch.randn(part.shape, generator=generator))
+    model.to(device, dtype)
+
+    def batches(epoch):
+        order = torch.randperm(21, generator=torch.Generator().manual_seed(epoch)).to(device)
+        return ((x[chosen], y[chosen]) for chosen in order.split(8))
+
+    def loss(x, y):
+        return factor() * (model(x) - y).square().mean()
+
+    clock, recipe = sweep.Clock(lambda share: None), sweep.Recipe(6, 8)
+    row = sweep.train(model, recipe, 0.03, batches, loss, 3, lambda: 0.0, clock, device, graph)
+    return torch.cat([part.flatten() for part in model.state_dict().values()]), row
+
+
+def test_replayed_steps_do_what_they_did(sweep):
+    """Weights, the rate of every epoch and buffers that are bound anew, to the last bit."""
+    found, row = small_training(sweep, Taped)
+    truth, _ = small_training(sweep, Again)
+    assert same_bits(found, truth)
+    assert row["recorded"]
+    assert row["steps"] == row["planned"] == 18
+
+
+def test_a_rate_that_is_bound_anew_is_not_found(sweep, monkeypatch):
+    class Halves:
+        def __init__(self, optimizer, epochs):
+            self.groups = optimizer.param_groups
+
+        def step(self):
+            for group in self.groups:
+                group["lr"] = 0.5 * group["lr"]
+
+    monkeypatch.setattr(torch.optim.lr_scheduler, "CosineAnnealingLR", Halves)
+    assert not same_bits(small_training(sweep, Taped)[0], small_training(sweep, Again)[0])
+
+
+def test_a_buffer_that_is_bound_anew_is_not_found(sweep, monkeypatch):
+    monkeypatch.setattr(sweep.Steps, "_in_place", lambda self, inputs: self.run(*inputs))
+    assert not same_bits(small_training(sweep, Taped)[0], small_training(sweep, Again)[0])
+
+
+def test_what_python_decided_stays_decided(sweep):
+    """The steps of the test above are replayed indeed: one that counts would do something else."""
+    founds = []
+    for graph in (Taped, Again):
+        numbers = iter(range(100))
+        founds.append(small_training(sweep, graph, factor=lambda numbers=numbers: next(numbers))[0])
+    assert not same_bits(*founds)
+
+
+def test_nothing_is_recorded_without_a_graph(sweep):
+    found, row = small_training(sweep, None)
+    assert not row["recorded"]
+    assert_close(found, small_training(sweep, None, dtype=torch.float64)[0], found, terms=8)
+
+
+def test_numbers_drawn_on_the_host_are_not_recorded(sweep):
+    """On a CPU those of dropout are."""
+    out = torch.zeros(100)
+    step = sweep.Steps(lambda x: out.copy_(F.dropout(x)), nn.Identity(), Taped)
+    for _ in range(3):
+        step(torch.ones(100))
+    with pytest.raises(sweep.NotRecorded, match="random numbers were drawn on the host"):
+        step(torch.ones(100))
+
+
+def test_a_failure_to_record_says_what_broke_it_off(sweep):
+    step = sweep.Steps(lambda: None, nn.Identity(), Broken, few=0)
+    with pytest.raises(sweep.NotRecorded, match=r"^ValueError: the device was asked for a number$"):
+        step()
+
+
+def recording(job, clock, device):
+    """A work of steps; the process dies that is to record the number 13."""
+    from sweep import Steps  # in a worker, the module that it has
+
+    if job.key["number"] == 13 and job.graph is not None:
+        os._exit(7)
+    total = torch.zeros((), device=device)
+
+    def run():
+        total.add_(1)
+        if job.key["number"] == 5:
+            total.item()
+
+    step = Steps(run, nn.Identity(), job.graph)
+    for _ in range(6):
+        step()
+    return {"total": total.item(), "recorded": step.replays > 0, "process": os.getpid()}
+
+
+def recorded_jobs(sweep, path, *numbers, **more):
+    """number -> row; the contestant of 5 and 6 is the same."""
+    jobs = tasks(sweep, *numbers)
+    jobs = [dataclasses.replace(job, contestant=jobs[0].contestant) if job.key["number"] == 6 else job for job in jobs]
+    rows = sweep.Sweep(path, recording, **more).run(jobs)
+    return {row["key"]["number"]: row for row in rows}
+
+
+def test_what_cannot_be_recorded_is_done_without_in_a_new_process(sweep, tmp_path):
+    rows = recorded_jobs(sweep, tmp_path / "broken.jsonl", 5, 6, workers=1, graph=Broken)
+    assert {row["unrecorded"] for row in rows.values()} == {"ValueError: the device was asked for a number"}
+    assert [(row["recorded"], row["total"]) for row in rows.values()] == [(False, 6.0), (False, 6.0)]
+    assert len({row["process"] for row in rows.values()}) == 1  # the other did not try
+    assert recorded_jobs(sweep, tmp_path / "broken.jsonl", 5, 6) == rows
+
+
+def test_a_process_that_dies_of_recording_is_followed_by_one_that_does_not_record(sweep, tmp_path):
+    rows = recorded_jobs(sweep, tmp_path / "rows.jsonl", 1, 13, 2, workers=1, graph=Taped)
+    assert [(row["recorded"], row["total"]) for row in rows.values()] == [(True, 6.0), (False, 6.0), (True, 6.0)]
+    assert rows[13]["unrecorded"] == "the process ended with code 7"
+    assert "unrecorded" not in rows[2]
+
+
+def test_nothing_is_recorded_in_the_process_of_the_sweep(sweep, tmp_path):
+    rows = recorded_jobs(sweep, tmp_path / "rows.jsonl", 1, graph=Broken)
+    assert (rows[1]["recorded"], "unrecorded" in rows[1]) == (False, False)
+
+
+def test_both_trainings_are_recorded(training, small):
+    """As without dropout, where the host would draw; with the row that they have without a tape."""
+    recall, images, contestant = training["recall"], training["images"], training["sweep"].Contestant
+    clock = training["sweep"].Clock(lambda share: None)
+    bare = dataclasses.replace(small, train=((64, 4, 320), (32, 2, 200)), epochs=2, dropout=0.0)
+    pixels = dataclasses.replace(images.PROTOCOLS[0], epochs=5, batch=512, width=16, depth=1)
+    for script, (*_, job) in (
+        (recall, recall.jobs(bare, [contestant("gla")], [])),
+        (images, images.jobs([pixels], [contestant("l2vit")], [3e-3])),
+    ):
+        found, truth = (script.do(dataclasses.replace(job, graph=graph), clock, "cpu") for graph in (Taped, Again))
+        assert found == truth
+        assert found["recorded"]
+
+
+@pytest.mark.gpu
+def test_a_gpu_replays_the_steps_of_a_training(sweep):
+    found, row = small_training(sweep, CudaGraph, device="cuda")
+    eager, plain = small_training(sweep, None, device="cuda")
+    truth, _ = small_training(sweep, None, dtype=torch.float64)
+    assert (row["recorded"], plain["recorded"]) == (True, False)
+    assert_close(found.cpu(), truth, eager.cpu(), terms=8)
+
+
+@pytest.mark.gpu
+def test_dropout_of_a_replay_is_drawn_anew(sweep):
+    out, x, masks = torch.zeros(1000, device="cuda"), torch.ones(1000, device="cuda"), set()
+    with sweep.aside("cuda"):
+        step = sweep.Steps(lambda x: out.copy_(F.dropout(x)), nn.Identity(), CudaGraph)
+        for _ in range(8):
+            step(x)
+            masks.add(tuple(out.tolist()))
+    assert step.replays == 5
+    assert len(masks) == 8
+
+
+@pytest.mark.gpu
+def test_what_a_gpu_cannot_record_is_done_without(sweep, tmp_path):
+    """That is the number 5, whose steps ask the device for a number; the other contestants are recorded."""
+    rows = recorded_jobs(sweep, tmp_path / "rows.jsonl", 5, 6, 1, workers=1, device="cuda")
+    assert [(row["recorded"], row["total"]) for row in rows.values()] == [(False, 6.0), (False, 6.0), (True, 6.0)]
+    assert "capturing" in rows[5]["unrecorded"]
+    assert "unrecorded" not in rows[1]
+
+
+@pytest.mark.gpu
+def test_a_gpu_records_both_trainings(training, small):
+    recall, images, contestant = training["recall"], training["images"], training["sweep"].Contestant
+    clock = training["sweep"].Clock(lambda share: None)
+    pixels = dataclasses.replace(images.PROTOCOLS[0], epochs=8, batch=64, width=32, depth=1)
+    for script, (*_, job), enough in (
+        (recall, recall.jobs(small, [contestant("dense", {"causal": True})], []), 0.5),
+        (images, images.jobs([pixels], [contestant("l2vit")], [3e-3]), 0.5),
+    ):
+        row = script.do(dataclasses.replace(job, graph=CudaGraph), clock, "cuda")
+        assert row["recorded"]
+        assert row["accuracy"] > enough
 
 
 # Mechanisms.
