@@ -81,13 +81,13 @@ class Case:
 
     def moved(self, backward: bool, inputs: list[Tensor]) -> int:
         """Bytes that our passes move, each pass taken to read its inputs once."""
-        stretches = Launch(*inputs[:3], inputs[3] if inputs[3:] else None, None, 1.0, False).stretches
+        launch = Launch(*inputs[:3], inputs[3] if inputs[3:] else None, None, 1.0, False)
+        ahead, back = launch.stretches > 1, launch.stretches_back > 1  # walked over twice where there are several
         stream, gate = 2 * self.dim, 4 * GATES[self.gate] // 2 * self.dim
         prepare = 4 * stream + gate if self.gate == "vector" else 0
-        again = 2 * stream if stretches > 1 else 0
-        found = prepare + again + 4 * stream
+        found = prepare + 2 * stream * ahead + 4 * stream
         if backward:
-            found += prepare + again + 3 * 4 * stream
+            found += prepare + 2 * stream * (back + (back and not ahead)) + 3 * 4 * stream
             if self.gate != "none":
                 found += 2 * 4 * self.dim**2 // ANCHORED + (
                     4 * stream if self.gate == "scalar" else 6 * stream + 2 * gate

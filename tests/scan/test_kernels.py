@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from recurrences import GATES, differentiate, draw, draw_gate, linear, per_head, verify
 
 from saccade.scan import kernels
-from saccade.scan.kernels import abreast, launch, ops
+from saccade.scan.kernels import abreast, launch, ops, tiles
 from saccade.scan.kernels.launch import Sizes, Tile
 from saccade.scan.linear_attention import linear_attention
 from saccade.scan.normalizers import MeanShift, Sum
@@ -105,9 +106,49 @@ def test_one_product_for_all_pairs_of_a_chunk(gate, monkeypatch):
     monkeypatch.setattr(launch, "ANCHORED", 32)
     given = problem(gate, dim=5, dv=3, tokens=70)
     verify(fast(), plain(), given, terms=products(gate, 70, 5) * 64, dtypes=WIDE)
-    if gate == "vector":
+    if gate in ("scalar", "vector"):
         given[3][:, :, 20:30] *= 50
         verify(fast(), plain(), given, terms=products(gate, 70, 5) * 64, dtypes=WIDE)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as the twin overflows
+def test_a_chunk_too_steep_for_one_product_is_told(monkeypatch):
+    """A twin that takes every chunk of a decay a token at once."""
+    monkeypatch.setattr(launch.Launch, "exact", False)
+    given = problem("scalar", dim=5, dv=3)
+    given[3][:, :, 5:30] = -50
+    verify(fast(), plain(), given, terms=products("scalar", TOKENS, 5) * 64, dtypes=WIDE)
+    monkeypatch.setattr(tiles, "SAFE", triton.language.constexpr(1e30))
+    with pytest.raises(AssertionError, match=r"output 0 in torch\.float32"):
+        verify(fast(), plain(), given, terms=products("scalar", TOKENS, 5) * 64, dtypes=WIDE)
+
+
+@pytest.mark.parametrize("gate", ["none", "scalar", "vector"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_whole_sequences_whose_gradients_are_cut(gate, count, monkeypatch):
+    """Forward a program takes a sequence whole; gradients begin with the states that a cut one would have left."""
+    monkeypatch.setattr(launch.Launch, "exact", False)
+    monkeypatch.setattr(launch, "ANCHORED", 16)
+    monkeypatch.setattr(launch.Launch, "stretches", 1)
+    monkeypatch.setattr(launch.Launch, "stretches_back", count)
+    verify(fast(), plain(), problem(gate, dim=5, dv=3), terms=products(gate, TOKENS, 5) * 64, dtypes=WIDE)
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "none", "scalar", "vector"),
+    [
+        (8, 8192, (1, 1), (1, 1), (1, 2)),  # programs for nearly all multiprocessors
+        (1, 8192, (8, 8), (16, 16), (16, 16)),
+        (1, 256, (2, 2), (1, 1), (2, 2)),  # too short to be cut as often
+        (32, 8192, (1, 1), (1, 1), (1, 1)),
+    ],
+)
+def test_how_often_sequences_are_cut(batch, tokens, none, scalar, vector, monkeypatch):
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    q = torch.empty(batch, 16, tokens, 16, device="meta", dtype=torch.bfloat16)
+    for g, cut in ((None, none), (q[..., 0].float(), scalar), (q.float(), vector)):
+        found = launch.Launch(q, q, q, g, None, 1.0, False)
+        assert (found.stretches, found.stretches_back) == cut
 
 
 @pytest.mark.parametrize("cut", [1, 3])

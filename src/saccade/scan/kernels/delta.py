@@ -309,42 +309,31 @@ def delta_walk_back(
 def delta_gradients(
     q, k, v, beta, g, do, u, y, edges, states, dstates, dq, dk, dbeta, dg, cuts, scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
-    SUMS: tl.constexpr, FAN: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+    SUMS: tl.constexpr, FAN: tl.constexpr, WHOLE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All gradients in one chunk of a state head, from what the walks have left; BK and BV channels at a time."""
     slot = tl.program_id(0)
     head = tl.program_id(1)
     batch, start, end = chunk_of(cuts, slot, C)
     rows = tl.arange(0, C)
-    inside = start + rows < end
-    i = rows[:, None]
-    j = rows[None, :]
+    inside = present(start, end, rows, WHOLE)
     at = (slot.to(tl.int64) * tl.num_programs(1) + head) * (K * V)
     left = edge(edges, 0, batch, head, start, rows, inside, C, GATE)
     kept = edge(edges, 1, batch, head, start, rows, inside, C, GATE)
     lost = through(edges, batch, head, start, end, C, GATE)
 
     met = tl.zeros([C, C], tl.float32)  # y_i . u_j
-    turned = tl.zeros([C, C], tl.float32)  # u_i . y_j
-    dshare = tl.zeros([C], tl.float32)
-    for block in range(0, V, BV):
+    dshare = tl.zeros([C], tl.float32)  # times beta
+    for block in tl.range(0, V, BV, num_stages=2):  # or values, which no product takes, are waited for
         column = block + tl.arange(0, BV)
         us = read(u, batch, head, start, rows, inside, column, V).to(KIND)
         ys = read(y, batch, head, start, rows, inside, column, V).to(KIND)
         met = tl.dot(ys, tl.trans(us), met, input_precision=PRECISION)
-        turned = tl.dot(us, tl.trans(ys), turned, input_precision=PRECISION)
         values = read(v, batch, head, start, rows, inside, column, V).to(tl.float32)
         dshare += tl.sum(values * ys.to(tl.float32), 1)
     passed = -dshare
-    products = tl.zeros([C, C], tl.float32)
-    for block in range(0, K, BK):
-        channel = block + tl.arange(0, BK)
-        keys = read(k, batch, head, start, rows, inside, channel, K).to(KIND)
-        products = tl.dot(keys, tl.trans(keys), products, input_precision=PRECISION)
     decay = pairs(g, batch, head, start, rows, inside, GATE, SUMS, False)
-    later = pairs(g, batch, head, start, rows, inside, GATE, SUMS, True)
-    dshare -= tl.sum(tl.where(i > j, products * decay * met, 0.0), 1)
-    mixed = tl.where(i > j, decay * met, tl.where(i < j, later * turned, 0.0)).to(KIND)
+    mixed = tl.where(rows[:, None] > rows[None, :], decay * met, 0.0).to(KIND)  # its transpose is of u_i and y_j
 
     carry = 0.0
     for block in range(0, K, BK):
@@ -364,16 +353,18 @@ def delta_gradients(
             added = tl.dot(us, grad, added, input_precision=PRECISION)
             if GATE:
                 carry += lost * tl.sum(tl.sum(state.to(tl.float32) * grad.to(tl.float32), 1), 0)
-        dshare -= left * tl.sum(erased * keys.to(tl.float32), 1)
         if GATE:
-            carry += tl.sum(kept * tl.sum(added * keys.to(tl.float32), 1), 0)
-        dkeys = added * kept[:, None] - erased * left[:, None]
-        dkeys -= tl.dot(mixed, keys, input_precision=PRECISION)
+            erased *= left[:, None]
+            added *= kept[:, None]
+            carry += tl.sum(tl.sum(added * keys.to(tl.float32), 1), 0)
+        erased = tl.dot(mixed, keys, erased, input_precision=PRECISION)  # with what the chunk itself has written
+        dshare -= tl.sum(erased * keys.to(tl.float32), 1)
+        dkeys = added - tl.dot(tl.trans(mixed), keys, erased, input_precision=PRECISION)
         for each in range(FAN):
             one = head * FAN + each
+            queries = read(q, batch, one, start, rows, inside, channel, K).to(KIND)
             reads = tl.zeros([C, BK], tl.float32)
             scores = tl.zeros([C, C], tl.float32)  # do_i . u_j
-            scores_turned = tl.zeros([C, C], tl.float32)
             for other in range(0, V, BV):
                 column = other + tl.arange(0, BV)
                 exists = (column < V)[:, None] & (channel < tl.where(start < end, K, 0))[None, :]
@@ -383,15 +374,13 @@ def delta_gradients(
                 given = read(do, batch, one, start, rows, inside, column, V).to(KIND)
                 reads = tl.dot(given, state, reads, input_precision=PRECISION)
                 scores = tl.dot(given, tl.trans(us), scores, input_precision=PRECISION)
-                scores_turned = tl.dot(us, tl.trans(given), scores_turned, input_precision=PRECISION)
-            scores *= pairs(g, batch, head, start, rows, inside, GATE, SUMS, False) * scale
-            scores_turned *= pairs(g, batch, head, start, rows, inside, GATE, SUMS, True) * scale
-            queries = read(q, batch, one, start, rows, inside, channel, K).to(KIND)
+            decay = pairs(g, batch, head, start, rows, inside, GATE, SUMS, False)
+            weights = (scores * decay * scale).to(KIND)
             dqueries = reads * (left * scale)[:, None]
-            dqueries = tl.dot(scores.to(KIND), keys, dqueries, input_precision=PRECISION)
+            dqueries = tl.dot(weights, keys, dqueries, input_precision=PRECISION)
             write(dq, batch, one, start, rows, inside, channel, dqueries, K)
             passed += tl.sum(queries.to(tl.float32) * dqueries, 1)
-            dkeys = tl.dot(scores_turned.to(KIND), queries, dkeys, input_precision=PRECISION)
+            dkeys = tl.dot(tl.trans(weights), queries, dkeys, input_precision=PRECISION)
         write(dk, batch, head, start, rows, inside, channel, dkeys, K)
     dshare /= read_share(beta, batch, head, start, rows, inside)
     tl.store(place(dbeta, batch, head, start) + rows, dshare, mask=inside)

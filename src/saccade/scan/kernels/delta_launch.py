@@ -51,15 +51,19 @@ class DeltaLaunch(Problem):
         """Those of linear attention, with what the walk holds besides in mind.
 
         In bfloat16 never fewer than 64 channels of values a program, the rows that a product has at least where its
-        first factor comes from registers. Loads run as far ahead as shared memory has room.
+        first factor comes from registers. Over more than 128 channels of keys eight warps hold the state: twice as many
+        values give each four of them rows of their own, where several query heads leave the registers for it. Loads run
+        as far ahead as shared memory has room.
         """
         d, dv = self.q.shape[3], self.v.shape[3]
         chunk, tile = Sizes.of(d, dv, self.q.dtype, 1)
         if self.kind != torch.bfloat16:
             return Sizes(chunk, Tile(min(tile.values, 32), 8, 1))
         wide = padded(d)
-        held = 2 * chunk * (wide + chunk + self.fan * (wide + chunk + 64))  # k, t; q, scores and do of each query head
-        return Sizes(chunk, Tile(64, tile.warps, max(1, min(RUN_AHEAD, ROOM // held))))
+        values = 128 if self.fan == 1 and wide > 128 and dv > 64 else 64
+        # k, t; q, scores and do of each query head
+        held = 2 * chunk * (wide + chunk + self.fan * (wide + chunk + values))
+        return Sizes(chunk, Tile(values, tile.warps, max(1, min(RUN_AHEAD, ROOM // held))))
 
     def trial(self, memory: Tensor, gradients: bool) -> None:
         """All that a call launches, with results in the place of their gradients."""
@@ -104,12 +108,10 @@ class DeltaLaunch(Problem):
         dbeta = self.single(batch, heads, length)
         dg = self.single(batch, heads, length) if self.gate else None
         gates = self.prepared(cuts).gates
-        widest = min(WIDEST, 32) if self.kind == torch.float32 else WIDEST
         delta_gradients[(chunks, heads)](
             *self.of(q, k, v, self.beta, gates, do, u, y), self.edges(found), states, dstates,
-            *self.of(dq, dk, dbeta, dg), cuts, self.scale, BK=min(padded(d), widest),
-            BV=min(padded(dv_width), widest), V=dv_width, SUMS=not self.exact, num_warps=8,
-            num_stages=self.ahead, **self.constants,
+            *self.of(dq, dk, dbeta, dg), cuts, self.scale, V=dv_width, SUMS=not self.exact, WHOLE=self.whole,
+            **self.blocks, **self.constants,
         )  # fmt: skip
         dk, dv = (shared(z, k.shape[1]).to(q.dtype) for z in (dk, y))
         dbeta = shared(dbeta, self.beta.shape[1]).to(self.beta.dtype)
@@ -181,8 +183,24 @@ class DeltaLaunch(Problem):
         return {"maxnreg": 168} if self.kind == torch.bfloat16 else {}
 
     @property
+    def blocks(self) -> dict[str, int]:
+        """Channels that `delta_gradients` takes at a time, its warps, and chunks of loads that run ahead.
+
+        In bfloat16 two programs fit a multiprocessor. One of up to 128 channels takes them all at once: then nothing is
+        read twice, and a program waits for loads three times in all. Several query heads of a memory take fewer, whose
+        sums would not fit its registers.
+        """
+        d, dv = padded(self.q.shape[3]), padded(self.v.shape[3])
+        if self.kind != torch.bfloat16:
+            most = min(WIDEST, 32)
+            return {"BK": min(d, most), "BV": min(dv, most), "num_warps": 8, "num_stages": 1}
+        most = 128 if self.fan == 1 else WIDEST
+        keys, values = (d, dv) if max(d, dv) <= most else (min(d, WIDEST), min(dv, WIDEST))
+        return {"BK": keys, "BV": values, "num_warps": 4, "num_stages": 1}
+
+    @property
     def ahead(self) -> int:
-        """Stages of kernels of a chunk a program."""
+        """Stages of `delta_prepare`."""
         return RUN_AHEAD if self.kind == torch.bfloat16 else 1
 
     @property

@@ -203,33 +203,54 @@ class Launch(Problem):
     @property
     def stretches(self) -> int:
         """Into how many a sequence is cut, to have a program for every multiprocessor, or two that take turns."""
-        return 1 if self.narrow else self._cut(self.sizes.tile.values)
+        return 1 if self.whole or self.narrow else self._cut
 
-    def _cut(self, values: int) -> int:
+    @property
+    def stretches_back(self) -> int:
+        """The same for gradients."""
+        return 1 if self.narrow else self._cut if self.stretches == 1 else self.stretches
+
+    @property
+    def _wanted(self) -> int:
         programs = multiprocessors(self.q.device) * (1 if self.g is None else 2)
-        wanted = programs // (self.sequences * self.q.shape[1] * triton.cdiv(self.v.shape[3], values))
-        return max(1, min(wanted, self.chunks // (self.sequences * LEAST_CHUNKS)))
+        return programs // (self.sequences * self.q.shape[1] * triton.cdiv(self.v.shape[3], self.sizes.tile.values))
+
+    @property
+    def _cut(self) -> int:
+        return max(1, min(self._wanted, self.chunks // (self.sequences * LEAST_CHUNKS)))
+
+    @property
+    def whole(self) -> bool:
+        """Whether programs forward take a sequence whole though there are fewer than two for each multiprocessor.
+
+        Cut in two, one half would be read twice, and a program whose loads are ahead needs no other beside it.
+        """
+        return self.gate > 0 and not self.exact and self._wanted == 2
 
     @property
     def narrow(self) -> bool:
-        """Whether programs take half the values, so that a sequence need not be cut in two and half of it read twice.
+        """Whether programs take half the values, so that a sequence need not be cut in two.
 
-        Forward that is a tenth faster; with a decay a channel, whose chunks weigh more, it is not.
+        Those do that stop at anchors, where they wait for loads, and those of short sequences; with a decay a channel,
+        whose chunks weigh more, it is no faster.
         """
-        return self.gate == 1 and not self.exact and self._cut(self.sizes.tile.values) == 2
+        return self.gate == 1 and not self.exact and self._cut == 2
 
-    def tile(self, k: int, v: int, gate: int, reverse: bool) -> Tile:
-        """Of a walk over K channels that are summed and V that are kept."""
+    def tile(self, k: int, v: int, gate: int, reverse: bool, anchored: bool) -> Tile:
+        """Of a walk over K channels that are summed and V that are kept; anchored: that stops at anchors."""
         tile = Sizes.of(k, v, self.q.dtype, gate).tile
-        if self.narrow:
-            tile = tile._replace(values=max(16, tile.values // 2))
-        if gate == 2 and not reverse and not self.exact and k <= 128:  # what walks back holds more beside its loads
-            tile = tile._replace(stages=3)
-        return tile
+        if self.narrow and (anchored or not self.whole):
+            return tile._replace(values=max(16, tile.values // 2))
+        if anchored or self.exact or k > 128 or (reverse and gate != 1):
+            return tile
+        # With three stages or more loads run a chunk ahead: for a program that is alone on its multiprocessor, or of
+        # which two still fit. What walks back holds more beside them.
+        ahead = {0: 4, 1: 3 if self.whole or k <= 64 else 2, 2: 3}
+        return tile._replace(stages=ahead.get(gate, tile.stages))
 
     @property
     def variant(self) -> tuple[Any, ...]:
-        return (*super().variant, self.mass, self.narrow, self.stretches == 1)
+        return (*super().variant, self.mass, self.whole, self.narrow, self.stretches == 1, self.stretches_back == 1)
 
     def trial(self, memory: Tensor, memory_sums: Tensor | None, dtype: torch.dtype, gradients: bool) -> None:
         """All that a call launches, with results in the place of their gradients."""
@@ -249,18 +270,19 @@ class Launch(Problem):
         cuts = self.cuts
         made = self.prepared(cuts)
         before, before_sums = self.each_head(memory), self.each_head(memory_sums)
-        starts, start_sums = self.starts(made, made.keys, v, before, before_sums, None, cuts, False)
+        count = self.stretches
+        starts, start_sums = self.starts(made, made.keys, v, before, before_sums, None, cuts, count, False)
         o = q.new_empty(*q.shape[:3], v.shape[3], dtype=dtype)
         mass = self.single(*q.shape[:2], q.shape[2] if self.mass else 0)
         after = self.single(self.sequences, q.shape[1], q.shape[3], v.shape[3])
         after_sums = self.single(*after.shape[:3]) if self.mass else self.single(0)
         self.walk(
-            (made.reads, made.keys, v), made, self.gate, cuts, o=o, mass=mass, first=starts, first_row=start_sums,
-            last=after, last_row=after_sums, column=self.mass,
+            (made.reads, made.keys, v), made, self.gate, cuts, count, o=o, mass=mass, first=starts,
+            first_row=start_sums, last=after, last_row=after_sums, column=self.mass,
         )  # fmt: skip
         if self.fan > 1:
             after, after_sums = (x[:, :: self.fan].contiguous() if x.ndim > 1 else x for x in (after, after_sums))
-        if self.stretches == 1:
+        if count == 1:
             return o, mass, after, after_sums, self.single(0), self.single(0)
         return o, mass, after, after_sums, starts, start_sums if self.mass else self.single(0)
 
@@ -275,10 +297,12 @@ class Launch(Problem):
         do = do.to(q.dtype)  # which every walk would do by itself
         cuts = self.cuts
         made = self.prepared(cuts)
+        count = self.stretches_back
         if self.stretches == 1:
-            starts, start_sums = self.each_head(memory), self.each_head(memory_sums)
+            before, before_sums = self.each_head(memory), self.each_head(memory_sums)
+            starts, start_sums = self.starts(made, made.keys, v, before, before_sums, None, cuts, count, False)
         ends, end_sums = self.first_head(dafter), self.first_head(dafter_sums)
-        ends, end_sums = self.starts(made, made.reads, do, ends, end_sums, dmass, cuts, True)
+        ends, end_sums = self.starts(made, made.reads, do, ends, end_sums, dmass, cuts, count, True)
         across = 0 if g is None else 1 if self.gate == 1 else 3
 
         # Of each query head its own; those that share a key are added up afterwards, in float32 and in order.
@@ -290,17 +314,17 @@ class Launch(Problem):
         dreads, dkeys = (dq, dk) if self.gate < 2 else (torch.empty_like(x, dtype=self.kind) for x in (dq, dk))
         anchors = None if g is None else self.anchors(dv_width, d)
         self.walk(
-            (do, v, made.keys), made, across, cuts, o=dreads, first=starts.mT, first_row=start_sums, a_row=dmass,
+            (do, v, made.keys), made, across, cuts, count, o=dreads, first=starts.mT, first_row=start_sums, a_row=dmass,
             row=self.mass, anchors=anchors, last=None if anchors is None else anchors.states[anchors.ends :],
             last_row=None if anchors is None or anchors.rows is None else anchors.rows[anchors.ends :],
         )  # fmt: skip
         before = self.single(self.sequences, heads, d, dv_width)
         before_sums = self.single(*before.shape[:3]) if self.mass else None
         self.walk(
-            (v, do, made.reads), made, across, cuts, True, o=dkeys, first=ends.mT, first_row=end_sums, b_row=dmass,
-            row=self.mass, anchors=anchors, last=before.mT, last_row=before_sums,
+            (v, do, made.reads), made, across, cuts, count, True, o=dkeys, first=ends.mT, first_row=end_sums,
+            b_row=dmass, row=self.mass, anchors=anchors, last=before.mT, last_row=before_sums,
         )  # fmt: skip
-        self.walk((made.keys, made.reads, do), made, self.gate, cuts, True, o=dv, first=ends)
+        self.walk((made.keys, made.reads, do), made, self.gate, cuts, count, True, o=dv, first=ends)
         dg = None
         if g is not None and anchors is not None:
             dg = self.gate_gradient(made, cuts, anchors, (dreads, dkeys), (dq, dk))
@@ -360,13 +384,13 @@ class Launch(Problem):
 
     def starts(
         self, made: Prepared, b: Tensor, y: Tensor, before: Tensor | None, before_sums: Tensor | None, m: Tensor | None,
-        cuts: Cuts, reverse: bool,
+        cuts: Cuts, count: int, reverse: bool,
     ) -> tuple[Any, Any]:  # fmt: skip
-        """State and sums before each stretch, in the order of the walk: those before the first, where there is one.
+        """State and sums before each of `count` stretches, in the order of the walk: those before the first, if one.
 
         More are walked over twice: for what each adds and keeps first, which then is joined.
         """
-        count, heads = self.stretches, self.q.shape[1]
+        heads = self.q.shape[1]
         if count == 1:
             return before, before_sums
         d, dv = b.shape[3], y.shape[3]
@@ -374,7 +398,7 @@ class Launch(Problem):
         part_sums = self.single(*parts.shape[:3]) if self.mass else None
         left = self.single(*parts.shape[:3])
         self.walk(
-            (None, b, y), made, self.gate, cuts, reverse, last=parts, last_row=part_sums, left=left, b_row=m,
+            (None, b, y), made, self.gate, cuts, count, reverse, last=parts, last_row=part_sums, left=left, b_row=m,
             column=self.mass,
         )  # fmt: skip
         for each, start, columns in ((parts, before, dv), (part_sums, before_sums, 1))[: 1 + self.mass]:
@@ -389,6 +413,7 @@ class Launch(Problem):
         made: Prepared,
         gate: int,
         cuts: Cuts,
+        stretches: int,
         reverse: bool = False,
         *,
         o: Tensor | None = None,
@@ -407,7 +432,7 @@ class Launch(Problem):
         """`scan_walk` over all sequences and heads; what it is given and writes, see there."""
         a, b, y = streams
         heads, (k, v) = self.q.shape[1], (b.shape[3], y.shape[3])
-        chunk, tile = self.sizes.chunk, self.tile(k, v, gate, reverse)
+        chunk, tile = self.sizes.chunk, self.tile(k, v, gate, reverse, anchors is not None)
         states, rows, past, ends = (None, None, None, 0) if anchors is None else anchors
 
         def of(x: Tensor | None) -> Heads | None:
@@ -415,11 +440,11 @@ class Launch(Problem):
 
         for split in ["none"] if self.exact else ["made"] if gate < 2 else ["made", "mixed"]:
             warps = max(tile.warps, MIXED_WARPS) if split == "mixed" else tile.warps
-            scan_walk[(triton.cdiv(v, tile.values) * self.sequences * self.stretches, heads)](
+            scan_walk[(triton.cdiv(v, tile.values) * self.sequences * stretches, heads)](
                 of(a), of(b), of(y), *(of(made.raw(x)) for x in streams), of(made.gates), made.bounds, of(a_row),
                 of(b_row), None if first is None else States.of(first), first_row,
                 None if last is None else States.of(last), last_row, left, of(o), of(mass), states, rows, past, cuts,
-                self.scale, self.stretches, ends, K=k, V=v, C=chunk, BK=padded(k), BV=tile.values, GATE=gate,
+                self.scale, stretches, ends, K=k, V=v, C=chunk, BK=padded(k), BV=tile.values, GATE=gate,
                 REVERSE=reverse, READ=a is not None, MASS=column, ROW=row, UNIT=self.scale == 1, EVERY=self.every,
                 SPLIT=split, LEVELS=chunk.bit_length() - 1, num_warps=warps, num_stages=tile.stages,
                 **self.products,

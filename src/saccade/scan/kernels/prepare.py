@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 
 from saccade.scan.kernels.abreast import Launched
-from saccade.scan.kernels.tiles import chunk_of, place, read, read_row, write
+from saccade.scan.kernels.tiles import SAFE, chunk_of, place, read, read_row, write
 
-SAFE = tl.constexpr(60.0)
 LEAST = tl.constexpr(-100.0)  # a gate below it forgets all that float32 can tell
 
 

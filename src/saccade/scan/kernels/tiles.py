@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+SAFE = tl.constexpr(60.0)  # of decay, as an exponent: what one factor of a pair may grow by
+
 
 class Heads(NamedTuple):
     """x (B, heads, N, C), whose last stride is 1, or (B, heads, N), its other strides, and how many heads share one."""
@@ -121,6 +123,18 @@ def any_harmful(bounds, first, last, head):
 
 
 @triton.jit
+def any_steep(sums, batch, head, begin, end, first, last, C: tl.constexpr):
+    """0 or 1: of a sequence's chunks from `first` on and before `last`, by the sums of g in each; see SAFE."""
+    least = tl.zeros([128], tl.float32)
+    at = place(sums, batch, head, begin)
+    for block in range(first, last, 128):
+        chunk = block + tl.arange(0, 128)
+        final = tl.minimum(chunk * C + C, end - begin) - 1
+        least = tl.minimum(least, tl.load(at + final * sums.stride_n, mask=chunk < last, other=0.0))
+    return (tl.min(least, 0) <= -SAFE).to(tl.int32)
+
+
+@triton.jit
 def place(x, batch, head, start):
     """Where x[batch, head, start] lies. Within a chunk, offsets fit 32 bits."""
     head = (head // x.share).to(tl.int64)
@@ -180,6 +194,17 @@ def between(g, rows, UPPER: tl.constexpr):
     else:
         after = rows[:, None] > rows[None, :]
         return tl.where(rows[:, None] >= rows[None, :], tl.exp(tl.cumsum(tl.where(after, g[:, None], 0.0), 0)), 0.0)
+
+
+@triton.jit
+def between_sums(sums, rows, UPPER: tl.constexpr):
+    """The same from the sums of g, in dtypes that bear their differences."""
+    if UPPER:
+        way = sums[None, :] - sums[:, None]
+        return tl.where(rows[None, :] >= rows[:, None], tl.exp(tl.minimum(way, 0.0)), 0.0)
+    else:
+        way = sums[:, None] - sums[None, :]
+        return tl.where(rows[:, None] >= rows[None, :], tl.exp(tl.minimum(way, 0.0)), 0.0)
 
 
 @triton.jit

@@ -21,8 +21,10 @@ import triton.language as tl
 from saccade.scan.kernels.abreast import alike
 from saccade.scan.kernels.tiles import (
     any_harmful,
+    any_steep,
     apart,
     between,
+    between_sums,
     finite,
     place,
     prefix,
@@ -80,6 +82,77 @@ def at_once(
         left *= enter * leave
     state = tl.dot(b, y, state, input_precision=PRECISION)
     state *= leave[:, None] if GATE == 2 else leave[None, :]
+    return acc, scores, found, state, total, below, left
+
+
+@triton.jit
+def by_tokens(
+    a, b, y, wide, state, total, below, left, g, batch, head, start, end, a_more, b_more, scale, C: tl.constexpr,
+    BV: tl.constexpr, REVERSE: tl.constexpr, READ: tl.constexpr, MASS: tl.constexpr, ROW: tl.constexpr,
+    SPLIT: tl.constexpr, STEEP: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A chunk under a decay a token: as `at_once`, from g, or if SPLIT is "made" from its sums G. wide: y in float32.
+
+    What is left of a token at the end L of the chunk goes into the state, and pairs share one product with it:
+
+        y_j' = exp(G_L - G_j) y_j,     o_i = exp(G_i - G_L) (a_i . exp(G_L) state + sum over pairs of (a_i . b_j) y_j')
+
+    backwards with exp(G_j) and exp(-G_i). One factor grows, by what the chunk decays by. STEEP: by too much, so that
+    each pair has an exponential of its own.
+    """
+    rows = tl.arange(0, C)
+    inside = start + rows < end
+    acc = tl.zeros([C, BV], tl.float32)
+    scores = tl.zeros([C, C], tl.float32)
+    found = tl.zeros([C], tl.float32)
+    gates = read_row(g, batch, head, start, rows, inside)
+    if SPLIT == "none":
+        whole = tl.sum(gates, 0)
+        follows = (rows + 1 < C) & (start + rows + 1 < end)
+        from_start = prefix(gates)
+        to_end = suffix(read_row(g, batch, head, start + 1, rows, follows))
+    else:
+        whole = tl.load(place(g, batch, head, tl.minimum(start + C, end) - 1))
+        from_start = tl.exp(gates)
+        to_end = tl.exp(whole - gates)
+    lost = tl.exp(whole)
+    rest = from_start if REVERSE else to_end
+    wide *= rest[:, None]
+    late = wide.to(KIND)
+    if not STEEP:
+        state *= lost
+        total *= lost
+        below *= lost
+    if READ:
+        acc = tl.dot(a, state.to(KIND), input_precision=PRECISION)
+        scores = tl.dot(a, b, input_precision=PRECISION)
+        if MASS:
+            found = tl.sum(a.to(tl.float32) * total[None, :], 1)
+        if ROW:
+            acc += a_more[:, None] * below[None, :]
+            scores += a_more[:, None] * b_more[None, :]
+        if STEEP:
+            reads = to_end if REVERSE else from_start
+            scores *= between(gates, rows, REVERSE) if SPLIT == "none" else between_sums(gates, rows, REVERSE)
+            acc = tl.dot(scores.to(KIND), y, acc * reads[:, None], input_precision=PRECISION)
+        else:
+            reads = tl.exp(-gates if REVERSE else gates - whole)
+            order = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
+            scores = tl.where(order, scores, 0.0)
+            acc = tl.dot(scores.to(KIND), late, acc, input_precision=PRECISION) * reads[:, None]
+            if MASS:
+                scores *= reads[:, None] * rest[None, :]
+        found *= reads
+    if STEEP:
+        state *= lost
+        total *= lost
+        below *= lost
+    left *= lost
+    if MASS:
+        total += tl.sum(b.to(tl.float32) * (b_more * rest)[None, :], 1) * (scale if REVERSE else 1.0)
+    if ROW:
+        below += tl.sum(wide * b_more[:, None], 0)
+    state = tl.dot(b, late, state, input_precision=PRECISION)
     return acc, scores, found, state, total, below, left
 
 
@@ -176,8 +249,9 @@ def scan_walk(
     every EVERY chunks; one backwards, whose state is the gradient of that, finds those after the last chunk from number
     `ends` on, and leaves sums over K of state times gradient in `past` (.., H, V). UNIT: scale is 1.
     SPLIT: "made": `prepare` has put the decays between token and middle of the chunk into a and b, or into y, and left
-    `bounds`, or for GATE 1 the sums of g in place of g; stretches with a chunk that bears no such factors are left to
-    "mixed", which takes the pairs of such chunks by levels (see `tiles`) from raw_a, raw_b or raw_y; "none": all.
+    `bounds`; stretches with a chunk that bears no such factors are left to "mixed", which takes the pairs of such
+    chunks by levels (see `tiles`) from raw_a, raw_b or raw_y; "none": all.
+    For GATE 1 "made": g is the sums of g, see `by_tokens`.
     """
     TILES: tl.constexpr = (V + BV - 1) // BV
     tile = tl.program_id(0) % TILES
@@ -222,136 +296,118 @@ def scan_walk(
         if ROW:
             below += tl.load(first_row + at * V + column, mask=exists_column, other=0.0)
 
+    # Under a decay a token one of two loops runs: no branch within one lets loads be ahead.
+    FORMS: tl.constexpr = 2 if GATE == 1 and SPLIT == "made" and READ else 1
+    if FORMS == 2:
+        steep = any_steep(g, batch, head, begin, end, low, high, C)
     GROUP: tl.constexpr = 1 << 30 if anchors is None else EVERY
     groups = tl.cdiv(high - low, GROUP)
-    for group in range(groups):
-        lowest = low + (groups - 1 - group if REVERSE else group) * GROUP
-        highest = tl.minimum(lowest + GROUP, high)
-        if anchors is not None:
-            bound = highest if REVERSE else lowest
-            slot = tl.where(bound == chunks, ends + seq, (first_chunk + bound) // EVERY + seq)
-            slot = slot.to(tl.int64) * heads + head
-            anchor = anchors + slot * (K * V) + (row[:, None] * V + column[None, :])
-            if REVERSE:
-                flows = tl.sum(state * tl.load(anchor, mask=exists, other=0.0), 0)
-                if ROW:
-                    flows += below * tl.load(anchor_rows + slot * V + column, mask=exists_column, other=0.0)
-                tl.store(past + slot * V + column, flows, mask=exists_column)
-            else:
-                tl.store(anchor, state, mask=exists)
-                if ROW:
-                    tl.store(anchor_rows + slot * V + column, below, mask=exists_column)
-        for step in range(highest - lowest):
-            chunk = highest - 1 - step if REVERSE else lowest + step
-            start = begin + chunk * C
-            tokens = start + rows
-            inside = tokens < end
-            bs = read_across(b, batch, head, start, rows, inside, row, K).to(KIND)
-            ys = read(y, batch, head, start, rows, inside, column, V).to(KIND)
-            a_more = inside.to(tl.float32)
-            b_more = a_more
-            if a_row is not None:
-                a_more = read_row(a_row, batch, head, start, rows, inside)
-            if b_row is not None:
-                b_more = read_row(b_row, batch, head, start, rows, inside)
-            if READ:
-                a_s = read(a, batch, head, start, rows, inside, row, K).to(KIND)
-            else:
-                a_s = tl.zeros([C, BK], KIND)
-            acc = tl.zeros([C, BV], tl.float32)
-            scores = tl.zeros([C, C], tl.float32)
-            found = tl.zeros([C], tl.float32)
-            wide = ys.to(tl.float32)
-            if REVERSE and not UNIT:
-                wide *= scale
-            written = ys if UNIT or not REVERSE else wide.to(KIND)
-
-            if GATE < 2:
-                if GATE == 1:
-                    if SPLIT == "none":
-                        gate = read_row(g, batch, head, start, rows, inside)
-                        follows = (rows + 1 < C) & (tokens + 1 < end)
-                        from_start = prefix(gate)
-                        to_end = suffix(read_row(g, batch, head, start + 1, rows, follows))
-                        decay = between(gate, rows, REVERSE)
-                        lost = tl.exp(tl.sum(gate, 0))
-                    else:
-                        sums = read_row(g, batch, head, start, rows, inside)
-                        whole = tl.load(place(g, batch, head, tl.minimum(start + C, end) - 1))
-                        from_start = tl.exp(sums)
-                        to_end = tl.exp(whole - sums)
-                        way = sums[None, :] - sums[:, None] if REVERSE else sums[:, None] - sums[None, :]
-                        decay = tl.where(pairs, tl.exp(tl.minimum(way, 0.0)), 0.0)
-                        lost = tl.exp(whole)
-                if READ:
-                    acc = tl.dot(a_s, state.to(KIND), input_precision=PRECISION)
-                    scores = tl.dot(a_s, bs, input_precision=PRECISION)
-                    if MASS:
-                        found = tl.sum(a_s.to(tl.float32) * total[None, :], 1)
+    for form in tl.static_range(FORMS):
+        for group in range(tl.where(form == steep, groups, 0) if FORMS == 2 else groups):
+            lowest = low + (groups - 1 - group if REVERSE else group) * GROUP
+            highest = tl.minimum(lowest + GROUP, high)
+            if anchors is not None:
+                bound = highest if REVERSE else lowest
+                slot = tl.where(bound == chunks, ends + seq, (first_chunk + bound) // EVERY + seq)
+                slot = slot.to(tl.int64) * heads + head
+                anchor = anchors + slot * (K * V) + (row[:, None] * V + column[None, :])
+                if REVERSE:
+                    flows = tl.sum(state * tl.load(anchor, mask=exists, other=0.0), 0)
                     if ROW:
-                        acc += a_more[:, None] * below[None, :]
-                        scores += a_more[:, None] * b_more[None, :]
-                    if GATE == 1:
-                        reads = to_end if REVERSE else from_start
-                        acc *= reads[:, None]
-                        found *= reads
-                        scores *= decay
-                    else:
-                        scores = tl.where(pairs, scores, 0.0)
-                    acc = tl.dot(scores.to(KIND), written, acc, input_precision=PRECISION)
-                weight = b_more
-                if GATE == 1:
-                    rest = from_start if REVERSE else to_end
-                    wide *= rest[:, None]
-                    written = wide.to(KIND)
-                    state *= lost
-                    total *= lost
-                    below *= lost
-                    left *= lost
-                    weight *= rest
-                if MASS:
-                    total += tl.sum(bs.to(tl.float32) * weight[None, :], 1) * (scale if REVERSE else 1.0)
-                if ROW:
-                    below += tl.sum(wide * b_more[:, None], 0)
-                state = tl.dot(bs, written, state, input_precision=PRECISION)
-
-            if GATE >= 2:
-                if SPLIT == "made":
-                    acc, scores, found, state, total, below, left = at_once(
-                        a_s, bs, written, state, total, below, left, bounds, first_chunk + chunk, head, column, a_more,
-                        b_more, scale, C, BK, BV, GATE, REVERSE, READ, MASS, ROW, KIND, PRECISION,
-                    )  # fmt: skip
-                elif SPLIT == "none":
-                    acc, scores, found, state, total, below, left = by_levels(
-                        a_s, bs, written, state, total, below, left, g, batch, head, start, inside, column, a_more,
-                        b_more, scale, K, V, C, BK, BV, GATE, REVERSE, READ, MASS, ROW, LEVELS, KIND, PRECISION,
-                    )  # fmt: skip
-                elif any_harmful(bounds, first_chunk + chunk, first_chunk + chunk + 1, head) == 0:
-                    acc, scores, found, state, total, below, left = at_once(
-                        a_s, bs, written, state, total, below, left, bounds, first_chunk + chunk, head, column, a_more,
-                        b_more, scale, C, BK, BV, GATE, REVERSE, READ, MASS, ROW, KIND, PRECISION,
-                    )  # fmt: skip
+                        flows += below * tl.load(anchor_rows + slot * V + column, mask=exists_column, other=0.0)
+                    tl.store(past + slot * V + column, flows, mask=exists_column)
                 else:
-                    if GATE == 2:
-                        bs = read_across(raw_b, batch, head, start, rows, inside, row, K).to(KIND)
-                        if READ:
-                            a_s = read(raw_a, batch, head, start, rows, inside, row, K).to(KIND)
-                    else:
-                        wide = read(raw_y, batch, head, start, rows, inside, column, V).to(tl.float32)
-                        written = (wide * (scale if REVERSE else 1.0)).to(KIND)
-                    acc, scores, found, state, total, below, left = by_levels(
-                        a_s, bs, written, state, total, below, left, g, batch, head, start, inside, column, a_more,
-                        b_more, scale, K, V, C, BK, BV, GATE, REVERSE, READ, MASS, ROW, LEVELS, KIND, PRECISION,
+                    tl.store(anchor, state, mask=exists)
+                    if ROW:
+                        tl.store(anchor_rows + slot * V + column, below, mask=exists_column)
+            for step in range(highest - lowest):
+                chunk = highest - 1 - step if REVERSE else lowest + step
+                start = begin + chunk * C
+                tokens = start + rows
+                inside = tokens < end
+                bs = read_across(b, batch, head, start, rows, inside, row, K).to(KIND)
+                ys = read(y, batch, head, start, rows, inside, column, V).to(KIND)
+                a_more = inside.to(tl.float32)
+                b_more = a_more
+                if a_row is not None:
+                    a_more = read_row(a_row, batch, head, start, rows, inside)
+                if b_row is not None:
+                    b_more = read_row(b_row, batch, head, start, rows, inside)
+                if READ:
+                    a_s = read(a, batch, head, start, rows, inside, row, K).to(KIND)
+                else:
+                    a_s = tl.zeros([C, BK], KIND)
+                acc = tl.zeros([C, BV], tl.float32)
+                scores = tl.zeros([C, C], tl.float32)
+                found = tl.zeros([C], tl.float32)
+                wide = ys.to(tl.float32)
+                if REVERSE and not UNIT:
+                    wide *= scale
+                written = ys if UNIT or not REVERSE else wide.to(KIND)
+
+                if GATE == 0:
+                    if READ:
+                        acc = tl.dot(a_s, state.to(KIND), input_precision=PRECISION)
+                        scores = tl.dot(a_s, bs, input_precision=PRECISION)
+                        if MASS:
+                            found = tl.sum(a_s.to(tl.float32) * total[None, :], 1)
+                        if ROW:
+                            acc += a_more[:, None] * below[None, :]
+                            scores += a_more[:, None] * b_more[None, :]
+                        scores = tl.where(pairs, scores, 0.0)
+                        acc = tl.dot(scores.to(KIND), written, acc, input_precision=PRECISION)
+                    if MASS:
+                        total += tl.sum(bs.to(tl.float32) * b_more[None, :], 1) * (scale if REVERSE else 1.0)
+                    if ROW:
+                        below += tl.sum(wide * b_more[:, None], 0)
+                    state = tl.dot(bs, written, state, input_precision=PRECISION)
+
+                if GATE == 1:
+                    acc, scores, found, state, total, below, left = by_tokens(
+                        a_s, bs, written, wide, state, total, below, left, g, batch, head, start, end, a_more, b_more,
+                        scale, C, BV, REVERSE, READ, MASS, ROW, SPLIT, form == 1 or SPLIT == "none", KIND, PRECISION,
                     )  # fmt: skip
 
-            if READ:
-                if not REVERSE:
-                    acc *= scale
-                write(o, batch, head, start, rows, inside, column, acc, V)
-                if MASS:
-                    read_mass = (found + tl.sum(scores, 1)) * scale
-                    first_tile = tokens < tl.where(tile == 0, end, 0)
-                    tl.store(place(mass, batch, head, start) + rows, read_mass, mask=first_tile)
+                if GATE >= 2:
+                    if SPLIT == "made":
+                        acc, scores, found, state, total, below, left = at_once(
+                            a_s, bs, written, state, total, below, left, bounds, first_chunk + chunk, head, column,
+                            a_more, b_more, scale, C, BK, BV, GATE, REVERSE, READ, MASS, ROW, KIND, PRECISION,
+                        )  # fmt: skip
+                    elif SPLIT == "none":
+                        acc, scores, found, state, total, below, left = by_levels(
+                            a_s, bs, written, state, total, below, left, g, batch, head, start, inside, column, a_more,
+                            b_more, scale, K, V, C, BK, BV, GATE, REVERSE, READ, MASS, ROW, LEVELS, KIND, PRECISION,
+                        )  # fmt: skip
+                    elif any_harmful(bounds, first_chunk + chunk, first_chunk + chunk + 1, head) == 0:
+                        acc, scores, found, state, total, below, left = at_once(
+                            a_s, bs, written, state, total, below, left, bounds, first_chunk + chunk, head, column,
+                            a_more, b_more, scale, C, BK, BV, GATE, REVERSE, READ, MASS, ROW, KIND, PRECISION,
+                        )  # fmt: skip
+                    else:
+                        if GATE == 2:
+                            bs = read_across(raw_b, batch, head, start, rows, inside, row, K).to(KIND)
+                            if READ:
+                                a_s = read(raw_a, batch, head, start, rows, inside, row, K).to(KIND)
+                        else:
+                            wide = read(raw_y, batch, head, start, rows, inside, column, V).to(tl.float32)
+                            written = (wide * (scale if REVERSE else 1.0)).to(KIND)
+                        acc, scores, found, state, total, below, left = by_levels(
+                            a_s, bs, written, state, total, below, left, g, batch, head, start, inside, column, a_more,
+                            b_more, scale, K, V, C, BK, BV, GATE, REVERSE, READ, MASS, ROW, LEVELS, KIND, PRECISION,
+                        )  # fmt: skip
+
+                if READ:
+                    if not REVERSE and not UNIT:
+                        acc *= scale
+                    # The mask of ys would be carried along from its load, which is ahead. Under a decay a channel that
+                    # costs less than another.
+                    here = inside if GATE >= 2 else rows < end - start
+                    write(o, batch, head, start, rows, here, column, acc, V)
+                    if MASS:
+                        read_mass = (found + tl.sum(scores, 1)) * scale
+                        first_tile = tokens < tl.where(tile == 0, end, 0)
+                        tl.store(place(mass, batch, head, start) + rows, read_mass, mask=first_tile)
 
     if last is not None:
         if (not READ) or (stretch == stretches - 1):  # the first is known when this is compiled, the second not
