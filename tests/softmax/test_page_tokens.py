@@ -3,15 +3,8 @@
 import pytest
 import torch
 
-from saccade.softmax import drop_token, place_tokens, put_token, score_bounds, score_tokens, widen_bounds
-from saccade.softmax.kernels.page_tokens import (
-    launch_bound,
-    launch_drop,
-    launch_place,
-    launch_put,
-    launch_score,
-    launch_widen,
-)
+from saccade.softmax import score_bounds, score_tokens, widen_bounds
+from saccade.softmax.kernels.page_tokens import launch_bound, launch_score, launch_widen
 from saccade.testing.budget import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -68,63 +61,6 @@ def test_scores(shape, dtype, kernel, device):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_scores_of_bfloat16_by_the_kernel(shape):
     test_scores(shape, torch.bfloat16, True, "cuda")
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kernel", [False, True])
-def test_put(shape, kernel, device):
-    _, k, v, table, lengths = drawn(shape, device, torch.float32)
-    batch, kv_heads, _, d, dv, page = shape
-    positions = torch.full((*k.shape[:1], page), -1, dtype=torch.int32, device=device)
-    ends = torch.arange(100, 100 + batch, device=device)
-    new_k, new_v = (torch.randn(kv_heads, batch, 1, x, device=device).transpose(0, 1) for x in (d, dv))
-    before = [x.clone() for x in (k, v, positions)]
-    put = launch_put if kernel else put_token
-    put(new_k, new_v, (k, v, positions), (table, lengths, ends))
-    for row in range(batch * kv_heads):
-        at = int(table[row, lengths[row] // page]), int(lengths[row]) % page
-        before[0][at[0], 0, at[1]] = new_k[row // kv_heads, row % kv_heads, 0]
-        before[1][at[0], 0, at[1]] = new_v[row // kv_heads, row % kv_heads, 0]
-        before[2][at] = 100 + row // kv_heads
-    for found, truth in zip((k, v, positions), before, strict=True):
-        assert torch.equal(found.nan_to_num(9), truth.nan_to_num(9))
-
-
-@pytest.mark.parametrize("lists", [1, 3])
-@pytest.mark.parametrize("kernel", [False, True])
-def test_place(lists, kernel, device):
-    table = torch.randperm(20)[:15].view(3, 5).int()
-    slots = torch.randint(-2, 5 * 4, (3 * lists, 300))
-    truth = [
-        [0 if s < 0 else int(table[own // lists, s // 4]) * 4 + s % 4 for s in row]
-        for own, row in enumerate(slots.tolist())
-    ]
-    place = launch_place if kernel else place_tokens
-    assert place(table.to(device), slots.to(device), 4).tolist() == truth
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kernel", [False, True])
-@pytest.mark.parametrize("numbers", [0, 3])
-def test_drop(shape, kernel, numbers, device):
-    _, k, v, table, lengths = drawn(shape, device, torch.float32)
-    page = shape[5]
-    columns = torch.randn(len(k), page, numbers, device=device)
-    positions = torch.arange(len(k) * page, dtype=torch.int32, device=device).view(-1, page)
-    which = torch.arange(0, len(table), 2, device=device)
-    slots = (torch.rand(len(which), device=device) * lengths[which]).long()
-    after = [x.clone() for x in (k, v, positions, columns, lengths)]
-    for row, slot in zip(which.tolist(), slots.tolist(), strict=True):
-        last = int(lengths[row]) - 1
-        to, source = ((int(table[row, x // page]), x % page) for x in (slot, last))
-        for x in after[:2]:
-            x[to[0], 0, to[1]] = x[source[0], 0, source[1]]
-        for x in after[2:4]:
-            x[to] = x[source]
-        after[4][row] -= 1
-    (launch_drop if kernel else drop_token)((k, v, positions, columns), (table, lengths), which, slots)
-    for found, truth in zip((k, v, positions, columns, lengths), after, strict=True):
-        assert torch.equal(found.nan_to_num(9), truth.nan_to_num(9))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -208,16 +208,17 @@ class Evict(Policy):
             return
         targets = self._targets(step)
         over = step.counts - targets
-        if not self.scorer.accumulates and int(over.max()) < self.every:
+        most = int(over.max())
+        if not self.scorer.accumulates and most < self.every:
             return
         self._count(step)
         if self.columns:
             step.put_columns()
-        if int(over.max()) < self.every:
+        if most < self.every:
             return
         scores = self.scores(step)
         over = over * (over.amax(1, keepdim=True) >= self.every)  # a sequence is cut when it is its own turn
-        if int(over.max()) == 1:
+        if most == 1:
             least = scores.masked_fill(~step.there, torch.inf).argmin(-1, keepdim=True)
             store.drop(step.slots.gather(2, least), step.rows, None if int(over.min()) == 1 else over > 0)
         else:

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from saccade.cache.frames import Frames
+from saccade.cache.steps import Held, Ring, drop_token, put_token
 from saccade.errors import positive
-from saccade.softmax import Pages, drop_token, put_token, score_tokens
+from saccade.softmax import Pages, score_tokens
 from saccade.softmax.page_rows import Found, alike, recorded
 
 Reading = Iterator[tuple[Pages, Tensor | None]]
@@ -172,16 +174,23 @@ class PagePool:
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
-    def put(self, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, ends: Tensor, found: Found) -> None:
-        """One token a row: see `put_token`. found: of these tables, see `Pages`."""
-        length = alike(lengths) if self.on_host and not recorded() else None
-        if length is None:
-            put_token(k, v, (self.k, self.v, self.positions), (table, lengths, ends))
-            if self.columns.shape[2]:
-                page = table.gather(1, (lengths // self.page).long()[:, None])[:, 0].long()
-                self.columns[page, (lengths % self.page).long()] = 0.0
+    @property
+    def _held(self) -> Held:
+        return self.k, self.v, self.positions, self.columns
+
+    def put(self, k: Tensor, v: Tensor, rows: tuple[Tensor, Tensor, Tensor], length: int | None, found: Found) -> None:
+        """One token a row, which is counted: see `put_token`. length: of all rows, None where they differ. found: of
+        these tables, see `Pages`.
+        """
+        if not self.on_host or recorded():
+            put_token(k, v, self._held, rows)
             return
-        at = found.layout(table.numpy(), length // self.page + 1, self.page).newest + length % self.page
+        table, lengths, ends = rows
+        if length is None:
+            slot, own = lengths.numpy().astype(np.int64), np.arange(len(table))
+            at = torch.from_numpy(table.numpy()[own, slot // self.page] * self.page + slot % self.page)
+        else:
+            at = found.layout(table.numpy(), length // self.page + 1, self.page).newest + length % self.page
         for x, new in ((self.k, k), (self.v, v)):
             width = x.shape[3]
             new = new if new.dtype == x.dtype else new.to(x.dtype)
@@ -193,10 +202,12 @@ class PagePool:
             self.positions.view(-1).index_fill_(0, at, end)
         if self.columns.shape[2]:
             self.columns.flatten(0, 1).index_fill_(0, at, 0.0)
+        lengths += 1
+        ends += 1
 
-    def drop(self, table: Tensor, lengths: Tensor, which: Tensor, slots: Tensor) -> None:
+    def drop(self, rows: tuple[Tensor, Tensor, Tensor], which: Tensor, slots: Tensor | Ring) -> None:
         """One token of some rows: see `drop_token`."""
-        drop_token((self.k, self.v, self.positions, self.columns), (table, lengths), which, slots)
+        drop_token(self._held, rows, which, slots)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saccade.cache.budgets import budgeted
 from saccade.cache.policy import Policy
+from saccade.cache.steps import best_found, raise_newest, tokens_read
 from saccade.cache.store import Store
 from saccade.cache.view import Stored
 from saccade.errors import positive
@@ -27,19 +28,14 @@ class Reader(Policy):
 
     def reads(self, step: Stored, unit: int = 1) -> Tensor:
         """How many units of `unit` tokens a step reads of each sequence, at least 1: (G,) on the device."""
-        if isinstance(self.budget, int):
-            return torch.full_like(step.ends, max(1, self.budget // unit))
-        # In float64, as Python has it: a part of a length must not become a token more by rounding.
-        return (step.ends.double() * self.budget / unit).ceil().long().clamp(min=1)
+        return tokens_read(step.ends, self.budget, unit)
 
     def best(self, step: Stored, scores: Tensor, unit: int = 1) -> Tensor:
         """The `reads` largest scores (G, ..., M) of each row, int64 (G, ..., K); -1 where fewer are above -inf."""
-        share, count = self.budget, self.reads(step, unit)
+        share = self.budget
         most = share // unit if isinstance(share, int) else math.ceil(step.horizon * share / unit)
         found = scores.topk(min(scores.shape[-1], max(1, most)), -1)
-        place = torch.arange(found.indices.shape[-1], device=scores.device)
-        kept = (place < count.view(-1, *[1] * (scores.ndim - 1))) & (found.values > -torch.inf)
-        return found.indices.masked_fill(~kept, -1)
+        return best_found(*found, step.ends, share, unit)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.budget}, page={self.page})"
@@ -78,8 +74,7 @@ class Quest(Reader):
         store = step.stored
         self._widen(store, step)
         scores = score_bounds(step.q, step.notes("bounds"))
-        newest = (step.lengths.long() - 1) // self.page
-        scores.scatter_(2, newest[..., None], torch.inf)
+        raise_newest(scores, step.lengths, self.page)
         return self.best(step, scores, self.page)
 
     def _widen(self, store: Store, step: Stored) -> None:

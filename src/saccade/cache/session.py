@@ -74,6 +74,9 @@ class Session:
             self.shared["token_ids"] = torch.cat([told, ids], 1)
             return
         told = ids.new_full((batch, 0), -1) if told is None else told
+        if store is not None and rows is None and ids.shape[1] == 1 and store.reserved and told.shape[1] >= store.until:
+            told.scatter_(1, store.ends[:, None], ids)
+            return
         row = torch.arange(batch, device=ids.device) if rows is None else sent(torch.tensor(list(rows)), ids)
         first, width = row.new_zeros(len(row)), ids.shape[1]
         if store is not None:

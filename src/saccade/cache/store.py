@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from saccade.cache.frames import SPARE
 from saccade.cache.pool import PagePool, Reading
+from saccade.cache.steps import Ring, find_tokens
 from saccade.errors import positive
-from saccade.softmax import Pages, merge, place_tokens
+from saccade.softmax import Pages, merge
 from saccade.softmax.page_rows import Found, alike
 from saccade.softmax.paged import read_pages
 
@@ -91,6 +93,7 @@ class Store:
         self.until = self.moves = 0
         self.found = Found()
         self._sent: dict[tuple[int, ...], Tensor] = {}
+        self._every = torch.zeros(0, dtype=torch.int64, device=device)
 
     # -- what is there ---------------------------------------------------------------------------------------------
 
@@ -136,14 +139,18 @@ class Store:
 
     def order(self, rows: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Slots (G, Hkv, M) int64 in the order of their positions, and which are there; M: see `width`."""
+        return self.ordered(rows)[:2]
+
+    def ordered(self, rows: Sequence[int] | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`order`, and the positions (G, Hkv, M) int32 where it goes by them, `ABSENT` for no token; else None."""
         counts = self.counts if rows is None else self.counts[list(rows)]
         slot = torch.arange(self.width(rows), device=self.table.device)
-        there = slot < self.lengths[self._rows(rows)].view(*counts.shape, 1)
+        there = slot < self._lengths(rows).view(*counts.shape, 1)
         slots = slot.expand(there.shape)
-        if not self.sorted:
-            at = self.read(self.pool.positions, slots, rows)
-            slots = at.masked_fill(~there, ABSENT).argsort(dim=-1, stable=True)
-        return slots, there
+        if self.sorted:
+            return slots, there, None
+        at, slots = self.read(self.pool.positions, slots, rows).masked_fill(~there, ABSENT).sort(dim=-1, stable=True)
+        return slots, there, at
 
     def width(self, rows: Sequence[int] | None = None) -> int:
         """Tokens of the longest of some rows; where pages are reserved, those that there are pages for."""
@@ -197,11 +204,9 @@ class Store:
         (batch, heads, n, _), kv_heads, pool = q.shape, self.kv_heads, self.pool
         lists, listed = kv_heads, None
         if isinstance(chosen, Tokens):
-            lists, count = chosen.slots.shape[1:]
-            place = place_tokens(self._table(rows), chosen.slots.flatten(0, 1), self.page)
-            each = torch.arange(count, dtype=torch.int32, device=place.device)
-            listed = torch.where(chosen.slots >= 0, each, -1).view(batch * lists, 1, -1)
-            reading: Reading = iter([(pool.reading_tokens(place, torch.full_like(place[:, 0], count)), listed)])
+            lists = chosen.slots.shape[1]
+            *places, listed = find_tokens(self._table(rows), chosen.slots, self.page)
+            reading: Reading = iter([(pool.reading_tokens(*places), listed)])
         else:
             if chosen is not None:
                 lists = chosen.shape[1]
@@ -291,12 +296,15 @@ class Store:
         if alone and count is not None:
             if count % self.page == 0:
                 self._another_page(count // self.page)
-        elif not alone or not (counts.numpy() % self.page).all():
+        elif not (self.reserved if self.owned is not None else alone and (counts.numpy() % self.page).all()):
             self._make_room(counts, torch.ones_like(counts), self._rows(None), None)
-        self.pool.put(k, v, self.table, self.lengths, self.ends, self.found)
-        self.lengths += 1
-        self.ends += 1
+        self.pool.put(k, v, (self.table, self.lengths, self.ends), count, self.found)
         self.count(1)
+
+    @property
+    def reserved(self) -> bool:
+        """Whether there are pages for one more token of every row, as `reserve` took them."""
+        return max(self.seen.tolist()) < self.until
 
     def count(self, counts: Tensor | int, n: int = 1) -> None:
         """What the host knows of `n` more tokens of each sequence, `counts` more of which are held."""
@@ -332,30 +340,35 @@ class Store:
         self.sorted = self.sorted or rows is None
         self.tighten()
 
-    def drop(self, slots: Tensor, rows: Sequence[int] | None = None, which: Tensor | None = None) -> None:
-        """Drop one token a row: slots int (G, Hkv). The row's last token takes its place; a page that empties is free.
+    def drop(self, slots: Tensor | Ring, rows: Sequence[int] | None = None, which: Tensor | None = None) -> None:
+        """Drop one token a row: slots int (G, Hkv), or `Ring` of the G sequences. The row's last token takes its place;
+        a page that empties is free.
 
         which: bool (G, Hkv) on the host, the rows that drop one (default: all).
         """
         counts = self.counts if rows is None else self.counts[list(rows)]
-        less = torch.ones_like(counts) if which is None else which.long()
-        at = less.flatten().nonzero()[:, 0]
-        mine, slot = self._known(at), slots.flatten()
-        if which is not None:
-            slot = slot[mine]
+        less = np.ones(counts.shape, bool) if which is None else which.numpy()
+        at = torch.from_numpy(less.reshape(-1).nonzero()[0])
+        mine, pool = self._known(at), self.pool
+        if isinstance(slots, Ring) and (rows is not None or pool.guarded):
+            ends = self.ends if rows is None else self.ends[list(rows)]
+            slots = slots.at(ends)[:, None].expand(counts.shape)
+        if isinstance(slots, Tensor):
+            slots = slots.flatten() if which is None else slots.flatten()[mine]
         if rows is not None:
             mine = self._rows(rows)[mine]
-        if self.pool.guarded:
+        if pool.guarded and isinstance(slots, Tensor):
             last = self.lengths[mine].long() - 1
-            self._open_places(mine, slot // self.page)
+            self._open_places(mine, slots // self.page)
             self._open_places(mine, last // self.page)  # the next token may come there
-        self.pool.drop(self.table, self.lengths, mine, slot)
-        counts = counts - less
-        emptied = ((counts % self.page == 0) & (less > 0)).flatten()[at].nonzero()[:, 0]
+        pool.drop((self.table, self.lengths, self.ends), mine, slots)
+        left = counts.numpy() - less
+        emptied = (left[less] % self.page == 0).nonzero()[0]
         if len(emptied) and self.owned is None:
-            page = sent((counts.flatten()[at] // self.page)[emptied], mine)
-            self.pool.release(self.table[mine[sent(emptied, mine)], page].long())
-        self.counts = counts if rows is None else self.counts.index_copy(0, torch.tensor(list(rows)), counts)
+            page = sent(torch.from_numpy(left[less][emptied] // self.page), mine)
+            pool.release(self.table[mine[sent(torch.from_numpy(emptied), mine)], page].long())
+        counts = torch.from_numpy(left)
+        self.counts = counts if rows is None else self.counts.index_copy(0, torch.tensor(rows), counts)
         self.moves += 1
         self.sorted = False
 
@@ -540,9 +553,10 @@ class Store:
 
     def _rows(self, rows: Sequence[int] | None) -> Tensor:
         """Rows of some sequences, int64 (G Hkv,)."""
-        device = self.table.device
         if rows is None:
-            return torch.arange(self.batch * self.kv_heads, device=device)
+            if len(self._every) != self.batch * self.kv_heads:
+                self._every = torch.arange(self.batch * self.kv_heads, device=self.table.device)
+            return self._every
         first = torch.tensor(list(rows), dtype=torch.int64)[:, None] * self.kv_heads
         return sent((first + torch.arange(self.kv_heads)).flatten(), self.table)
 
@@ -559,7 +573,7 @@ class Store:
 
     def _places(self, slots: Tensor, rows: Sequence[int] | None) -> Tensor:
         """Where slots (G, Hkv, M) lie among all tokens of the pool."""
-        table = self.table[self._rows(rows)]
+        table = self._table(rows)
         page = (slots.flatten(0, 1) // self.page).clamp(max=max(0, table.shape[1] - 1))
         return (table.gather(1, page).long() * self.page + slots.flatten(0, 1) % self.page).view(slots.shape)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saccade.cache.rotation import Rotation
-from saccade.cache.store import ABSENT, Store, Tokens, sent
+from saccade.cache.store import ABSENT, Store, Tokens, flat, sent
 
 BLOCK = 128  # queries whose weights are held at once
 
@@ -222,11 +222,15 @@ class Stored(View):
         return self._store
 
     @cached_property
-    def _order(self) -> tuple[Tensor, Tensor]:
-        return self.stored.order(self.rows)
+    def _order(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.stored.ordered(self.rows)
+
+    @cached_property
+    def _places(self) -> Tensor:
+        return self.stored._places(self.slots, self.rows)
 
     def _read(self, x: Tensor) -> Tensor:
-        return self.stored.read(x, self.slots, self.rows)
+        return flat(x)[self._places]
 
     @property
     def slots(self) -> Tensor:
@@ -252,7 +256,10 @@ class Stored(View):
 
     @cached_property
     def positions(self) -> Tensor:  # type: ignore[override]
-        return self._read(self.stored.pool.positions).masked_fill(~self.there, ABSENT).long()
+        at = self._order[2]
+        if at is None:
+            at = self._read(self.stored.pool.positions).masked_fill(~self.there, ABSENT)
+        return at.long()
 
     @cached_property
     def k(self) -> Tensor:  # type: ignore[override]
@@ -284,4 +291,4 @@ class Stored(View):
 
     def put_columns(self) -> None:
         """Write the columns back."""
-        self.stored.put_columns(self.columns, *self._order, self.rows)
+        self.stored.put_columns(self.columns, *self._order[:2], self.rows)

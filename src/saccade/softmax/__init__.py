@@ -7,7 +7,7 @@ from saccade.softmax.lifetimes import attend_lifetimes
 from saccade.softmax.measuring import measure
 from saccade.softmax.merge import merge
 from saccade.softmax.normalizers import Entmax, Sigmoid, Softmax
-from saccade.softmax.page_tokens import drop_token, place_tokens, put_token, score_bounds, score_tokens, widen_bounds
+from saccade.softmax.page_tokens import score_bounds, score_tokens, widen_bounds
 from saccade.softmax.paged import Pages, attend_cascade, attend_pages
 
 __all__ = [
@@ -23,12 +23,9 @@ __all__ = [
     "attend_heads",
     "attend_lifetimes",
     "attend_pages",
-    "drop_token",
     "explain",
     "measure",
     "merge",
-    "place_tokens",
-    "put_token",
     "score_bounds",
     "score_tokens",
     "which",

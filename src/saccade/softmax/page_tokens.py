@@ -1,4 +1,4 @@
-"""Single tokens in pages, of rows of one key head each: written, dropped, scored, found; bounds of whole pages.
+"""Single tokens in pages, of rows of one key head each, are scored; whole pages by their bounds.
 
 Kernels do it where there are some, else PyTorch; nothing waits for the device.
 """
@@ -11,65 +11,6 @@ import torch
 from torch import Tensor
 
 from saccade.softmax.paged import WIDEST, has_kernels
-
-
-def put_token(k: Tensor, v: Tensor, into: tuple[Any, Any, Tensor], rows: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Write one token a row, and its position: k (B, Hkv, 1, D), v (B, Hkv, 1, Dv).
-
-    into: the pages, k (P, 1, page, D), v (P, 1, page, Dv), positions (P, page) int32; of pages in two memories, what
-    takes an assignment to [page, 0, offset]. rows: table (B Hkv, pages) int32, lengths (B Hkv,) int32, the place in its
-    row, for which the table must have a page; ends (B,), the position. Nothing waits for the device.
-
-    >>> pages, rows = torch.zeros(3, 1, 4, 2), torch.tensor([[2, 0]], dtype=torch.int32)
-    >>> at = rows, torch.tensor([5], dtype=torch.int32), torch.tensor([7])
-    >>> positions = torch.zeros(3, 4, dtype=torch.int32)
-    >>> put_token(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2), (pages, pages, positions), at)
-    >>> positions[0].tolist(), pages[0, 0, :, 0].tolist()
-    ([0, 7, 0, 0], [0.0, 1.0, 0.0, 0.0])
-    """
-    into_k, into_v, positions = into
-    if _plain(into_k, into_v) and has_kernels(into_k.device):
-        from saccade.softmax.kernels.page_tokens import launch_put
-
-        launch_put(k, v, into, rows)
-        return
-    table, lengths, ends = rows
-    page = positions.shape[1]
-    at = table.gather(1, (lengths // page).long()[:, None])[:, 0].long(), (lengths % page).long()
-    for x, new in ((into_k, k), (into_v, v)):
-        x[at[0], 0, at[1]] = new.flatten(0, 2).to(x.dtype)
-    positions[at] = ends.repeat_interleave(k.shape[1]).int()
-
-
-def drop_token(
-    into: tuple[Any, Any, Tensor, Tensor], rows: tuple[Tensor, Tensor], which: Tensor, slots: Tensor
-) -> None:
-    """Let the last token of rows `which` (n,) int64 take the places `slots` (n,), and the rows be a token shorter.
-
-    into: the pages, k, v, positions (P, page), columns (P, page, C); rows: table, lengths, which change in place.
-
-    >>> x, lengths = torch.arange(6.0).view(3, 1, 2, 1), torch.tensor([3], dtype=torch.int32)
-    >>> places, none = torch.arange(6, dtype=torch.int32).view(3, 2), torch.zeros(3, 2, 0)
-    >>> table, row = torch.tensor([[2, 0]], dtype=torch.int32), torch.tensor([0])
-    >>> drop_token((x, x.clone(), places, none), (table, lengths), row, torch.tensor([1]))
-    >>> x.flatten().tolist(), lengths.tolist()
-    ([0.0, 1.0, 2.0, 3.0, 4.0, 0.0], [2])
-    """
-    k, v, positions, _ = into
-    table, lengths = rows
-    which, slots = which.contiguous(), slots.contiguous()
-    if _plain(k, v) and has_kernels(positions.device):
-        from saccade.softmax.kernels.page_tokens import launch_drop
-
-        launch_drop(into, rows, which, slots)
-        return
-    page, last = positions.shape[1], lengths[which].long() - 1
-    to, source = ((table[which, x // page].long(), x % page) for x in (slots, last))
-    for x in (k, v):
-        x[to[0], 0, to[1]] = x[source[0], 0, source[1]]
-    for x in into[2:]:
-        x[to] = x[source]
-    lengths.index_add_(0, which, torch.full_like(last, -1, dtype=lengths.dtype))
 
 
 def score_bounds(q: Tensor, bounds: Tensor) -> Tensor:
@@ -149,20 +90,3 @@ def score_tokens(q: Tensor, k: Tensor, rows: tuple[Tensor, Tensor], width: int, 
     scores = torch.einsum("bhgd,bhmd->bhgm", of_heads, keys.to(dtype)) * scale
     there = slot < lengths.view(batch, -1, 1, 1)
     return scores.masked_fill(~there, -torch.inf).flatten(1, 2)
-
-
-def place_tokens(table: Tensor, slots: Tensor, page: int) -> Tensor:
-    """Where slots (L, K) lie among all tokens of the pages, int32 (L, K); those below 0 are token 0.
-
-    table (R, pages) int32: L / R lists of a row lie side by side.
-
-    >>> place_tokens(torch.tensor([[3, 1]], dtype=torch.int32), torch.tensor([[0, 5, -1], [4, 1, 2]]), 4).tolist()
-    [[12, 5, 0], [4, 13, 14]]
-    """
-    if has_kernels(table.device):
-        from saccade.softmax.kernels.page_tokens import launch_place
-
-        return launch_place(table, slots.contiguous(), page)
-    at = slots.clamp(min=0)
-    pages = table.repeat_interleave(len(slots) // len(table), 0).gather(1, (at // page).long())
-    return torch.where(slots < 0, 0, pages * page + (at % page).int()).int()

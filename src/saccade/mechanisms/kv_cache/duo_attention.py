@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from saccade import attend
 from saccade.cache import Policy, Session, Stored, View
+from saccade.cache.steps import Ring
 from saccade.cache.view import usual
 from saccade.contract import CachePolicy, Case, Dims, Finding, Spec, claim
 from saccade.errors import part, positive
@@ -59,8 +60,7 @@ class Streams(Policy):
         duo = self.duo
         over = (step.counts > duo.sink + duo.recent) & ~step.notes("full").bool()
         if bool(over.any()):
-            slot = duo.sink + (step.ends - step.notes("turn")) % duo.recent
-            step.stored.drop(slot[:, None].expand(-1, over.shape[1]), step.rows, over)
+            step.stored.drop(Ring(duo.sink, duo.recent, step.notes("turn")), step.rows, over)
 
     def steady(self, session: Session) -> bool:
         """Once streaming heads hold all that they ever will, in pages of their own: what leaves is written over."""
