@@ -369,7 +369,8 @@ def eval_(
         ),
     ] = None,
     recorded: Annotated[
-        bool, typer.Option("--recorded", help="Time steps that are replayed from CUDA graphs, where they can be.")
+        bool,
+        typer.Option("--recorded", help="Replay steps, timed ones and replies', from CUDA graphs."),
     ] = False,
     at_once: Annotated[
         int | None,

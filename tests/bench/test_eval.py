@@ -573,3 +573,15 @@ def test_markdown_has_every_score():
 def test_a_model_that_is_not_there():
     with pytest.raises(Unreadable, match=r"model: transformers cannot load '/nowhere/at/all': .*; pass bundled, an id"):
         load("/nowhere/at/all")
+
+
+def test_what_a_policy_draws_is_the_same_every_time(small, monkeypatch):
+    """Rows of two processes belong together, and who asks finds its own random numbers as they were."""
+    monkeypatch.setattr(saccade.bench.eval, "apply", lambda model, what: torch.rand(3))
+    drawn = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        drawn.append(Contestant.of("random", None).enter(small.model))
+        assert torch.get_rng_state().equal(before)
+    assert drawn[0].equal(drawn[1])

@@ -122,8 +122,32 @@ def test_what_to_take_with_so_much_memory(found):
     ]
     assert verdict(found) == (
         "What to use at 1k tokens: Where the question is in the prompt, early 25 % (0.50, 50 points below dense) at "
-        "25 %; within 2 points: late 50 % (52 % held). Where the question comes after the context was read, late 25 % "
-        "(1.00, no points below dense) at 25 %; within 2 points: late 25 % (27 % held)."
+        "25 %, late 50 % (1.00, no points below dense) at 50 %; within 2 points: late 50 % (52 % held). Where the "
+        "question comes after the context was read, late 25 % (1.00, no points below dense) at 25 %; within 2 points: "
+        "late 25 % (27 % held)."
+    )
+    longer = [replace(each, length=2048) for each in (*found.cells[:3], *policy("early", 0.25, HALF, HALF))]
+    assert "at 1k tokens" in verdict(replace(found, cells=(*found.cells, *longer)))  # where there are more budgets
+    longer += [replace(each, length=2048) for each in policy("early", 0.5, HALF, HALF)]
+    assert "at 2k tokens" in verdict(replace(found, cells=(*found.cells, *longer)))
+
+
+def test_budgets_at_which_one_takes_the_same_are_one_sentence():
+    cells = [*policy("low", 0.05, NONE, NONE), *policy("mid", 0.1, HALF, HALF), *policy("top", 0.75, ALL, ALL)]
+    cells += [each for budget in (0.25, 0.5, 1.0) for each in policy("low", budget, NONE, NONE)]
+    (section,) = sections(evaluation(*cells))
+    assert section.budgets == (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
+    assert sentences(section)[1:] == [
+        "With 5 % of the memory take nothing: low 5 % scores 0.00.",
+        "With 10 % to 50 % of the memory take mid 10 % (0.50, 50 points below dense; worst 0.50 on multi_key; holds 12 "
+        "%).",
+        "With 75 % to 100 % of the memory take top 75 % (1.00, no points below dense; worst 1.00 on multi_key; holds "
+        "77 %).",
+    ]
+    assert verdict(evaluation(*cells)) == (
+        "What to use at 1k tokens: Where the question is in the prompt, nothing at 5 %, mid 10 % (0.50, 50 points "
+        "below dense) at 10 % to 50 %, top 75 % (1.00, no points below dense) at 75 % to 100 %; within 2 points: top "
+        "75 % (77 % held)."
     )
 
 
@@ -359,8 +383,14 @@ def test_tokens_are_timed_in_turns_after_the_first_few(small, monkeypatch):
 
     monkeypatch.setattr(eval_reader, "clock_for", lambda device: clock)
     plain, read = beside(small), {"own": [], "dense": []}
-    small.model.register_forward_pre_hook(lambda m, args: read["own"].append(args[0].shape[1]))
-    plain.model.register_forward_pre_hook(lambda m, args: read["dense"].append(args[0].shape[1]))
+
+    def note(whose, reader):
+        def hook(module, args, kwargs):
+            read[whose].append(kwargs["input_ids"].shape[1])
+
+        reader.model.register_forward_pre_hook(hook, with_kwargs=True)
+
+    note("own", small), note("dense", plain)
     with Contestant.parse("h2o(budget=0.5)").enter(small.model):
         found = decoding(small, plain, list(range(80)), 1e9)
     assert found.function[:2] == (3.0, 6.0)

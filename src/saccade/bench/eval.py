@@ -6,12 +6,14 @@ import ast
 import inspect
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, get_type_hints
+
+import torch
 
 from saccade import cache
 from saccade.bench.eval_reader import (
@@ -29,6 +31,7 @@ from saccade.bench.eval_reader import (
     reads_on,
 )
 from saccade.bench.eval_records import DENSE, Cell, Claims, Protocol, Time, append, read_rows
+from saccade.bench.eval_shared import Shared
 from saccade.bench.guard import Failed, guard, is_memory
 from saccade.bench.records import Status, environment
 from saccade.bench.timing import Samples, ratio
@@ -46,6 +49,7 @@ COUNT, QUESTIONS = 20, 4
 BUDGETS = (0.1, 0.25, 0.35, 0.5, 0.75, 1.0)
 QUARTER = 0.25  # the budget that a frontier begins with
 DECODE = 0.5  # seconds for which a frontier times decoded tokens, a contestant and length
+ROOM = 64  # tokens that a recording of steps is good for, where replies are decoded: a question and its reply
 AT_ONCE = {"cpu": 2**14, "cuda": 2**17}  # tokens of prompts that are read side by side, about
 FLOOR = 0.5  # a task on which dense attention scores less tells nothing about what is put in its place
 Progress = Callable[[int, int, str], None]
@@ -67,8 +71,15 @@ class Contestant:
 
     @classmethod
     def of(cls, name: str, what: Any) -> Contestant:
-        """What `saccade.hf.apply` takes, under a name."""
-        return cls(name, lambda model: apply(model, what))
+        """What `saccade.hf.apply` takes, under a name; what it draws to begin with is the same every time."""
+
+        def enter(model: Any) -> Any:
+            devices = [model.device] if model.device.type == "cuda" else []
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(0)
+                return apply(model, what)
+
+        return cls(name, enter)
 
     @classmethod
     def parse(cls, text: str) -> Contestant:
@@ -259,11 +270,12 @@ def evaluate(
     finished (`results.jsonl`, `times.jsonl`), and whose rows are not measured again; processes that are given the same
     one share the work. progress: called with (done, in all, what is under way). scores: measure them (True). decode:
     seconds for which decoded tokens are timed in turns with dense attention's, once a contestant and length, behind the
-    scores and by one process at a time (default: not at all). recorded: time steps that are replayed from a CUDA graph,
-    where a policy's can be. answered: what dense attention cannot do is asked of nothing else. at_once: tokens of
-    prompts that are read side by side, about (default: 16384, 131072 on a GPU); where memory runs out, half as many.
-    limit: seconds for a contestant, task and length (default: none); what takes longer is not tried at such lengths
-    again.
+    scores and by one process at a time (default: not at all). recorded: steps, those of replies and those that are
+    timed, are replayed from CUDA graphs, where a policy's can be. answered: what dense attention cannot do is asked of
+    nothing else. at_once: tokens of prompts that are read side by side, about (default: 16384, 131072 on a GPU); where
+    memory runs out, half as many. limit: seconds for a contestant, task and length (default: none); what takes longer
+    is not tried at such lengths again. A prompt is read once for all policies that attend to it densely, as far as
+    there is room (`saccade.bench.eval_shared`); they score the same.
     Errors: ValueError for unknown names, and for lengths that are too short for a task or too long for the model.
     """
     began = time.perf_counter()
@@ -271,11 +283,11 @@ def evaluate(
     entered = list({one.name: one for one in (Contestant.parse(DENSE), *entered)}.values())
     asked = _Asked(chosen(tasks), _lengths(lengths, reader), positive("count", count), positive("questions", questions))
     most = AT_ONCE[reader.model.device.type] if at_once is None else positive("at_once", at_once)
-    run = _Run(reader, entered, asked, seed, folder, most, limit)
+    run = _Run(reader, entered, asked, seed, folder, most, limit, recorded)
     run.check()
     if not scores:
         run.take_over()
-    phases = [run.scoring(answered) if scores else [], [] if decode is None else run.timing(decode, recorded)]
+    phases = [run.scoring(answered) if scores else [], [] if decode is None else run.timing(decode)]
     run.all(phases, budget, began, progress or (lambda *_: None))
     return run.found(time.perf_counter() - began)
 
@@ -306,10 +318,13 @@ class _Run:
         folder: Path | None,
         at_once: int,
         limit: float | None,
+        recorded: bool,
     ) -> None:
-        self.limit = limit
+        self.limit, self.recorded = limit, recorded
         self.slow: dict[str, int] = {}  # the length at which what has this name, with any parameters, took too long
-        self.reader, self.contestants, self.asked, self.seed, self.at_once = reader, contestants, asked, seed, at_once
+        self.shared = Shared()
+        self.reader = replace(reader, shared=self.shared)
+        self.contestants, self.asked, self.seed, self.at_once = contestants, asked, seed, at_once
         self.results, self.times = (folder and folder / f"{name}.jsonl" for name in ("results", "times"))
         self.claims = Claims(folder and folder / ".claims")
         self.device = str(reader.model.device)
@@ -359,10 +374,10 @@ class _Run:
             if one.wave == wave
         ]
 
-    def timing(self, seconds: float, recorded: bool) -> list[_Step]:
+    def timing(self, seconds: float) -> list[_Step]:
         plain = beside(self.reader)
         return [
-            _Step(f"{one.name}, tokens behind {length}", partial(self._time, one, length, plain, seconds, recorded))
+            _Step(f"{one.name}, tokens behind {length}", partial(self._time, one, length, plain, seconds))
             for wave in sorted({one.wave for one in self.contestants})
             for length in self.asked.lengths
             for one in self.contestants
@@ -431,6 +446,7 @@ class _Run:
         if (left is not None and left <= 0) or length >= self.slow.get(kind, length + 1):
             self.left += 1
             return True
+        self.shared.turn_to((task.name, length))
         short = self.limit is not None and (left is None or self.limit < left)
         # Whether dense attention can do it decides what comes next.
         with self.claims.take(cell.key, wait=wait or (answered and one.name == DENSE)) as free:
@@ -441,6 +457,8 @@ class _Run:
             here = self.cells[one.name, task.name, length] = []
             try:
                 with guard(self.limit if short else left), one.enter(self.reader.model) as handle:
+                    if self.recorded and memory(handle) is not None:
+                        handle.record(ROOM)
                     protocols = (Protocol.EITHER,) if decides_early(handle) else (Protocol.AWARE, Protocol.AGNOSTIC)
                     # One by one, so that the first is there when the second fails.
                     here.extend(self._cell(replace(cell, protocol=protocol), task, handle) for protocol in protocols)
@@ -497,6 +515,7 @@ class _Run:
             except Exception as error:
                 if len(chunk) == 1 or not is_memory(error):
                     raise
+                self.shared.stop()
                 self.at_once = len(chunk) // 2 * cell.length
         return found
 
@@ -506,17 +525,17 @@ class _Run:
         length: int,
         plain: Reader,
         seconds: float,
-        recorded: bool,
         left: float | None,
         wait: bool,
     ) -> bool:
         """What decoding costs after the prompt of an example, where tokens can be decoded from a cache."""
-        key = (self.reader.name, one.name, length, self.dtype, recorded)
+        key = (self.reader.name, one.name, length, self.dtype, self.recorded)
         if key in self.known:
             return True
         if left is not None and left <= 0:
             self.left += 1
             return True
+        self.shared.turn_to(length)
         with self.claims.take("time") as _:  # one at a time, whoever else is there
             if self.times:
                 self.known = {row.key: row for row in read_rows(self.times, Time)[0]}
@@ -525,7 +544,7 @@ class _Run:
                     with guard(left), one.enter(self.reader.model) as handle:
                         if not reads_on(handle):
                             return True
-                        taken = self._decoding(handle, length, plain, seconds, recorded)
+                        taken = self._decoding(handle, length, plain, seconds)
                 except Failed as failure:
                     if failure.status == Status.TIMEOUT:
                         self.left += 1
@@ -541,17 +560,19 @@ class _Run:
                     append(self.times, self.known[key], self.stamp)
         return True
 
-    def _decoding(self, handle: Any, length: int, plain: Reader, seconds: float, recorded: bool) -> Samples:
+    def _decoding(self, handle: Any, length: int, plain: Reader, seconds: float) -> Samples:
         example = self.examples(self.asked.tasks[0], length)[0]
         prompt = [*example.context, *self.reader.tokenizer.encode(example.questions[0].text)]
         if self.reader.most is not None:
             prompt = prompt[-max(1, self.reader.most - DECODED) :]
-        if not recorded:
+        if not self.recorded:
             return decoding(self.reader, plain, prompt, seconds)
-        if memory(handle) is not None:
-            handle.record()
-        with apply(plain.model, Policy()) as other:
-            other.record()
+        # Dense attention's steps are recorded as those of a policy that keeps all.
+        own = apply(self.reader.model, Policy()) if handle is None else nullcontext(handle)
+        with own as handle, apply(plain.model, Policy()) as other:
+            for each in (handle, other):
+                if memory(each) is not None:
+                    each.record()
             return decoding(self.reader, plain, prompt, seconds)
 
     def found(self, seconds: float) -> Evaluation:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.bench.eval_shared import Call, Shared
 from saccade.bench.inputs import Unreadable
 from saccade.bench.timing import MOST_PAIRS, Samples, clock_for, rounds
 from saccade.contract import Attention
@@ -43,12 +44,16 @@ class Pretrained:
 
 @dataclass(frozen=True)
 class Reader:
-    """A causal model of transformers, its tokenizer, and the token that ends a text, or None."""
+    """A causal model of transformers, its tokenizer, and the token that ends a text, or None.
+
+    shared: prompts that were read for other policies; None: each is read anew.
+    """
 
     model: Any
     tokenizer: Tokenizer
     name: str
     end: int | None = None
+    shared: Shared | None = None
 
     @property
     def most(self) -> int | None:
@@ -116,7 +121,11 @@ class Rows:
                 options["position_ids"] = (place - pad).clamp(min=0)
             if not before or not in_pages(self.cache):
                 options["attention_mask"] = (torch.arange(before + width, device=model.device) >= pad).long()
-        out = model(ids, use_cache=self.use_cache, **{self.name: self.cache}, **options)
+        if self.use_cache and self.cache is None and self.reader.shared is not None:
+            logits, self.cache = self.reader.shared(model, new, Call(ids, self.name, keep, options))
+            return logits
+        # By name, as `generate` does: what is recorded goes by that.
+        out = model(input_ids=ids, use_cache=self.use_cache, **{self.name: self.cache}, **options)
         self.cache = out.get(self.name)
         return out.logits[:, -keep:]
 

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +28,7 @@ from saccade.bench.records import write_atomic
 from saccade.bench.report import BUSY
 
 CLOSE = 0.02  # of a score: a loss that is none
+TINY = 0.005  # a score that is none
 SLACK = 0.05  # of dense attention's memory: whole pages hold a little more than a budget says
 NEEDLES = "multi_key"
 MOST_NAMED = 12  # of those that are not shown
@@ -157,10 +159,26 @@ class Section:
     def loss(self, point: Point) -> float:
         return self.dense.mean - point.mean
 
-    def advice(self, share: float) -> str:
-        """What to take with so much memory."""
-        best = self.within(share)
-        return f"With {units.share(share)} of the memory take {self.told(best[0]) if best else 'nothing: none fits'}."
+    def best(self, share: float) -> Point | None:
+        """What to take with so much memory: None where nothing fits, or what fits answers nothing."""
+        fit = self.within(share)
+        return fit[0] if fit and fit[0].mean >= TINY else None
+
+    def takes(self, share: float) -> str:
+        """The same in words, with the reason where there is none."""
+        best, fit = self.best(share), self.within(share)
+        if best is not None:
+            return self.told(best)
+        return f"nothing: {fit[0].name} scores {fit[0].mean:.2f}" if fit else "nothing: none fits"
+
+    def choices(self) -> list[tuple[str, float]]:
+        """The budgets that were asked for, in words, and the first of them; where one takes the same they are one."""
+        runs = [[*run] for _, run in groupby(self.budgets or (focus(self.budgets),), self.takes)]
+        return [(" to ".join(map(units.share, dict.fromkeys((run[0], run[-1])))), run[0]) for run in runs]
+
+    def advice(self, share: float, told: str | None = None) -> str:
+        """What to take with so much memory. told: which budgets these are, where they are several."""
+        return f"With {told or units.share(share)} of the memory take {self.takes(share)}."
 
     def told(self, point: Point) -> str:
         if point.what == DENSE:
@@ -425,22 +443,25 @@ def resolution(section: Section) -> str:
 
 
 def verdict(found: Evaluation) -> str:
-    """One line: what to use at a quarter of the memory, and what comes within 2 points of dense attention."""
+    """One line: what to use at each budget, and what comes within 2 points of dense attention; at the longest of the
+    lengths with the most budgets.
+    """
     all_of_them = sections(found)
     if not all_of_them:
         return "Nothing beside dense attention has a score."
-    longest = max(section.length for section in all_of_them)
+    longest = max(all_of_them, key=lambda section: (len(section.budgets), section.length)).length
     told = []
     for section in all_of_them:
         if section.length != longest:
             continue
-        share, best = focus(section.budgets), section.within(focus(section.budgets))
-        takes = (
-            f"{best[0].name} ({best[0].mean:.2f}, {_points(section.loss(best[0]))})" if best else "nothing, none fits"
+        takes = ", ".join(
+            ("nothing" if best is None else f"{best.name} ({best.mean:.2f}, {_points(section.loss(best))})")
+            + f" at {shares}"
+            for shares, best in ((told, section.best(share)) for told, share in section.choices())
         )
         enough = section.enough()
         close = "only dense" if enough is None else f"{enough.name} ({units.share(enough.memory or 0.0)} held)"
-        told.append(f"where {ABOUT[section.protocol]}, {takes} at {units.share(share)}; within 2 points: {close}")
+        told.append(f"where {ABOUT[section.protocol]}, {takes}; within 2 points: {close}")
     return f"What to use at {units.tokens(longest)} tokens: {'. '.join(_capital(text) for text in told)}."
 
 
@@ -471,7 +492,8 @@ def by_point(section: Section) -> tuple[list[str], list[list[str]]]:
 
 def sentences(section: Section) -> list[str]:
     """What a user asks: with so much memory, what; and what becomes of needles."""
-    return [*filter(None, [section.needles()]), *(section.advice(share) for share in section.budgets)]
+    choices = section.choices() if section.budgets else []
+    return [*filter(None, [section.needles()]), *(section.advice(share, told) for told, share in choices)]
 
 
 def noise(found: Evaluation) -> str:
