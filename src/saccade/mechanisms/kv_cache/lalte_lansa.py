@@ -135,10 +135,8 @@ class LalteLansa(Mixer):
         q, k, v = self.heads(x)
         return q, k, v, self.scorer(torch.cat([k, v], -1))
 
-    def heads(self, x: Tensor) -> list[Tensor]:
-        d = self.dims
-        heads = self.qkv(x).unflatten(2, (-1, d.head_dim)).transpose(1, 2)
-        return list(heads.split([d.num_heads, d.num_kv_heads, d.num_kv_heads], 1))
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.dims.split(self.qkv(x))
 
     def turned(self, x: Tensor, start: int = 0) -> Tensor:
         """x (B, H, N, D) at positions from `start` on."""

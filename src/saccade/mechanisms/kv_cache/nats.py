@@ -270,9 +270,7 @@ class NATS(Lifetimes, Mixer):
 
     def heads(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, N, D), k, v (B, Hkv, N, D) of tokens from position `start` on."""
-        d = self.dims
-        heads = self.qkv(x).unflatten(2, (-1, d.head_dim)).transpose(1, 2)
-        q, k, v = heads.split([d.num_heads, d.num_kv_heads, d.num_kv_heads], 1)
+        q, k, v = self.dims.split(self.qkv(x))
         return turn_at(q, start, self.theta), turn_at(k, start, self.theta), v
 
     def types(self, x: Tensor, start: int = 0) -> Tensor:

@@ -46,8 +46,7 @@ class Layer(nn.Module):
     def heads(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, N, D), k, v (B, Hkv, N, D) of tokens from position `start` on."""
         d, at = self.dims, torch.arange(start, start + x.shape[1], device=x.device)
-        heads = self.qkv(self.norm_attend(x)).unflatten(2, (-1, d.head_dim)).transpose(1, 2)
-        q, k, v = heads.split([d.num_heads, d.num_kv_heads, d.num_kv_heads], 1)
+        q, k, v = d.split(self.qkv(self.norm_attend(x)))
         angles = at[:, None] * rotary_rates(d.head_dim // 2, self.theta, device=x.device)
         return turn_halves(q, angles), turn_halves(k, angles), v
 

@@ -80,8 +80,7 @@ class TicMsaConv(Mixer):
 
     def compute(self, x: Tensor) -> Tensor:
         d = self.dims
-        heads = self.qkv(x).unflatten(2, (-1, d.head_dim)).transpose(1, 2)
-        u = self.attention(*heads.split([d.num_heads, d.num_kv_heads, d.num_kv_heads], 1))
+        u = self.attention(*d.split(self.qkv(x)))
         return to_tokens(self.conv(to_map(u.transpose(1, 2).flatten(2) + x, d.grid or ()))).relu()
 
     def oracle(self, x: Tensor) -> Tensor:
