@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
+LITTLE = 4  # frames that are moved as one run, on average, where they are moved by runs
 SPARE = 32  # what must grow grows by at least 1 / SPARE of its size, so that growing costs O(1) a piece
 
 
@@ -89,16 +92,16 @@ class Frames:
         """Frames `ids`, all that are in use, lie at `at` from now on, among those that are `free`, the last of which is
         taken first. As in `grow`, one tensor after another, and all as before where there is no memory for one.
         """
-        before = len(self)
+        before, runs = len(self), _runs(ids, at)
         self.moves += 1
         done = []
         try:
             for name, x in self.tensors.items():
-                self.tensors[name] = _moved(x, ids, at, len(ids) + len(free))
+                self.tensors[name] = _moved(x, runs, len(ids) + len(free))
                 done.append(name)
         except (RuntimeError, MemoryError):
             for name in done:
-                self.tensors[name] = _moved(self.tensors[name], at, ids, before)
+                self.tensors[name] = _moved(self.tensors[name], [(new, old) for old, new in runs], before)
             raise
         self.free, self.num_free = torch.cat([free, free.new_zeros(len(ids))]), len(free)
 
@@ -110,9 +113,30 @@ class Frames:
         return longer
 
 
-def _moved(x: Tensor, ids: Tensor, at: Tensor, size: int) -> Tensor:
-    """x (size, ...) where what lay at `ids` lies at `at`; a few at a time, so that there is no third copy of all."""
+Where = slice | Tensor
+
+
+def _runs(ids: Tensor, at: Tensor) -> list[tuple[Where, Where]]:
+    """Frames `ids` and where they go, `at`, a part after another: what lies one after another in both, or, where that
+    is little, a few frames, so that there is no third copy of all.
+
+    >>> _runs(torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 20]), torch.tensor([9, 10, 11, 12, 13, 14, 15, 16, 17]))
+    [(slice(0, 8, None), slice(9, 17, None)), (slice(20, 21, None), slice(17, 18, None))]
+    """
+    here, there = ids.numpy(), at.numpy()
+    apart = (here[1:] != here[:-1] + 1) | (there[1:] != there[:-1] + 1)
+    cuts = [0, *(apart.nonzero()[0] + 1).tolist(), len(here)]
+    if (len(cuts) - 1) * LITTLE > len(here):
+        return list(zip(ids.split(SPARE), at.split(SPARE), strict=True))
+    return [
+        (slice(int(here[a]), int(here[a]) + b - a), slice(int(there[a]), int(there[a]) + b - a))
+        for a, b in itertools.pairwise(cuts)
+    ]
+
+
+def _moved(x: Tensor, runs: list[tuple[Where, Where]], size: int) -> Tensor:
+    """x (size, ...) where what lay at the first of each pair lies at the second."""
     found = x.new_zeros(size, *x.shape[1:])
-    for old, new in zip(ids.split(SPARE), at.split(SPARE), strict=True):
-        found.index_copy_(0, new, x.index_select(0, old))
+    for old, new in runs:
+        found[new] = x[old]
     return found

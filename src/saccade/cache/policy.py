@@ -82,6 +82,11 @@ class Policy:
     def after(self, step: Stored) -> None:
         """After the attention of a step."""
 
+    @property
+    def idle(self) -> bool:
+        """Whether steps ask nothing of it: neither `select` nor `after` says anything, so that no view is made."""
+        return (type(self).select, type(self).after) == (Policy.select, Policy.after)
+
     def steady(self, session: Session) -> bool:
         """Whether steps from now on tell a device the same again and again, so that one can be recorded for all.
 
@@ -224,6 +229,10 @@ class Evict(Policy):
         else:
             left = step.counts - over.clamp(min=0)
             store.keep(top(scores, left), step.rows, counts=left)
+
+    @property
+    def idle(self) -> bool:
+        return self.every is None and (type(self).select, type(self).after) == (Policy.select, Evict.after)
 
     def steady(self, session: Session) -> bool:
         return self.every is None

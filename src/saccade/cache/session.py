@@ -13,7 +13,8 @@ from saccade.cache.pool import PagePool
 from saccade.cache.rotation import Rotation
 from saccade.cache.store import Store, sent
 from saccade.cache.view import Place, Stored, View
-from saccade.softmax.page_rows import alike
+
+MOST = 64  # steps whose ids wait to be joined to those before them, which costs a copy of all
 
 
 class Session:
@@ -44,9 +45,24 @@ class Session:
     ) -> None:
         self.policy, self.num_layers, self.pools, self.rotations = policy, num_layers, pools, rotations or {}
         self.stores: list[Store | None] = [None] * num_layers
-        self.shared: dict[str, Tensor] = {}
+        self._shared: dict[str, Tensor] = {}
+        self._told: list[Tensor] = []  # ids of steps, behind those that are shared
         self.steps: int | None = 0
-        self._piece = False
+        self._piece = self._idle = False
+
+    @property
+    def shared(self) -> dict[str, Tensor]:
+        if self._told:
+            self._join_told()
+        return self._shared
+
+    @shared.setter
+    def shared(self, shared: dict[str, Tensor]) -> None:
+        self._shared, self._told = shared, []
+
+    def _join_told(self) -> None:
+        self._shared["token_ids"] = torch.cat([self._shared["token_ids"], *self._told], 1)
+        self._told = []
 
     def store(self, index: int) -> Store:
         """Of a layer that has been read."""
@@ -68,11 +84,14 @@ class Session:
     def tell(self, ids: Tensor, rows: Sequence[int] | None = None, batch: int | None = None) -> None:
         """Ids (G, N) of the tokens that layer 0 reads next; policies find those of theirs in `View.ids`."""
         store, batch = self.stores[0], len(ids) if batch is None else batch
-        told = self.shared.get("token_ids")
-        whole = None if store is None or store.until or rows is not None else alike(store.seen)
-        if told is not None and told.shape[1] == whole:  # none is padded
-            self.shared["token_ids"] = torch.cat([told, ids], 1)
+        told = self._shared.get("token_ids")
+        whole = None if store is None or store.until or rows is not None else store.end
+        if told is not None and told.shape[1] + len(self._told) == whole:  # none is padded
+            self._told.append(ids.clone())  # whose they are may write over them
+            if ids.shape[1] > 1 or len(self._told) == MOST:
+                self._join_told()
             return
+        told = self.shared.get("token_ids")
         told = ids.new_full((batch, 0), -1) if told is None else told
         if store is not None and rows is None and ids.shape[1] == 1 and store.reserved and told.shape[1] >= store.until:
             told.scatter_(1, store.ends[:, None], ids)
@@ -114,7 +133,7 @@ class Session:
     def open(self, index: int) -> None:
         """Before a layer reads."""
         if index == 0:
-            self._piece = False
+            self._piece, self._idle = False, self.policy.idle
             self.policy.begin(self)
 
     def read(
@@ -136,9 +155,9 @@ class Session:
             store = self.stores[index] = Store(len(k) if batch is None else batch, k.shape[1], self._pool(*stored))
         if len(k) != (store.batch if rows is None else len(rows)):
             raise ValueError(f"k: got a batch of {len(k)}; this session holds {store.batch} sequences")
-        seen = store.seen if rows is None else store.seen[list(rows)]
-        if q.shape[2] == 1 and all(seen.tolist()):
+        if q.shape[2] == 1 and (store.begun if rows is None else all(store.seen[list(rows)].tolist())):
             return self._step(store, index, q, k, v, scale, rows)
+        seen = store.seen if rows is None else store.seen[list(rows)]
         self._piece = True
         if int(seen.max()):
             return self._more(store, index, q, k, v, scale, rows)
@@ -281,6 +300,8 @@ class Session:
     ) -> Tensor:
         q, k, v = self.policy.project(index, q, k, v)
         store.append(k, v, rows)
+        if self._idle:
+            return self.policy.restore(index, store.attend(q, scale=scale, rows=rows))
         step = Stored(store, self._place(index, scale, rows), q)
         step.chosen = self.policy.select(step)
         o = store.attend(q, step.chosen, scale=scale, rows=rows)

@@ -16,7 +16,7 @@ from saccade.cache.pool import PagePool, Reading
 from saccade.cache.steps import Ring, find_tokens
 from saccade.errors import positive
 from saccade.softmax import Pages, merge
-from saccade.softmax.page_rows import Found, alike
+from saccade.softmax.page_rows import FEW, Found, Lane, alike, recorded
 from saccade.softmax.paged import read_pages
 
 ABSENT = torch.iinfo(torch.int32).max  # the position of no token: behind all others
@@ -44,6 +44,26 @@ def sent(x: Tensor, like: Tensor) -> Tensor:
 def flat(x: Tensor) -> Tensor:
     """k or v (P, 1, page, D), or anything (P, page, ...), as a run of tokens: a view of the same memory."""
     return x.flatten(0, 2 if x.ndim == 4 else 1)
+
+
+class Counted:
+    """A tensor of a store that grows by 1 a step, in place where it is a device's; steps of a `Lane` are counted
+    together, once somebody asks.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name  # a descriptor comes before what lies under its name
+
+    def __get__(self, store: Any, owner: type | None = None) -> Tensor:
+        if store.ahead:
+            store.catch_up()
+        found: Tensor = vars(store)[self.name]
+        return found
+
+    def __set__(self, store: Any, value: Tensor) -> None:
+        if store.ahead:
+            store.catch_up()
+        vars(store)[self.name] = value
 
 
 class Store:
@@ -77,7 +97,10 @@ class Store:
     torch.Size([2, 6, 1, 8])
     """
 
+    lengths, counts, seen, ends = Counted(), Counted(), Counted(), Counted()
+
     def __init__(self, batch: int, kv_heads: int, pool: PagePool) -> None:
+        self.ahead = 0  # steps that these do not count yet
         self.batch, self.kv_heads, self.pool = positive("batch", batch), positive("kv_heads", kv_heads), pool
         device = pool.k.device
         self.table = torch.zeros(batch * kv_heads, 0, dtype=torch.int32, device=device)
@@ -92,6 +115,8 @@ class Store:
         self.owned: Tensor | None = None
         self.until = self.moves = 0
         self.found = Found()
+        self._lane: Lane | None = None
+        self._stamp = self._end = 0  # `moves` when the lane was right, and tokens that each sequence had seen then
         self._sent: dict[tuple[int, ...], Tensor] = {}
         self._every = torch.zeros(0, dtype=torch.int64, device=device)
 
@@ -201,7 +226,12 @@ class Store:
         chosen: all (default); pages int (G, Hkv or H, K), -1 for none; or `Tokens`, for N = 1. Each query head reads
         the list of its key head once for all of a group, or a list of its own. Single tokens are read as pages of one.
         """
-        (batch, heads, n, _), kv_heads, pool = q.shape, self.kv_heads, self.pool
+        (batch, heads, n, dim), kv_heads, pool = q.shape, self.kv_heads, self.pool
+        lane = self.lane if n == 1 and chosen is None and rows is None and heads // kv_heads < FEW else None
+        if lane is not None:
+            each = q if q.dtype == torch.float32 else q.to(torch.promote_types(q.dtype, torch.float32))
+            o = lane.attend(each.reshape(batch * kv_heads, -1, dim), dim**-0.5 if scale is None else scale)
+            return (o if o.dtype == q.dtype else o.to(q.dtype)).view(batch, heads, 1, -1)
         lists, listed = kv_heads, None
         if isinstance(chosen, Tokens):
             lists = chosen.slots.shape[1]
@@ -247,11 +277,11 @@ class Store:
         keep: bool (G, Hkv, n), which of them to store (default: all); counts: how many those are, (G, Hkv) on the host,
         for which the device is asked when it is not given. columns: (G, Hkv, n, C), zeros by default.
         """
-        batch, _, n = k.shape[:3]
-        self.moves += 1
+        batch, _, n, _ = k.shape
         if n == 1 and rows is None and keep is None and columns is None:
             self._step(k, v)
             return
+        self.moves, self._lane = self.moves + 1, None
         which = self._rows(rows)
         if keep is not None:
             counts = (keep.sum(-1) if counts is None else counts).cpu()
@@ -291,15 +321,67 @@ class Store:
 
     def _step(self, k: Tensor, v: Tensor) -> None:
         """`append` of one token to every row."""
-        counts = self.counts.flatten()
-        count, alone = alike(counts), self.owned is None and not self.pool.shared
-        if alone and count is not None:
-            if count % self.page == 0:
-                self._another_page(count // self.page)
-        elif not (self.reserved if self.owned is not None else alone and (counts.numpy() % self.page).all()):
-            self._make_room(counts, torch.ones_like(counts), self._rows(None), None)
-        self.pool.put(k, v, (self.table, self.lengths, self.ends), count, self.found)
-        self.count(1)
+        lane, pool, rows = self.lane, self.pool, self.batch * self.kv_heads
+        self.moves += 1
+        if lane is None or lane.length == lane.room:
+            lane = self._lane = None  # or memory that is about to move would stay
+            counts = self.counts.flatten()
+            count, alone = alike(counts), self.owned is None and not pool.shared
+            if alone and count is not None:
+                if count % self.page == 0:
+                    self._another_page(count // self.page)
+            elif not (self.reserved if self.owned is not None else alone and (counts.numpy() % self.page).all()):
+                self._make_room(counts, torch.ones_like(counts), self._rows(None), None)
+            lane = self._enter(count) if alone and count is not None else None
+            if lane is None:
+                pool.put(k, v, (self.table, self.lengths, self.ends), count, self.found)
+                self.count(1)
+                return
+        lane.put(k.reshape(rows, 1, -1), v.reshape(rows, 1, -1))
+        self.ahead += 1
+        self._end += 1
+        self._stamp = self.moves + pool.frames.moves
+
+    def _enter(self, count: int) -> Lane | None:
+        """Let steps go by a lane where they can: rows of `count` tokens, with a page for the next."""
+        pool, end = self.pool, alike(self.seen)
+        # Of a pool with others' pages, views would hold memory that these have moved.
+        if end is None or not pool.on_host or pool.stores > 1 or torch.is_grad_enabled() or recorded():
+            return None
+        table = self.table.numpy()[:, : count // self.page + 1]
+        self._lane, self._end = Lane.of(pool.k, pool.v, table, count), end
+        if self._lane is not None:
+            # Of the tokens to come, so that steps need not write it.
+            lane = self._lane
+            lane.ahead(pool.positions).copy_(torch.arange(end, end + lane.room - count, dtype=torch.int32))
+            if pool.columns.shape[2]:
+                lane.ahead(pool.columns).zero_()
+        return self._lane
+
+    @property
+    def lane(self) -> Lane | None:
+        """By which steps go, as long as nothing else has changed what is held; None for none."""
+        lane = self._lane
+        if lane is None or self._stamp != self.moves + self.pool.frames.moves or torch.is_grad_enabled():
+            return None
+        return lane
+
+    def catch_up(self) -> None:
+        """Count the steps that went by a lane."""
+        steps, self.ahead = self.ahead, 0
+        self.lengths += steps
+        self.ends += steps
+        self.count(steps, steps)
+
+    @property
+    def end(self) -> int | None:
+        """Tokens that every sequence has seen; None where they differ in that."""
+        return alike(self.seen) if self.lane is None else self._end
+
+    @property
+    def begun(self) -> bool:
+        """Whether every sequence has had tokens."""
+        return self.ahead > 0 or all(self.seen.tolist())
 
     @property
     def reserved(self) -> bool:
@@ -474,8 +556,9 @@ class Store:
     def fork(self) -> Store:
         """Another store with the same tokens, sharing their pages until one of the two writes."""
         self.trim()
+        table, lengths, ends = self.table.clone(), self.lengths.clone(), self.ends.clone()
         other = copy.copy(self)
-        other.table, other.lengths, other.ends = self.table.clone(), self.lengths.clone(), self.ends.clone()
+        other.table, other.lengths, other.ends = table, lengths, ends
         other.notes = {name: x.clone() for name, x in self.notes.items()}
         other.fills, other.found = dict(self.fills), Found()
         self.pool.stores += 1
@@ -535,7 +618,7 @@ class Store:
 
     def trim(self) -> None:
         """Give back what is reserved and not yet used."""
-        self.moves += 1
+        self.moves, self._lane = self.moves + 1, None
         if self.owned is None:
             return
         used = -(-self.counts.flatten() // self.page)
@@ -646,8 +729,8 @@ class Store:
         alone = pool.stores == 1 and pool.in_use == rows * count
         if not count or not pool.on_host or not alone or pool.frames.num_free >= rows:
             return
-        row, room = torch.arange(rows)[:, None], max(1, pool.num_pages // SPARE // rows)
-        at = row * (count + room) + torch.arange(count + room)
-        ids = self.table[:, :count].flatten().long()
-        pool.frames.spread(ids, at[:, :count].flatten(), at[:, count:].t().flatten().flip(0))
-        self.table[:, :count] = at[:, :count].int()
+        width = count + max(1, pool.num_pages // SPARE // rows)
+        at = torch.arange(rows * width).view(rows, width)
+        here, there = self.table[:, :count], at[:, :count]
+        pool.frames.spread(here.flatten().long(), there.flatten(), at[:, count:].t().flatten().flip(0))
+        here.copy_(there)

@@ -49,7 +49,7 @@ def attention_at(q: Tensor, k: Tensor, at: Tensor) -> Tensor:
     return scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(later, -torch.inf).softmax(-1)
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen, which costs more to make, and one is made at every step
 class Place:
     """Where in a session a view is taken: layer `index` of `num_layers`, sequences `rows`, None for all; scale of the
     scores, None for D**-0.5; what the layers share; steps since the last piece, None where the sequences differ in
@@ -215,11 +215,18 @@ class Stored(View):
 
     def __init__(self, store: Store, place: Place, q: Tensor) -> None:
         self._begin(store, place, q)
-        self.counts, self.seen = self.mine(store.counts), self.mine(store.seen)
 
     @property
     def stored(self) -> Store:
         return self._store
+
+    @cached_property
+    def counts(self) -> Tensor:  # type: ignore[override]
+        return self.mine(self.stored.counts)
+
+    @cached_property
+    def seen(self) -> Tensor:  # type: ignore[override]
+        return self.mine(self.stored.seen)
 
     @cached_property
     def _order(self) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,32 +130,36 @@ def dense_bytes(layer: Any) -> int:
 
 
 class Swap:
-    """Before an attention runs, its layer of the cache is a `Ragged` one: a hook of each module that is served.
+    """Before attentions run, their layers of the cache are `Ragged` ones: a hook of the first, for all of them.
 
-    rotations: by the id of a policy, those of its sessions.
+    modules: those attentions. rotations: by the id of a policy, those of its sessions.
     """
 
-    def __init__(self, rotations: Mapping[int, Mapping[int, Rotation]] | None = None) -> None:
-        self.rotations = rotations or {}
+    def __init__(
+        self, modules: Sequence[Any] = (), rotations: Mapping[int, Mapping[int, Rotation]] | None = None
+    ) -> None:
+        self.modules, self.rotations = modules, rotations or {}
         self.ids: Tensor | None = None
         self.sessions: weakref.WeakKeyDictionary[Cache, dict[int, Session]] = weakref.WeakKeyDictionary()
 
     def hook(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """transformers hands the cache to each attention by name."""
-        served = vars(module).get(NAME)
         cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
         if cache is None:
             return
         sessions = self.sessions.setdefault(cache, {})
-        if isinstance(served, Caching):
-            layer = self._layer(cache, module.layer_idx)
+        for each in self.modules:
+            served = vars(each).get(NAME)
+            if not isinstance(served, Caching):
+                continue
+            layer = cache.layers[each.layer_idx] if each.layer_idx < len(cache.layers) else None
             if not isinstance(layer, Ragged):
-                of = id(served.policy)
+                layer, of = self._layer(cache, each.layer_idx), id(served.policy)
                 if of not in sessions:
                     turned = self.rotations.get(of)
                     sessions[of] = Session(served.policy, served.num_layers, rotations=turned)
                 room = layer.get_max_length() if isinstance(layer, StaticLayer) else 0
-                layer = cache.layers[module.layer_idx] = Ragged(sessions[of], served.index, room)
+                layer = cache.layers[each.layer_idx] = Ragged(sessions[of], served.index, room)
             if layer.session.policy is not served.policy:
                 raise ValueError("cache: it was filled under another policy; start from an empty cache")
             layer.announced, layer.ids = True, self.ids

@@ -112,10 +112,10 @@ class Handle:
 
             rotations = rotations_of(model, layers, served)
             self.tell(rotations, served)
-            self._swap = Swap(rotations)
+            self._swap = Swap([layer.module for layer in layers], rotations)
             self._changed.append(_Change(model, "_valid_auto_compile_criteria", _not_compiled))
             hook = torch.compiler.disable(self._swap.hook)  # a compiler leaves it as it is, and goes on behind it
-            self._hooks = [layer.module.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
+            self._hooks = [layers[0].module.register_forward_pre_hook(hook, with_kwargs=True)]
             embedding = model.get_input_embeddings()
             note = torch.compiler.disable(self._swap.note_ids)
             self._hooks.append(embedding.register_forward_pre_hook(note, with_kwargs=True))

@@ -122,11 +122,18 @@ class Caching:
             return session.read(self.index, q, k, v, scale=asked.scale, rows=rows, batch=batch)
 
         known = self.index == 0 and ids is not None and ids.shape == (batch, q.shape[2])
-        out = tokens.read(read, q, k, v, *([ids[:, None, :, None]] if known else []))
+        if tokens.groups is None:
+            if known:
+                session.tell(ids)
+            out = session.read(self.index, q, k, v, scale=asked.scale)
+        else:
+            out = tokens.read(read, q, k, v, *([ids[:, None, :, None]] if known else []))
         session.close(self.index)
         return out
 
     def _check(self, asked: Asked) -> None:
+        if asked.window is asked.softcap is asked.sink is None:
+            return
         for name, value in (("sliding window", asked.window), ("softcap", asked.softcap), ("sink", asked.sink)):
             if value is not None:
                 raise _has(self.mechanism or self.policy, self.layer, name)

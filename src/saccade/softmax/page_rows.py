@@ -43,22 +43,26 @@ class Chunk:
 class Layout:
     """Where slots of rows lie, as the host has found it: all that asks for no more than tables and numbers of pages.
 
-    at (R, K): physical pages, in NumPy; used (R, K): those that are read. order: the rows, those with more slots first;
-    None as they are. ends (R,): slots of each, in that order. runs: of slots `first` to `last` of the first `rows`
-    rows, page `start` and `step` of a `Chunk`, None where they do not lie one after another. pages: all, int64. newest
-    (R,): where, among all tokens, the last page of each row begins.
+    at (R, K): physical pages, in NumPy; used (R, K): those that are read, None for all. order: the rows, those with
+    more slots first; None as they are. ends (R,): slots of each, in that order. runs: of slots `first` to `last` of the
+    first `rows` rows, page `start` and `step` of a `Chunk`, None where they do not lie one after another. pages: all,
+    int64. newest (R,): where, among all tokens, the last page of each row begins.
     """
 
     def __init__(self, at: Any, used: Any, page: int) -> None:
         self.order: Any = None
-        ends = used.shape[1] - used[:, ::-1].argmax(1) if used.shape[1] else np.zeros(len(used), np.int64)
-        self.ends = ends * used.any(1)
-        width = int(self.ends.max(initial=0))
-        at, used = at[:, :width], used[:, :width]
-        if width and self.ends.min() < width:
-            self.order = (-self.ends).argsort(kind="stable")
-            at, used, self.ends = (x[self.order] for x in (at, used, self.ends))
-        self.pages = torch.from_numpy((at * used).astype(np.int64))
+        if used is None:
+            self.ends, width = np.full(len(at), at.shape[1]), at.shape[1]
+            self.pages = torch.from_numpy(at.astype(np.int64))
+        else:
+            ends = used.shape[1] - used[:, ::-1].argmax(1) if used.shape[1] else np.zeros(len(used), np.int64)
+            self.ends = ends * used.any(1)
+            width = int(self.ends.max(initial=0))
+            at, used = at[:, :width], used[:, :width]
+            if width and self.ends.min() < width:
+                self.order = (-self.ends).argsort(kind="stable")
+                at, used, self.ends = (x[self.order] for x in (at, used, self.ends))
+            self.pages = torch.from_numpy((at * used).astype(np.int64))
         self.newest = self.pages[:, -1] * page if width else self.pages.sum(1)
         self.width = width
         follow = (at[:, 1:] == at[:, :-1] + 1).all(0)
@@ -83,9 +87,72 @@ class Found:
         """Of tables (R, K) of which each row reads the first `ends`: a number for all, or (R,); both in NumPy."""
         of = table.tobytes(), table.shape, page, ends if isinstance(ends, int) else ends.tobytes()
         if self._layout is None or self._of != of:
-            slots, last = np.arange(table.shape[1])[None], np.broadcast_to(ends, len(table))
-            self._of, self._layout = of, Layout(table, slots < last[:, None], page)
+            alike = isinstance(ends, int)
+            used = None if alike else np.arange(table.shape[1]) < ends[:, None]
+            self._of, self._layout = of, Layout(table[:, :ends] if alike else table, used, page)
         return self._layout
+
+
+class Lane:
+    """Rows of equally many tokens, each in one piece and as far from the next, as steps of one token find them until a
+    row needs another page: on a CPU, without gradients. What the pages say is looked up once, where `attend_rows` looks
+    at every step.
+
+    k (P, 1, page, D), v (P, 1, page, Dv): the pages. length: tokens of each row, which `put` counts. place: rows, pages
+    of each, where the first row starts, and how many pages lie from one to the next. room: tokens that a row has pages
+    for. stretches: at the bounds of `Layout`, the first slot, keys (R, tokens, D) and values (R, tokens, Dv), where
+    they lie.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, length: int, place: tuple[int, int, int, int]) -> None:
+        rows, pages, self.start, self.step = place
+        page = k.shape[2]
+        self.rows, self.length, self.room = rows, length, pages * page
+        self.stretches: list[tuple[int, Tensor, Tensor]] = []
+        for first, last in _bounds(pages, page):
+            chunk = Chunk(rows, (last - first) * page, self.start + first, self.step)
+            self.stretches.append((first * page, _in_place(k, chunk), _in_place(v, chunk)))
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor, table: Any, length: int) -> Lane | None:
+        """Of tables (R, pages) in NumPy; None for rows that lie otherwise."""
+        (rows, pages), start = table.shape, int(table[0, 0])
+        step = int(table[1, 0]) - start if rows > 1 else 0
+        if step < 0 or not (table == np.arange(start, start + pages) + np.arange(rows)[:, None] * step).all():
+            return None
+        return cls(k, v, length, (rows, pages, start, step))
+
+    def ahead(self, x: Tensor) -> Tensor:
+        """Of x (P, page, ...), what belongs to tokens to come: (R, room - length, ...), a view."""
+        page, token, *rest = x.stride()
+        at = x.storage_offset() + self.start * page + self.length * token
+        return x.as_strided((self.rows, self.room - self.length, *x.shape[2:]), (self.step * page, token, *rest), at)
+
+    def put(self, k: Tensor, v: Tensor) -> None:
+        """Write one token a row, and count it: k (R, 1, D), v (R, 1, Dv)."""
+        first, keys, values = self.stretches[-1]
+        at = self.length - first
+        keys.narrow(1, at, 1).copy_(k)
+        values.narrow(1, at, 1).copy_(v)
+        self.length += 1
+
+    def attend(self, q: Tensor, scale: float) -> Tensor:
+        """o (R, queries, Dv) of q (R, queries, D): the bits of `attend_rows`, for there is no row that sees nothing."""
+        columns = (q * scale).mT
+        *whole, (first, keys, values) = self.stretches
+        keys, values = keys.narrow(1, 0, self.length - first), values.narrow(1, 0, self.length - first)
+        if keys.dtype != q.dtype:
+            whole = [(start, k.to(q.dtype), v.to(q.dtype)) for start, k, v in whole]
+            keys, values = keys.to(q.dtype), values.to(q.dtype)
+        scores = torch.bmm(keys, columns)
+        if not whole:
+            return torch.bmm(scores.mT.softmax(2), values)
+        weights = torch.cat([*(torch.bmm(k, columns) for _, k, _ in whole), scores], 1).mT.softmax(2)
+        o = weights.new_zeros(0)
+        for start, _, v in (*whole, (first, keys, values)):
+            part = weights.narrow(2, start, v.shape[1])
+            o = o.baddbmm_(part, v) if start else torch.bmm(part, v)
+        return o
 
 
 def alike(lengths: Tensor) -> int | None:
@@ -202,9 +269,7 @@ class Rows:
     def read(self, x: Tensor, chunk: Chunk, dtype: torch.dtype) -> Tensor:
         """Keys or values of a chunk, (rows, tokens, C); zeros where no query sees them."""
         if chunk.pages is None:
-            page, _, token, channel = x.stride()
-            size, stride = (chunk.rows, chunk.tokens, x.shape[3]), (chunk.step * page, token, channel)
-            found = x.as_strided(size, stride, x.storage_offset() + chunk.start * page)
+            found = _in_place(x, chunk)
             return found if found.dtype == dtype else found.to(dtype)
         if chunk.heads is not None and x.stride(0) != self.kv_heads * x.stride(1):
             found = x[chunk.pages, chunk.heads[:, None]]
@@ -214,6 +279,13 @@ class Rows:
         found = found.view(chunk.rows, -1, x.shape[3])[:, : chunk.tokens].to(dtype)
         # What weighs nothing must still be finite.
         return found if chunk.seen is None else found.masked_fill(~chunk.seen[:, -1, :, None], 0)
+
+
+def _in_place(x: Tensor, chunk: Chunk) -> Tensor:
+    """Keys or values x (P, 1, page, C) of a chunk that lies together: (rows, tokens, C), a view."""
+    page, _, token, channel = x.stride()
+    size, stride = (chunk.rows, chunk.tokens, x.shape[3]), (chunk.step * page, token, channel)
+    return x.as_strided(size, stride, x.storage_offset() + chunk.start * page)
 
 
 def attend_rows(problem: Problem, pages: Pages, chosen: Chosen | None, *, causal: bool) -> tuple[Tensor, Tensor]:
