@@ -585,3 +585,10 @@ def test_what_a_policy_draws_is_the_same_every_time(small, monkeypatch):
         drawn.append(Contestant.of("random", None).enter(small.model))
         assert torch.get_rng_state().equal(before)
     assert drawn[0].equal(drawn[1])
+
+
+def test_every_policy_is_timed(small):
+    """What cannot take several tokens behind a cache decodes single ones all the same."""
+    loki = at_budgets(["loki"], [0.5])
+    found = evaluate(loki, small, tasks=["passkey"], lengths=[160], count=1, scores=False, decode=0.01)
+    assert {row.what for row in found.times} == {"dense", "loki(budget=0.5)"}

@@ -542,7 +542,8 @@ class _Run:
             if key not in self.known:
                 try:
                     with guard(left), one.enter(self.reader.model) as handle:
-                        if not reads_on(handle):
+                        # A policy's pages take single tokens whatever else it cannot do.
+                        if memory(handle) is None and not reads_on(handle):
                             return True
                         taken = self._decoding(handle, length, plain, seconds)
                 except Failed as failure:
