@@ -133,3 +133,20 @@ def pytest_sessionfinish(session, exitstatus):
     if exitstatus == pytest.ExitCode.OK and not stopped and "PYTEST_XDIST_WORKER" not in os.environ and COLLECTED - RAN:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
         print(f"\ncollected, but never run: {', '.join(sorted(COLLECTED - RAN))}")
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Replays so far, one entry each, of all recordings of a model's steps."""
+    from saccade.cache import Recorded
+
+    found, call = [], Recorded.__call__
+
+    def count(self, *inputs):
+        before = self.replays
+        out = call(self, *inputs)
+        found.extend([1] * (self.replays - before))
+        return out
+
+    monkeypatch.setattr(Recorded, "__call__", count)
+    return found

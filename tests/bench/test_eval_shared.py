@@ -13,7 +13,6 @@ from saccade.bench.eval import Contestant, at_budgets, evaluate
 from saccade.bench.eval_reader import WARM, Reader, Rows, aware, in_pages
 from saccade.bench.eval_records import Protocol
 from saccade.bench.eval_shared import Shared, begins_densely
-from saccade.cache import Recorded
 from saccade.hf.serving import Caching
 from saccade.hosts.lm import LM, LMConfig
 from saccade.tasks.prompts import Bytes, task_named
@@ -217,20 +216,11 @@ def test_where_memory_runs_out_nothing_is_held(small, monkeypatch):
 # Recorded steps.
 
 
-@pytest.fixture
-def replays(monkeypatch):
-    """Replays so far, of recordings that a device without graphs can make."""
-    found, call, recording = [], Recorded.__call__, saccade.hf.recorded.recording
-
-    def count(self, *inputs):
-        before = self.replays
-        out = call(self, *inputs)
-        found.extend([1] * (self.replays - before))
-        return out
-
-    monkeypatch.setattr(Recorded, "__call__", count)
-    monkeypatch.setattr(saccade.hf.recorded, "recording", functools.partial(recording, graph=Tape))
-    return found
+@pytest.fixture(autouse=True)
+def _by_tape(monkeypatch):
+    """What a device without graphs can record."""
+    recording = functools.partial(saccade.hf.recorded.recording, graph=Tape)
+    monkeypatch.setattr(saccade.hf.recorded, "recording", recording)
 
 
 @pytest.mark.parametrize(("what", "steady"), [("snapkv(budget=0.5, window=8)", True), ("tova(budget=0.5)", False)])

@@ -34,22 +34,6 @@ def _no_grad():
         yield
 
 
-@pytest.fixture
-def counted(monkeypatch):
-    """Replays so far, of all recordings."""
-    found = []
-    call = Recorded.__call__
-
-    def count(self, *inputs):
-        before = self.replays
-        out = call(self, *inputs)
-        found.extend([1] * (self.replays - before))
-        return out
-
-    monkeypatch.setattr(Recorded, "__call__", count)
-    return found
-
-
 def generated(model, read, real, **options):
     return model.generate(read, attention_mask=real, do_sample=False, max_new_tokens=16, **options)
 
@@ -62,35 +46,35 @@ def taped(model, room=6):
 
 
 @pytest.mark.parametrize("name", [*STEADY, *UNSTEADY])
-def test_generates_the_same_tokens(name, counted):
+def test_generates_the_same_tokens(name, replays):
     for read, real in ((tokens(1, 9), torch.ones(1, 9, dtype=torch.int64)), padded("left")):
         model = made("llama")
-        counted.clear()
+        replays.clear()
         with apply(model, {**STEADY, **UNSTEADY}[name]()):
             truth = generated(model, read, real)
             with taped(model):
                 assert torch.equal(generated(model, read, real), truth)
             steady = name in STEADY and name != "duo_attention"  # whose streams are not full yet
-            assert len(counted) == (12 if steady else 0), "of 15 steps three are not replayed, one each recording"
+            assert len(replays) == (12 if steady else 0), "of 15 steps three are not replayed, one each recording"
 
 
-def test_beams_are_not_replayed(counted):
+def test_beams_are_not_replayed(replays):
     model, read = made("llama"), tokens(1, 9)
     with apply(model, Policy()):
         truth = generated(model, read, torch.ones_like(read), num_beams=3)
         with taped(model):
             assert torch.equal(generated(model, read, torch.ones_like(read), num_beams=3), truth)
-    assert not counted
+    assert not replays
 
 
-def test_streaming_heads_are_replayed_once_they_are_full(counted):
+def test_streaming_heads_are_replayed_once_they_are_full(replays):
     model, read = made("llama"), tokens(1, 9)
     duo = [mechanism("duo_attention")(layer.dims, sink=2, recent=5) for layer in layers_of(model)]
     with apply(model, duo):
         truth = generated(model, read, torch.ones_like(read))
         with taped(model):
             assert torch.equal(generated(model, read, torch.ones_like(read)), truth)
-    assert len(counted) == 12
+    assert len(replays) == 12
 
 
 def test_counts_of_the_host_follow_replays():
@@ -107,7 +91,7 @@ def test_counts_of_the_host_follow_replays():
         assert store.lengths.tolist() == [17] * 4
 
 
-def test_what_changes_in_between_is_seen(counted):
+def test_what_changes_in_between_is_seen(replays):
     """A token taken back, sequences that change places: the next steps are right, and recorded anew."""
     torch.manual_seed(0)
     x = torch.randn(3, 2, 2, 40, 8, dtype=torch.float64)
@@ -137,7 +121,7 @@ def test_what_changes_in_between_is_seen(counted):
         assert store.pool.in_use == 0
         assert store.pool.taken == store.pool.returned
     assert_close(found[1], found[0], found[0], name="steps", terms=40)
-    assert len(counted) >= 10
+    assert len(replays) >= 10
 
 
 @pytest.mark.parametrize("name", [*STEADY, *UNSTEADY])
@@ -231,11 +215,11 @@ def test_restores_the_forward():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [*STEADY, *UNSTEADY])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gpu_replays_the_same_tokens(name, dtype, counted):
+def test_a_gpu_replays_the_same_tokens(name, dtype, replays):
     for read, real in ((tokens(1, 9), torch.ones(1, 9, dtype=torch.int64)), padded("left")):
         model = made("llama").to("cuda", dtype)
         with apply(model, {**STEADY, **UNSTEADY}[name]()) as handle:
             truth = generated(model, read.cuda(), real.cuda())
             handle.record(8)
             assert torch.equal(generated(model, read.cuda(), real.cuda()), truth)
-    assert (len(counted) > 0) == (name in STEADY and name != "duo_attention")
+    assert (len(replays) > 0) == (name in STEADY and name != "duo_attention")

@@ -13,8 +13,9 @@ from saccade.cache.frames import Frames
 from saccade.cache.layered import LayeredPool
 from saccade.cache.policy import Policy
 from saccade.cache.pool import PagePool, Reading, Storage
+from saccade.cache.rows import ragged, sent
 from saccade.cache.session import Session
-from saccade.cache.store import Store, ragged, sent
+from saccade.cache.store import Store
 from saccade.cache.view import Stored
 from saccade.cache.wrapped import Wrapped
 from saccade.errors import known, positive

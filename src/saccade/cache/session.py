@@ -11,7 +11,8 @@ from torch import Tensor
 from saccade.cache.policy import Policy
 from saccade.cache.pool import PagePool
 from saccade.cache.rotation import Rotation
-from saccade.cache.store import Store, sent
+from saccade.cache.rows import sent
+from saccade.cache.store import Store
 from saccade.cache.view import Place, Stored, View
 
 MOST = 64  # steps whose ids wait to be joined to those before them, which costs a copy of all

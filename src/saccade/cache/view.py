@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from saccade.cache.rotation import Rotation
-from saccade.cache.store import ABSENT, Store, Tokens, flat, sent
+from saccade.cache.rows import flat, sent
+from saccade.cache.store import ABSENT, Store, Tokens
 
 BLOCK = 128  # queries whose weights are held at once
 

@@ -137,7 +137,9 @@ class Lane:
         self.length += 1
 
     def attend(self, q: Tensor, scale: float) -> Tensor:
-        """o (R, queries, Dv) of q (R, queries, D): the bits of `attend_rows`, for there is no row that sees nothing."""
+        """o (R, queries, Dv) of q (R, queries, D): the bits of `attend_rows`, for there is no row that sees nothing. A
+        query whose scores are all -inf for what is in the keys gives NaN here, and zeros there.
+        """
         columns = (q * scale).mT
         *whole, (first, keys, values) = self.stretches
         keys, values = keys.narrow(1, 0, self.length - first), values.narrow(1, 0, self.length - first)

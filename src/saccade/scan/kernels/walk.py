@@ -41,6 +41,23 @@ from saccade.scan.kernels.tiles import (
 
 
 @triton.jit
+def met(
+    a, b, state, total, below, a_more, b_more, MASS: tl.constexpr, ROW: tl.constexpr, KIND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What a (C, BK) reads of a state (C, BV), its scores with b (C, C), and what it reads of the column (C,)."""
+    acc = tl.dot(a, state.to(KIND), input_precision=PRECISION)
+    scores = tl.dot(a, b, input_precision=PRECISION)
+    found = tl.zeros([a.shape[0]], tl.float32)
+    if MASS:
+        found = tl.sum(a.to(tl.float32) * total[None, :], 1)
+    if ROW:
+        acc += a_more[:, None] * below[None, :]
+        scores += a_more[:, None] * b_more[None, :]
+    return acc, scores, found
+
+
+@triton.jit
 def at_once(
     a, b, y, state, total, below, left, bounds, slot, head, column, a_more, b_more, scale, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr, READ: tl.constexpr,
@@ -63,13 +80,7 @@ def at_once(
     if ROW:
         below *= enter
     if READ:
-        acc = tl.dot(a, state.to(KIND), input_precision=PRECISION)
-        scores = tl.dot(a, b, input_precision=PRECISION)
-        if MASS:
-            found = tl.sum(a.to(tl.float32) * total[None, :], 1)
-        if ROW:
-            acc += a_more[:, None] * below[None, :]
-            scores += a_more[:, None] * b_more[None, :]
+        acc, scores, found = met(a, b, state, total, below, a_more, b_more, MASS, ROW, KIND, PRECISION)
         order = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
         scores = tl.where(order, scores, 0.0)
         acc = tl.dot(scores.to(KIND), y, acc, input_precision=PRECISION)
@@ -124,13 +135,7 @@ def by_tokens(
         total *= lost
         below *= lost
     if READ:
-        acc = tl.dot(a, state.to(KIND), input_precision=PRECISION)
-        scores = tl.dot(a, b, input_precision=PRECISION)
-        if MASS:
-            found = tl.sum(a.to(tl.float32) * total[None, :], 1)
-        if ROW:
-            acc += a_more[:, None] * below[None, :]
-            scores += a_more[:, None] * b_more[None, :]
+        acc, scores, found = met(a, b, state, total, below, a_more, b_more, MASS, ROW, KIND, PRECISION)
         if STEEP:
             reads = to_end if REVERSE else from_start
             scores *= between(gates, rows, REVERSE) if SPLIT == "none" else between_sums(gates, rows, REVERSE)
@@ -347,13 +352,9 @@ def scan_walk(
 
                 if GATE == 0:
                     if READ:
-                        acc = tl.dot(a_s, state.to(KIND), input_precision=PRECISION)
-                        scores = tl.dot(a_s, bs, input_precision=PRECISION)
-                        if MASS:
-                            found = tl.sum(a_s.to(tl.float32) * total[None, :], 1)
-                        if ROW:
-                            acc += a_more[:, None] * below[None, :]
-                            scores += a_more[:, None] * b_more[None, :]
+                        acc, scores, found = met(
+                            a_s, bs, state, total, below, a_more, b_more, MASS, ROW, KIND, PRECISION
+                        )
                         scores = tl.where(pairs, scores, 0.0)
                         acc = tl.dot(scores.to(KIND), written, acc, input_precision=PRECISION)
                     if MASS:
