@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 import saccade
 from saccade.hf import apply, interface, serving
+from saccade.hf.caching import cache_name
 from saccade.where import Causal
 
 SLIDING = ["mistral_slides", "qwen2_slides", "gemma2", "gpt_oss"]
@@ -20,7 +21,7 @@ def pieces(model, read, sizes, real=None):
     for part in read.split(sizes, 1):
         end += part.shape[1]
         mask = None if real is None else real[:, :end]
-        found.append(model(part, cache=cache, attention_mask=mask).logits)
+        found.append(model(part, **{cache_name(model): cache}, attention_mask=mask).logits)
     return torch.cat(found, 1)
 
 
@@ -154,9 +155,9 @@ def test_tokens_after_padding_on_the_right_follow_the_real_ones():
     more, at = tokens(2, 1), real.sum(1, keepdim=True)
     with apply(model, near(model, 3)):
         cache = DynamicCache()
-        model(read, attention_mask=real, cache=cache)
+        model(read, attention_mask=real, **{cache_name(model): cache})
         real = torch.cat([real, torch.ones_like(more)], 1)
-        found = model(more, attention_mask=real, position_ids=at, cache=cache).logits[:, 0]
+        found = model(more, attention_mask=real, position_ids=at, **{cache_name(model): cache}).logits[:, 0]
     for row, length in enumerate((7, 4)):
         alone = torch.cat([read[row : row + 1, :length], more[row : row + 1]], 1)
         ones = torch.ones_like(alone)

@@ -11,6 +11,7 @@ from saccade.cache import Evict, KeyNorm, Policy, Quest, Recorded, Session, snap
 from saccade.cache.recorded import Kept
 from saccade.catalogue import mechanism
 from saccade.hf import apply
+from saccade.hf.caching import cache_name
 from saccade.hf.layers import layers_of
 from saccade.hf.recorded import recording
 from saccade.softmax.page_rows import recorded
@@ -81,9 +82,9 @@ def test_counts_of_the_host_follow_replays():
     model, ids = made("llama"), tokens(2, 9)
     with apply(model, Policy()) as handle, taped(model):
         past = DynamicCache()
-        model(input_ids=ids, cache=past)
+        model(input_ids=ids, **{cache_name(model): past})
         for at in range(8):
-            model(input_ids=ids[:, at : at + 1], cache=past)
+            model(input_ids=ids[:, at : at + 1], **{cache_name(model): past})
         assert past.get_seq_length() == 17
         assert handle.memory().dense == 17 * 2 * sum(layer.bytes_a_token for layer in past.layers) // 2
         store = past.layers[0].session.store(0)
@@ -154,19 +155,19 @@ def goes_on_after_a_recording_that_fails(model, ids, wrapped):
     """A step that fails is taken again, as it is; the next one is then to be recorded, and fails too."""
     with apply(model, Asks()) as handle:
         past, other, found = DynamicCache(), DynamicCache(), []
-        model(input_ids=ids, cache=past)
-        model(input_ids=ids, cache=other)
+        model(input_ids=ids, **{cache_name(model): past})
+        model(input_ids=ids, **{cache_name(model): other})
         steps = [ids[:, at : at + 1] for at in range(8)]
-        truth = [model(input_ids=one, cache=other).logits for one in steps]
+        truth = [model(input_ids=one, **{cache_name(model): other}).logits for one in steps]
         with wrapped(model, handle):
-            found.append(model(input_ids=steps[0], cache=past).logits)
+            found.append(model(input_ids=steps[0], **{cache_name(model): past}).logits)
             for one in steps[1:]:
                 before = past.get_seq_length(), [layer.length for layer in past.layers], handle.memory().in_use
                 with pytest.raises(RuntimeError, match=r"policy: a step of Asks\(\), which says"):
-                    model(input_ids=one, cache=past)
+                    model(input_ids=one, **{cache_name(model): past})
                 now = past.get_seq_length(), [layer.length for layer in past.layers], handle.memory().in_use
                 assert now == before, "what is known has changed"
-                found.append(model(input_ids=one, cache=past).logits)
+                found.append(model(input_ids=one, **{cache_name(model): past}).logits)
     assert_close(torch.cat(found, 1), torch.cat(truth, 1), torch.cat(truth, 1), terms=64)
 
 

@@ -24,6 +24,7 @@ from saccade.cache import Quest, snapkv, streaming_llm
 from saccade.catalogue import mechanism
 from saccade.contract import Dims
 from saccade.hf import apply
+from saccade.hf.caching import cache_name
 from saccade.serve import Engine
 
 
@@ -161,7 +162,7 @@ def test_a_share_that_does_not_hold_the_sinks_of_a_prompt_stores_nothing():
     model, read, cache = made("llama"), tokens(1, 30), DynamicCache()
     message = r"budget: got 0\.05 of 30 tokens, 2 in layer 0, which does not hold 4 sinks"
     with apply(model, streaming_llm(0.05)), pytest.raises(ValueError, match=message):
-        model(read, cache=cache)
+        model(read, **{cache_name(model): cache})
     assert cache.layers[0].session.store(0).pool.in_use == 0
 
 

@@ -20,6 +20,7 @@ from transformers import (
 from saccade.cache import Evict, Expected, Policy, Quantized, Rotation, Session, expected_attention
 from saccade.contract import Dims
 from saccade.hf import apply
+from saccade.hf.caching import cache_name
 from saccade.hf.tuned import serves
 from saccade.mix import rotary_rates
 from saccade.testing.budget import assert_close, compare
@@ -181,9 +182,9 @@ def first_layer(model, what, read):
             with apply(model, policy):
                 found.clear()  # of the trial
                 cache = DynamicCache()
-                model(read if policy is heard else read[:, :20], cache=cache)
+                model(read if policy is heard else read[:, :20], **{cache_name(model): cache})
                 for at in range(20, read.shape[1] if policy is what else 0):
-                    model(read[:, at : at + 1], cache=cache)
+                    model(read[:, at : at + 1], **{cache_name(model): cache})
     finally:
         hook.remove()
     view = heard.views[0]

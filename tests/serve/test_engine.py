@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from saccade.cache import PagePool, Policy, Quantized, Session, Store, expected_attention, snapkv, streaming_llm
 from saccade.contract import Dims
 from saccade.hf import apply
+from saccade.hf.caching import cache_name
 from saccade.hf.tuned import serves
 from saccade.serve import Engine
 from saccade.serve.engine import drawn
@@ -142,7 +143,7 @@ def holds_what_it_holds_alone(model, policies):
         with apply(model, policy), torch.no_grad():
             cache = DynamicCache()
             for at in range(0, len(read) - CHUNK, CHUNK):
-                model(torch.tensor([read[at : at + CHUNK]]), cache=cache)
+                model(torch.tensor([read[at : at + CHUNK]]), **{cache_name(model): cache})
             for index, mine in enumerate(held[name]):
                 its = cache.layers[0].session.held(index)
                 assert torch.equal(mine, its), f"{name}: holds other tokens than alone"

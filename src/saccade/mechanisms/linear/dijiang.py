@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, apart, claim, sample
 from saccade.errors import known, positive
 from saccade.scan import State, linear_attention
+from saccade.scan.decays import Constant
 from saccade.scan.features import Map
 
 FEATURES = ("softmax", "exp")
@@ -154,8 +155,7 @@ class DiJiang(Mixer):
         nn.init.xavier_uniform_(self.gate.weight, gain=2**-2.5)
         self.norm = nn.GroupNorm(dims.num_heads, c)
         self.out = nn.Linear(c, c)
-        # No buffer, for a model in half precision keeps its decays.
-        self.log_decay = torch.log1p(-log_horizons(dims.num_heads).exp()).float()
+        self.decays = Constant(torch.log1p(-log_horizons(dims.num_heads).exp()).float())
 
     @classmethod
     def to_fit(cls, dims: Dims) -> Taught:
@@ -166,7 +166,7 @@ class DiJiang(Mixer):
         """o (B, H, N, D) and the memory after the last token."""
         read = linear_attention(
             *self.dims.split(self.qkv(x)),
-            log_decay=self.log_decay.to(x.device),
+            log_decay=self.decays.log_decay,
             feature_map=self.features,
             state=state,
             return_state=True,

@@ -15,6 +15,7 @@ from saccade.errors import known, positive
 from saccade.hosts.stack import Stack, SwiGLU, interleave
 from saccade.mix import turn_at
 from saccade.scan import UNTRACKED, State, linear_attention
+from saccade.scan.decays import Constant
 from saccade.where import Causal
 
 
@@ -32,15 +33,15 @@ class Lightning(nn.Module):
     def __init__(self, dims: Dims, slopes: list[float], chunk: int) -> None:
         super().__init__()
         c = dims.dim
-        self.num_heads, self.slopes, self.chunk = dims.num_heads, slopes, chunk
+        self.num_heads, self.chunk = dims.num_heads, chunk
+        self.decays = Constant(-torch.tensor(slopes, dtype=torch.float64))
         self.qkv, self.gate = nn.Linear(c, 3 * c, bias=False), nn.Linear(c, c, bias=False)
         self.norm, self.out = nn.RMSNorm(c, eps=1e-6), nn.Linear(c, c, bias=False)
 
     def read(self, x: Tensor, state: State | None = None, backend: str = "auto") -> tuple[Tensor, State]:
         """o (B, H, N, D) and the memory after the last token."""
         q, k, v = F.silu(self.qkv(x)).unflatten(2, (3 * self.num_heads, -1)).transpose(1, 2).chunk(3, 1)
-        # Not a buffer: the slowest decays would be lost in half precision.
-        decay = -torch.tensor(self.slopes, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        decay = self.decays.log_decay.to(torch.promote_types(x.dtype, torch.float32))
         options: Any = {"log_decay": decay, "state": state or UNTRACKED, "return_state": True}
         return cast(tuple[Tensor, State], linear_attention(q, k, v, chunk=self.chunk, backend=backend, **options))
 
@@ -244,7 +245,7 @@ class MiniMaxM1(Mixer):
         for layer in (0, 40, 79):
             inner = cls(Dims(64, 1), layer=layer, every=100).inner
             assert isinstance(inner, Lightning)
-            lives.append(1 / torch.tensor(inner.slopes))
+            lives.append(-1 / inner.decays.log_decay)
         median = [float(life.median()) for life in lives]
         holds = bool((lives[0] < lives[1]).all() and (lives[1] < lives[2]).all()) and float(lives[2].min()) > 1e4
         return Finding(
