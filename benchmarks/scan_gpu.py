@@ -121,11 +121,13 @@ class Delta(Case):
         return super().floor(backward) + 4 * self.rows * (3 if backward else 1)
 
     def moved(self, backward: bool, inputs: list[Tensor]) -> int:
-        chunk = DeltaLaunch(*inputs[:3], inputs[4] if inputs[4:] else None, None, 1.0, inputs[3]).sizes.chunk
+        launch = DeltaLaunch(*inputs[:3], inputs[4] if inputs[4:] else None, None, 1.0, inputs[3])
+        chunk, cut = launch.sizes.chunk, launch.stretches > 1
         stream, system, state = 2 * self.dim, 2 * chunk, 2 * self.dim**2 // chunk
         found = 6 * stream + 4 * system  # what is prepared of all chunks, written and read, and the walk
+        found += cut * (2 * stream + system)  # stretches are walked twice
         if backward:  # the walk once more, for what is written and the states, the walk back, the gradients
-            found += 15 * stream + 3 * system + 4 * state
+            found += 15 * stream + 3 * system + 4 * state + cut * (3 * stream + 2 * system)
         return self.rows * found
 
     def call(self, backend: str) -> Attend:

@@ -108,9 +108,8 @@ def delta(dtype: torch.dtype) -> None:
         k, v = torch.zeros(1, 2, TOKENS, D, dtype=dtype), torch.zeros(1, 2, TOKENS, DV, dtype=dtype)
         cu = None if gate is None else torch.tensor([0, 40, TOKENS], dtype=torch.int32)
         memory = torch.zeros(1 if cu is None else 2, 2, D, DV)
-        problem = DeltaLaunch(q, k, v, gate, cu, 0.5, torch.zeros(1, 2, TOKENS))
-        o, after, t = problem.forward(memory, dtype)
-        problem.backward(o, after, memory, t)
+        for DeltaLaunch.stretches in (1, 2):
+            DeltaLaunch(q, k, v, gate, cu, 0.5, torch.zeros(1, 2, TOKENS)).trial(memory, True)
 
 
 if __name__ == "__main__":

@@ -93,8 +93,10 @@ def test_half_precision_and_lengths(gate, tokens):
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("beta_heads", ["key", "query"])
-def test_packed_is_the_loop(gate, beta_heads):
+@pytest.mark.parametrize(("beta_heads", "cut"), [("key", 1), ("query", 1), ("key", 2)])
+def test_packed_is_the_loop(gate, beta_heads, cut, monkeypatch):
+    """cut: stretches a sequence, some of which have no chunk."""
+    monkeypatch.setattr(DeltaLaunch, "stretches", cut)
     ends = [0, 3, 20, 21, 40]
     q, k, v, beta, g, _ = problem(gate, beta_heads, tokens=40, dim=5, dv=3)
     memory = draw(4, beta.shape[1], 5, 3, seed=9)
@@ -121,15 +123,112 @@ def test_packed_is_the_loop(gate, beta_heads):
     verify(packed, loop, [q, k, v, beta, g, memory], terms=products(gate, 40, 5), dtypes=WIDE)
 
 
+def slow(given):
+    """The same with gates that leave something of a state a stretch later."""
+    given[4] = given[4] if given[4] is None else given[4] / 64
+    return given
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(("count", "beta_heads", "gate_heads"), [(2, "key", "key"), (5, "query", "key")])
+def test_stretches_of_a_sequence_are_joined(gate, count, beta_heads, gate_heads, monkeypatch):
+    """Query heads that share a memory and others that do not; of five stretches of six chunks two have none."""
+    monkeypatch.setattr(DeltaLaunch, "stretches", count)
+    given = slow(problem(gate, beta_heads, gate_heads, heads=2, groups=1, tokens=5 * 16 + 3))
+    verify(fast(), plain, given, terms=products(gate, 83, D), dtypes=WIDE)
+
+
+@pytest.mark.parametrize("gate", ["none", "scalar"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_stretches_with_what_narrow_dtypes_do(gate, dtype, monkeypatch):
+    monkeypatch.setattr(DeltaLaunch, "stretches", 3)
+    monkeypatch.setattr(DeltaLaunch, "exact", False)
+    given = slow(problem(gate, heads=4, groups=2, tokens=6 * 16, dim=5, dv=3, batch=2))
+    verify(fast(), plain, given, terms=products(gate, 96, 5) * 64, dtypes=(dtype,))
+
+
+def lengths(least, most, beta_most, tokens=96):
+    """A problem whose keys have lengths between two, and beta |k|^2 up to `beta_most`."""
+    q, k, v, _, g, memory = problem("none", tokens=tokens, dim=5, dv=3)
+    size = least + (most - least) * draw(1, 1, tokens, seed=4).sigmoid()
+    return [q, k * size[..., None], v, beta_most * draw(1, 1, tokens, seed=3).sigmoid() / size.square(), g, memory]
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+@pytest.mark.parametrize(("least", "most"), [(0.1, 0.2), (0.1, 10.0), (10.0, 30.0)])
+def test_keys_of_any_length(least, most, cut, monkeypatch):
+    """Where the recurrence does not grow, maps of stretches do not."""
+    monkeypatch.setattr(DeltaLaunch, "stretches", cut)
+    verify(fast(), plain, lengths(least, most, 2.0), terms=96 * 25, dtypes=WIDE)
+
+
+def test_maps_that_grow_cost_as_many_digits_as_states(monkeypatch):
+    """Beyond, both do: here to more than a million times what is written."""
+    monkeypatch.setattr(DeltaLaunch, "stretches", 3)
+    given = lengths(1.0, 1.5, 6.0)
+    assert float(plain(*given)[1].abs().max()) > 1e6 * float(given[2].abs().max())
+    verify(fast(), plain, given, terms=96 * 25, dtypes=WIDE)
+
+
+def unmapped(parts, back):
+    """A twin whose stretches forget what was before them."""
+    parts[..., -D:] = 0
+
+
+def transposed(parts, back):
+    """A twin that maps states as gradients."""
+    parts[..., -D:] = parts[..., -D:].mT.clone()
+
+
+def untransposed(parts, back):
+    """A twin that maps gradients as states."""
+    if back:
+        transposed(parts, back)
+
+
+@pytest.mark.parametrize(("twin", "where"), [(unmapped, "output"), (transposed, "output"), (untransposed, "gradient")])
+def test_wrong_maps_of_stretches_are_caught(twin, where, monkeypatch):
+    join = DeltaLaunch.join
+
+    def wrong(launch, parts, added, first, starts, back=False):
+        spoiled = parts.clone()
+        twin(spoiled, back)
+        join(launch, spoiled, spoiled if added is parts else added, first, starts, back)
+
+    monkeypatch.setattr(DeltaLaunch, "stretches", 3)
+    monkeypatch.setattr(DeltaLaunch, "join", wrong)
+    with pytest.raises(AssertionError, match=rf"{where} \d in torch\.float32"):
+        verify(fast(), plain, slow(problem("scalar", tokens=64)), terms=products("scalar", 64, D), dtypes=WIDE)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "tokens", "dim", "count"),
+    [
+        (1, 16, 32768, 128, 4),
+        (1, 16, 3072, 128, 3),  # too short to be cut as often
+        (1, 16, 2048, 128, 1),  # too short
+        (2, 16, 16384, 128, 1),  # in two would be walked as long as in one
+        (1, 16, 32768, 64, 8),
+        (1, 1, 131072, 64, 32),  # joining would take longer than walking
+    ],
+)
+def test_how_often_sequences_are_cut(batch, heads, tokens, dim, count, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(delta_launch, "multiprocessors", lambda device: 132)
+    q = torch.empty(batch, heads, tokens, dim, device="meta", dtype=torch.bfloat16)
+    assert DeltaLaunch(q, q, q, None, None, 1.0, q[..., 0]).stretches == count
+
+
 HOSTILE = [0.0, -50.0, -1e30, -math.inf]
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(("exact", "cut"), [(True, 1), (False, 1), (True, 3), (False, 3)])
 @pytest.mark.parametrize("gate", ["constant", "scalar"])
 @pytest.mark.parametrize("value", HOSTILE)
-def test_hostile_gates(gate, value, exact, monkeypatch):
+def test_hostile_gates(gate, value, exact, cut, monkeypatch):
     """Gates of one value everywhere, and now and then between ordinary ones; gradients stay finite."""
     monkeypatch.setattr(DeltaLaunch, "exact", exact)
+    monkeypatch.setattr(DeltaLaunch, "stretches", cut)
     given = problem(gate, dim=5, dv=3)
     often, seldom = given[4].clone(), given[4].clone()
     often.fill_(value)
@@ -346,8 +445,10 @@ def test_only_the_state_or_only_the_output_has_a_gradient():
             assert_close(a, b.double(), b, terms=products("scalar", TOKENS, 5), scale=largest)
 
 
-def test_operator_is_well_formed():
+@pytest.mark.parametrize("cut", [1, 2])
+def test_operator_is_well_formed(cut, monkeypatch):
     """Schema, fake tensors and autograd registration, as PyTorch itself checks them."""
+    monkeypatch.setattr(DeltaLaunch, "stretches", cut)
     q, k, v, beta, g, memory = (x.float().requires_grad_() for x in problem("scalar", dim=5, dv=3))
     cu = torch.tensor([0, 9, TOKENS], dtype=torch.int32)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -371,7 +472,9 @@ def test_a_graph_holds_it_whole(beta_heads):
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_equal_inputs_give_equal_bits(gate):
+@pytest.mark.parametrize("cut", [1, 3])
+def test_equal_inputs_give_equal_bits(gate, cut, monkeypatch):
+    monkeypatch.setattr(DeltaLaunch, "stretches", cut)
     given = [None if x is None else x.float().requires_grad_() for x in problem(gate, dim=5, dv=3)]
 
     def run():
@@ -418,6 +521,16 @@ def test_compiled(gate, beta_heads, gate_heads, dim, dv, tokens, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("gate", ["none", "scalar"])
+@pytest.mark.parametrize(("dim", "dv", "tokens", "beta_heads", "gate_heads"), [ON_GPU[i] for i in (0, 1, 3, 4)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_compiled_stretches(gate, beta_heads, gate_heads, dim, dv, tokens, dtype, monkeypatch):
+    monkeypatch.setattr(DeltaLaunch, "stretches", 3)
+    given = slow(problem(gate, beta_heads, gate_heads, heads=4, groups=2, tokens=2 * tokens, dim=dim, dv=dv))
+    verify(on_gpu(fast()), plain, given, terms=products(gate, 2 * tokens, dim), dtypes=(dtype,))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("heads", [1, 4])
@@ -441,8 +554,10 @@ def test_compiled_inverses_beyond_half_precision(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("cut", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_compiled_packed(gate, dtype):
+def test_compiled_packed(gate, cut, dtype, monkeypatch):
+    monkeypatch.setattr(DeltaLaunch, "stretches", cut)
     q, k, v, beta, g, memory = problem(gate, heads=4, groups=2, tokens=301, dim=64, dv=64)
     given = [q, k, v, beta, g, memory.expand(4, -1, -1, -1)]
 
@@ -469,8 +584,10 @@ def test_compiled_packed(gate, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("gate", ["constant", "scalar"])
+@pytest.mark.parametrize("cut", [1, 3])
 @pytest.mark.parametrize("value", HOSTILE)
-def test_compiled_hostile_gates(gate, value):
+def test_compiled_hostile_gates(gate, value, cut, monkeypatch):
+    monkeypatch.setattr(DeltaLaunch, "stretches", cut)
     given = problem(gate, heads=2, groups=2, tokens=150, dim=128, dv=128)
     given[4].fill_(value)
     for dtype in (torch.bfloat16, torch.float32):

@@ -28,6 +28,7 @@ from saccade.testing.budget import assert_close
 D, DV, TOKENS = 20, 17, 37  # two blocks of channels each, three chunks
 SCALE = 0.7
 WIDE = (torch.float32,)
+CHOSEN = Sizes.of
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +112,15 @@ def test_one_product_for_all_pairs_of_a_chunk(gate, monkeypatch):
         verify(fast(), plain(), given, terms=products(gate, 70, 5) * 64, dtypes=WIDE)
 
 
+@pytest.mark.parametrize("gate", ["none", "scalar", "vector"])
+def test_products_of_a_wide_state_are_apart(gate, monkeypatch):
+    monkeypatch.setattr(launch.Launch, "exact", False)
+    given = problem(gate, dim=130, dv=3)
+    if gate != "none":
+        given[3][:, :, 20:30] *= 50
+    verify(fast(), plain(), given, terms=products(gate, TOKENS, 130) * 64, dtypes=WIDE)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as the twin overflows
 def test_a_chunk_too_steep_for_one_product_is_told(monkeypatch):
     """A twin that takes every chunk of a decay a token at once."""
@@ -149,6 +159,19 @@ def test_how_often_sequences_are_cut(batch, tokens, none, scalar, vector, monkey
     for g, cut in ((None, none), (q[..., 0].float(), scalar), (q.float(), vector)):
         found = launch.Launch(q, q, q, g, None, 1.0, False)
         assert (found.stretches, found.stretches_back) == cut
+
+
+@pytest.mark.parametrize(("batch", "tokens", "cut"), [(4, 4096, 1), (1, 16384, 4)])
+def test_programs_of_wide_states_share_no_multiprocessor(batch, tokens, cut, monkeypatch):
+    monkeypatch.setattr(Sizes, "of", CHOSEN)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    q = torch.empty(batch, 16, tokens, 256, device="meta", dtype=torch.bfloat16)
+    for g in (None, q[..., 0].float(), q.float()):
+        found = launch.Launch(q, q, q, g, None, 1.0, False)
+        assert (found.stretches, found.stretches_back) == (cut, cut)
+        for reverse, anchored in itertools.product((False, True), repeat=2):
+            gate = 3 if anchored and found.gate == 2 else found.gate
+            assert found.tile(256, 256, gate, reverse, anchored) == Tile(64 if anchored else 128, 8, 2)
 
 
 @pytest.mark.parametrize("cut", [1, 3])

@@ -7,10 +7,10 @@ into stretches, whose states a walk without outputs finds first (`join`). With D
 4 e D forward and 12 e D backward, half as much more in stretches; a decay a channel 8 e D more and its own bytes, and
 the gradient of one a state every 256 tokens.
 
-The delta rule (`delta`) solves the system of each chunk beforehand and walks likewise; the selective scan
-(`selective`) goes through tiles of a few tokens by associative scans. One token, as a decoder has it, is a kernel of
-its own for each state (`step`). No sum depends on the order of programs, so equal
-inputs give equal bits. The kernels of a first call are compiled side by side (`abreast`).
+The delta rule (`delta`) solves the system of each chunk beforehand and walks likewise, also in stretches; the selective
+scan (`selective`) goes through tiles of a few tokens by associative scans. One token, as a decoder has it, is a kernel
+of its own for each state (`step`). No sum depends on the order of programs, so equal inputs give equal bits. The
+kernels of a first call are compiled side by side (`abreast`, `ready`).
 """
 
 from __future__ import annotations
@@ -78,6 +78,14 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def make_ready() -> None:
+    """Before kernels are imported to be compiled."""
+    if not interpreted() and not torch.compiler.is_compiling():  # whose tracer follows no thread
+        from saccade.scan.kernels.ready import begun
+
+        begun()
+
+
 def scan(
     q: Tensor,
     k: Tensor,
@@ -94,6 +102,7 @@ def scan(
     (1, heads, 1), (B, heads, N) or (B, heads, N, D). memory (sequences, heads, D, Dv), float32, with mass one column
     more, the sum of keys.
     """
+    make_ready()
     from saccade.scan.kernels import ops
 
     wide = mass or q.dtype != v.dtype
@@ -128,6 +137,7 @@ def delta_scan(
     beta (B, heads, N), g None, (1, heads, 1) or (B, heads, N), memory (sequences, heads, D, >= Dv), float32: columns
     beyond Dv are written with zeros.
     """
+    make_ready()
     from saccade.scan.kernels import delta_ops
 
     width, carried = v.shape[3], memory.shape[3] - v.shape[3]
@@ -144,6 +154,7 @@ def delta_scan(
 def selective_scan(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
     """y, float32, and the last memory: x, delta (B, N, channels), a (channels, S), b, c (B, N, G, S), memory (B,
     channels, S)."""
+    make_ready()
     from saccade.scan.kernels import selective_ops
 
     wide = (z.float().contiguous() for z in (delta, a, b, c, memory))

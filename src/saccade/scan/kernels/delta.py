@@ -26,13 +26,20 @@ The product (I - A)(I + A^2)(I + A^4)... is shorter, but equal keys make its pow
 which cancel in the end, and no digits would be left. Near the edge of stability, beta |k|^2 = 2 with keys that are
 nearly equal, T itself grows with the chunk, and float32 loses two digits beside the recurrence.
 
+A chunk maps the state before it to the one after it, S -> M S + Z, and so does a stretch of chunks. Where sequences and
+memories are too few for the GPU, stretches of a sequence are walked side by side: once from nothing, to Z, beside the
+identity without values, to M; then, joined by S_(i+1) = M_i S_i + Z_i, from the states before them. Backwards
+dS_i = M_i^T dS_(i+1) + what do adds, by the same M. Up to beta |k|^2 = 2, however long keys are, every factor
+I - beta k k^T of M is a contraction, and this costs no digits. Beyond, M grows as states do from chunk to chunk: it may
+leave the range of float32 where the states, because values are small or zero, would not.
+
 Walks hold their state turned round, channels of values first: what a product gives is then laid out as the first factor
 of the next, and passes from one to the other in registers. Only what was loaded is ever transposed.
 
 With D = Dv channels of e bytes, a token of a head moves 6 e D + 4 e C bytes forward: from q and k to P and T, then from
 all of them and v to o. The gradients move 15 e D + 3 e C, and four times a state, e D^2, for every chunk: a walk to u
 and states, one back to y and theirs, and the rest, all chunks at once. Kept from forward to backward are 2 e C bytes a
-token, and 8 with a gate.
+token, and 8 with a gate; and three states in float32 a stretch.
 """
 
 from __future__ import annotations
@@ -40,7 +47,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from saccade.scan.kernels.abreast import Launched
+from saccade.scan.kernels.abreast import Launched, alike
 from saccade.scan.kernels.tiles import (
     between,
     chunk_of,
@@ -187,39 +194,69 @@ def delta_prepare(
 
 
 @triton.jit
-def walker(cuts, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """What a program of a walk has: a sequence, and BV columns of a state, which it holds as rows.
-
-    Returns what `stretch_of` does; channels of keys, and of values; where the state lies among (sequences, heads, K,
-    V); where its entries lie in it, and in its transpose; which exist.
-    """
-    TILES: tl.constexpr = (V + BV - 1) // BV
-    seq = tl.program_id(0) // TILES
-    row = tl.arange(0, BK)
-    column = tl.program_id(0) % TILES * BV + tl.arange(0, BV)
-    at = (seq * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * (K * V)
-    exists = (column < V)[:, None] & (row < K)[None, :]
-    entry = column[:, None] + row[None, :] * V
-    return stretch_of(cuts, seq, C), row, column, at, entry, column[:, None] * K + row[None, :], exists
-
-
-@Launched
-def delta_walk(
-    q, k, v, t, scores, edges, first, last, o, u, states, cuts, scale,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
-    FAN: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+def walker(
+    cuts, stretches, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, APART: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """One sequence, state head and BV channels of values a program; its FAN query heads are read one after another.
+    """What a program of a walk has: a stretch of a sequence, and BV of W columns of a state, which it holds as rows.
 
-    first (sequences, heads, K, V): the state before. Written where there is room: last, the state after; o (B, heads
-    FAN, N, V); u (B, heads, N, V); states (chunks, heads, V, K), before every chunk. UNIT: scale is 1.
+    Returns what `stretch_of` does, of the stretch; channels of keys, and columns; where the state before lies among
+    (sequences stretches, heads, K, W), and the one after among (sequences, heads, K, W); where entries lie in it, and
+    in its transpose; which exist, and which of those after are written: of the last stretch. APART: those of all, among
+    as many as before; the last is not walked for the V columns of values, as nothing comes after it.
+    """
+    TILES: tl.constexpr = (W + BV - 1) // BV
+    tile = tl.program_id(0) % TILES
+    part = tl.program_id(0) // TILES
+    seq = part // stretches
+    stretch = part % stretches
+    final = stretch == stretches - 1
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
+    row = tl.arange(0, BK)
+    column = tile * BV + tl.arange(0, BV)
+    at = (part * heads + head).to(tl.int64) * (K * W)
+    to = at if APART else (seq * heads + head).to(tl.int64) * (K * W)
+    exists = (column < W)[:, None] & (row < K)[None, :]
+    leaves = exists if APART else exists & final
+    entry = column[:, None] + row[None, :] * W
+    turned = column[:, None] * K + row[None, :]
+    batch, begin, end, chunks, first_chunk = stretch_of(cuts, seq, C)
+    each = tl.cdiv(chunks, stretches)
+    low = (stretches - 1 - stretch if BACK else stretch) * each
+    count = tl.minimum(each, chunks - low)  # below 0 where fewer stretches hold all chunks
+    if APART:
+        count = tl.where(final & (tile * BV + BV <= V), 0, count)
+    found = batch, begin + low * C, end, count, first_chunk + low
+    return found, row, column, at, to, entry, turned, exists, leaves
+
+
+@alike("stretches")
+def delta_walk(
+    q, k, v, t, scores, edges, first, last, o, u, states, cuts, scale, stretches,
+    K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    GATE: tl.constexpr, FAN: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr, KIND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One of `stretches` of a sequence, state head and BV columns a program; FAN query heads are read in turn.
+
+    first (sequences stretches, heads, K, V): the states before. Written where there is room: last (sequences, heads, K,
+    V), the states after; o (B, heads FAN, N, V); u (B, heads, N, V); states (chunks, heads, V, K), before every chunk.
+    Without first: last (sequences stretches, heads, K, W), W = V + K, what every stretch adds, and its map of the state
+    before. UNIT: scale is 1.
     """
     head = tl.program_id(1)
     heads = tl.num_programs(1)
-    stretch, row, column, at, entry, turned, exists = walker(cuts, K, V, C, BK, BV)
+    APART: tl.constexpr = first is None
+    stretch, row, column, at, to, entry, turned, exists, leaves = walker(
+        cuts, stretches, K, V, W, C, BK, BV, APART, False
+    )
     batch, begin, end, chunks, first_chunk = stretch
     rows = tl.arange(0, C)
-    state = tl.load(first + at + entry, mask=exists, other=0.0)
+    if APART:
+        state = tl.where(column[:, None] - V == row[None, :], 1.0, 0.0)
+    else:
+        state = tl.load(first + at + entry, mask=exists, other=0.0)
     lost = through(edges, batch, head, begin, end, C, GATE)
     for chunk in range(chunks):
         start = begin + chunk * C
@@ -254,25 +291,32 @@ def delta_walk(
         state = tl.dot(written.to(KIND), keys, state * lost, input_precision=PRECISION)
         lost = ahead
     if last is not None:
-        tl.store(last + at + entry, state, mask=exists)
+        tl.store(last + to + entry, state, mask=leaves)
 
 
-@Launched
+@alike("stretches")
 def delta_walk_back(
-    q, k, do, t, scores, edges, dlast, y, dstates, dfirst, cuts, scale,
+    q, k, do, t, scores, edges, dlast, y, dstates, dfirst, cuts, scale, stretches,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
     FAN: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The same backwards, from dlast to dfirst, both (sequences, heads, K, V).
+    """The same backwards, from dlast (sequences stretches, heads, K, V) to dfirst (sequences, heads, K, V).
 
-    Writes x (B, heads, N, V) and dstates (chunks, heads, V, K), the gradient of the state after each chunk.
+    Stretches count from the last. Writes y (B, heads, N, V) and dstates (chunks, heads, V, K), the gradient of the
+    state after each chunk. Without dlast: dfirst (sequences stretches, heads, K, V) alone, what every stretch adds.
     """
     head = tl.program_id(1)
     heads = tl.num_programs(1)
-    stretch, row, column, at, entry, turned, exists = walker(cuts, K, V, C, BK, BV)
+    APART: tl.constexpr = dlast is None
+    stretch, row, column, at, to, entry, turned, exists, leaves = walker(
+        cuts, stretches, K, V, V, C, BK, BV, APART, True
+    )
     batch, begin, end, chunks, first_chunk = stretch
     rows = tl.arange(0, C)
-    grad = tl.load(dlast + at + entry, mask=exists, other=0.0)
+    if APART:
+        grad = tl.zeros([BV, BK], tl.float32)
+    else:
+        grad = tl.load(dlast + at + entry, mask=exists, other=0.0)
     lost = through(edges, batch, head, begin + (chunks - 1) * C, end, C, GATE)
     for step in range(chunks):
         chunk = chunks - 1 - step
@@ -281,8 +325,9 @@ def delta_walk_back(
         inside = present(start, end, rows, WHOLE)
         kept = edge(edges, 1, batch, head, start, rows, inside, C, GATE)  # first: nothing else is waited for as long
         known = grad.to(KIND)
-        slot = (first_chunk + chunk).to(tl.int64) * heads + head
-        tl.store(dstates + slot * (K * V) + turned, known, mask=exists)
+        if dstates is not None:
+            slot = (first_chunk + chunk).to(tl.int64) * heads + head
+            tl.store(dstates + slot * (K * V) + turned, known, mask=exists)
         keys = read(k, batch, head, start, rows, inside, row, K).to(KIND)
         solve = read(t, batch, head, start, rows, inside, rows, C).to(KIND)
         passed = tl.dot(known, tl.trans(keys), input_precision=PRECISION)
@@ -300,9 +345,52 @@ def delta_walk_back(
                 given = (given.to(tl.float32) * (left if UNIT else left * scale)[None, :]).to(KIND)
             grad = tl.dot(given, queries, grad, input_precision=PRECISION)
         passed = tl.dot(passed.to(KIND), solve, input_precision=PRECISION)
-        write_across(y, batch, head, start, rows, inside, column, passed, V)
+        if y is not None:
+            write_across(y, batch, head, start, rows, inside, column, passed, V)
         grad = tl.dot((passed * -left[None, :]).to(KIND), keys, grad, input_precision=PRECISION)
-    tl.store(dfirst + at + entry, grad, mask=exists)
+    tl.store(dfirst + to + entry, grad, mask=leaves)
+
+
+@alike("stretches")
+def delta_join(
+    parts, added, first, starts, stretches,
+    K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCK: tl.constexpr,
+    BACK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """States before all stretches of a sequence, for one memory and BV columns a program: S_(i+1) = M_i S_i + Z_i.
+
+    parts (sequences stretches, heads, K, V + K): M, in the last K columns; added (sequences stretches, heads, K, W): Z,
+    in the first V; first (sequences, heads, K, V): S_0; starts (sequences stretches, heads, K, V): all S, written.
+    BACK: the same of gradients, with M transposed; added and starts then count from the last stretch, parts from the
+    first. A product takes BLOCK channels of a state at a time, from where it has been written.
+    """
+    row = tl.arange(0, BK)
+    column = tl.program_id(0) * BV + tl.arange(0, BV)
+    exists = (column < V)[:, None] & (row < K)[None, :]
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
+    seq = tl.program_id(2)
+    at = (seq * heads + head).to(tl.int64) * (K * V)
+    state = tl.load(first + at + column[:, None] + row[None, :] * V, mask=exists, other=0.0)
+    slot = (seq * stretches * heads + head).to(tl.int64)
+    tl.store(starts + slot * (K * V) + column[:, None] + row[None, :] * V, state, mask=exists)
+    for stretch in range(1, stretches):
+        tl.debug_barrier()  # threads read what others have written
+        which = seq * stretches + (stretches - stretch if BACK else stretch - 1)
+        through = parts + (which * heads + head).to(tl.int64) * (K * (V + K)) + V
+        state = tl.load(added + slot * (K * W) + column[:, None] + row[None, :] * W, mask=exists, other=0.0)
+        for block in range(0, K, BLOCK):
+            channel = block + tl.arange(0, BLOCK)
+            known = (column < V)[:, None] & (channel < K)[None, :]
+            before = tl.load(starts + slot * (K * V) + column[:, None] + channel[None, :] * V, mask=known, other=0.0)
+            if BACK:
+                entry = channel[:, None] * (V + K) + row[None, :]
+            else:
+                entry = row[None, :] * (V + K) + channel[:, None]
+            factor = tl.load(through + entry, mask=(channel < K)[:, None] & (row < K)[None, :], other=0.0)
+            state = tl.dot(before, factor, state, input_precision=PRECISION)
+        slot += heads
+        tl.store(starts + slot * (K * V) + column[:, None] + row[None, :] * V, state, mask=exists)
 
 
 @Launched

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from saccade.scan.kernels.delta import delta_gradients, delta_prepare, delta_walk, delta_walk_back
-from saccade.scan.kernels.launch import Problem, Sizes, Tile, padded, shared
+from saccade.scan.kernels.delta import delta_gradients, delta_join, delta_prepare, delta_walk, delta_walk_back
+from saccade.scan.kernels.launch import Problem, Sizes, Tile, multiprocessors, padded, shared
 from saccade.scan.kernels.tiles import Cuts, Heads
 
 ROOM = 200 * 1024  # bytes of shared memory for what is loaded ahead; what is moved between warps needs some besides
 RUN_AHEAD = 3  # chunks whose loads are under way, or at hand
 WIDEST = 64  # channels that a program without a walk takes at a time
+FEWEST = 3  # stretches: as each is walked twice, two would save nothing
+SHORTEST = 16  # chunks that a stretch has: with fewer, joining takes as long as is saved
+MOST = 32  # stretches: they are joined one after the other, each in about the time of a chunk
 
 
 def delta_heads(k: Tensor, beta: Tensor, g: Tensor | None) -> int:
@@ -36,6 +40,17 @@ class Solved(NamedTuple):
     edges: Tensor
 
 
+class Joined(NamedTuple):
+    """Stretches of sequences, walked side by side; without entries where a sequence is walked in one.
+
+    starts (sequences stretches, heads, D, Dv): the state before each. parts (sequences stretches, heads, D, Dv + D):
+    what each adds to it, and its map of it. float32.
+    """
+
+    starts: Tensor
+    parts: Tensor
+
+
 @dataclass(frozen=True)
 class DeltaLaunch(Problem):
     """The delta rule, without a vector gate; query heads that share a memory walk with it. beta (B, heads, N)."""
@@ -46,7 +61,7 @@ class DeltaLaunch(Problem):
     def memories(self) -> int:
         return delta_heads(self.k, self.beta, self.g)
 
-    @property
+    @cached_property
     def sizes(self) -> Sizes:
         """Those of linear attention, with what the walk holds besides in mind.
 
@@ -65,27 +80,39 @@ class DeltaLaunch(Problem):
         held = 2 * chunk * (wide + chunk + self.fan * (wide + chunk + values))
         return Sizes(chunk, Tile(values, tile.warps, max(1, min(RUN_AHEAD, ROOM // held))))
 
+    @cached_property
+    def stretches(self) -> int:
+        """Into how many a sequence is cut, to have a program for every multiprocessor, where that pays."""
+        wanted = multiprocessors(self.q.device) // (self.sequences * self.memories * self.tiles(self.v.shape[3]))
+        cut = min(wanted, self.chunks // (self.sequences * SHORTEST), MOST)
+        return 1 if cut < FEWEST else cut
+
+    @property
+    def variant(self) -> tuple[Any, ...]:
+        return (*super().variant, self.stretches == 1)
+
     def trial(self, memory: Tensor, gradients: bool) -> None:
         """All that a call launches, with results in the place of their gradients."""
-        o, after, found = self.forward(memory, self.q.dtype)
+        o, after, found, joined = self.forward(memory, self.q.dtype)
         if gradients:
-            self.backward(o, after, memory, found)
+            self.backward(o, after, memory, found, joined)
 
-    def forward(self, memory: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Solved]:
-        """o in `dtype`, the memory after the last token, and what `solved` found.
+    def forward(self, memory: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Solved, Joined]:
+        """o in `dtype`, the memory after the last token, and what `solved` and `joined` found.
 
         memory: (sequences, heads, D, Dv), float32.
         """
         cuts = self.cuts
         found = self.solved(self.prepared(cuts).gates, cuts)
+        joined = self.joined(found, memory, cuts)
         q, v = self.q, self.v
         o = q.new_empty(*q.shape[:3], v.shape[3], dtype=dtype)
         last = torch.empty_like(memory)
-        self.walk_forward(found, memory, cuts, o=o, last=last)
-        return o, last, found
+        self.walk_forward(found, self.starts(joined, memory), cuts, o=o, last=last)
+        return o, last, found, joined
 
     def backward(
-        self, do: Tensor, dafter: Tensor, memory: Tensor, found: Solved
+        self, do: Tensor, dafter: Tensor, memory: Tensor, found: Solved, joined: Joined
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
         """Gradients of q, k, v, beta, g, and of the memory before the first token."""
         q, k, v, g, heads = self.q, self.k, self.v, self.g, self.memories
@@ -95,12 +122,14 @@ class DeltaLaunch(Problem):
         cuts, chunks = self.cuts, self.chunks
         u, y = (q.new_empty(batch, heads, length, dv_width, dtype=self.kind) for _ in range(2))
         states, dstates = (q.new_empty(chunks, heads, dv_width, d, dtype=self.kind) for _ in range(2))
-        self.walk_forward(found, memory, cuts, u=u, states=states)
+        self.walk_forward(found, self.starts(joined, memory), cuts, u=u, states=states)
         before = torch.empty_like(memory)
-        delta_walk_back[(self.tiles * self.sequences, heads)](
-            *self.of(q, k, do, found.t, found.scores), self.edges(found), dafter, *self.of(y), dstates, before, cuts,
-            self.scale, **self.walk_constants,
-        )  # fmt: skip
+        if self.stretches > 1:
+            added, ends = (torch.empty_like(joined.starts) for _ in range(2))
+            self.walk_back(found, do, None, cuts, added)
+            self.join(joined.parts, added, dafter, ends, back=True)
+            dafter = ends
+        self.walk_back(found, do, dafter, cuts, before, y=y, dstates=dstates)
 
         # Of each memory its own; those that share a key are added up afterwards, in float32 and in order.
         dq = q.new_empty(q.shape)
@@ -146,10 +175,39 @@ class DeltaLaunch(Problem):
         """The same for the kernels."""
         return tuple(self.of(*found.edges)) if self.gate else None
 
+    def joined(self, found: Solved, memory: Tensor, cuts: Cuts) -> Joined:
+        """What stretches have before they are walked from their states."""
+        joined = self.unjoined
+        if self.stretches > 1:
+            self.walk_forward(found, None, cuts, last=joined.parts)
+            self.join(joined.parts, joined.parts, memory, joined.starts)
+        return joined
+
+    @property
+    def unjoined(self) -> Joined:
+        """Room for that."""
+        d, dv = self.q.shape[3], self.v.shape[3]
+        count = self.sequences * self.stretches if self.stretches > 1 else 0
+        return Joined(*(self.single(count, self.memories, d, width) for width in (dv, dv + d)))
+
+    def starts(self, joined: Joined, memory: Tensor) -> Tensor:
+        """States before all stretches."""
+        return memory if self.stretches == 1 else joined.starts
+
+    def join(self, parts: Tensor, added: Tensor, first: Tensor, starts: Tensor, back: bool = False) -> None:
+        """`delta_join` over all sequences and memories. A state is not rounded as factors are."""
+        d, dv, tile = self.q.shape[3], self.v.shape[3], self.sizes.tile
+        values = min(tile.values, WIDEST)
+        delta_join[(triton.cdiv(dv, values), self.memories, self.sequences)](
+            parts, added, first, starts, self.stretches, K=d, V=dv, W=added.shape[3], BK=padded(d), BV=values,
+            BLOCK=min(padded(d), values), BACK=back, PRECISION="ieee" if self.exact else "tf32x3",
+            num_warps=tile.warps, num_stages=1,
+        )  # fmt: skip
+
     def walk_forward(
         self,
         found: Solved,
-        memory: Tensor,
+        first: Tensor | None,
         cuts: Cuts,
         *,
         o: Tensor | None = None,
@@ -157,20 +215,37 @@ class DeltaLaunch(Problem):
         u: Tensor | None = None,
         states: Tensor | None = None,
     ) -> None:
-        """`delta_walk` over all sequences and memories."""
-        delta_walk[(self.tiles * self.sequences, self.memories)](
-            *self.of(self.q, self.k, self.v, found.t, found.scores), self.edges(found), memory, last, *self.of(o, u),
-            states, cuts, self.scale, **self.walk_constants,
+        """`delta_walk` over all stretches and memories."""
+        width = self.v.shape[3] + (self.q.shape[3] if first is None else 0)
+        delta_walk[(self.tiles(width) * self.sequences * self.stretches, self.memories)](
+            *self.of(self.q, self.k, self.v, found.t, found.scores), self.edges(found), first, last, *self.of(o, u),
+            states, cuts, self.scale, self.stretches, W=width, **self.walk_constants,
+        )  # fmt: skip
+
+    def walk_back(
+        self,
+        found: Solved,
+        do: Tensor,
+        dlast: Tensor | None,
+        cuts: Cuts,
+        dfirst: Tensor,
+        *,
+        y: Tensor | None = None,
+        dstates: Tensor | None = None,
+    ) -> None:
+        """`delta_walk_back` over all stretches and memories."""
+        delta_walk_back[(self.tiles(self.v.shape[3]) * self.sequences * self.stretches, self.memories)](
+            *self.of(self.q, self.k, do, found.t, found.scores), self.edges(found), dlast, *self.of(y), dstates, dfirst,
+            cuts, self.scale, self.stretches, **self.walk_constants,
         )  # fmt: skip
 
     def of(self, *tensors: Tensor | None) -> list[Heads | None]:
         """For programs of a memory each; tensors with a head for every query tell them apart themselves."""
         return [None if x is None else Heads.of(x, max(self.memories, x.shape[1])) for x in tensors]
 
-    @property
-    def tiles(self) -> int:
-        """Programs that share a memory in a walk."""
-        return triton.cdiv(self.v.shape[3], self.sizes.tile.values)
+    def tiles(self, columns: int) -> int:
+        """Programs that share a state in a walk."""
+        return triton.cdiv(columns, self.sizes.tile.values)
 
     @property
     def inverses(self) -> str:

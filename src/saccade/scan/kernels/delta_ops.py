@@ -3,7 +3,7 @@
     saccade::delta_scan(q, k, v, beta, g, memory, cu, scale) -> (o, memory, found)
 
 memory: float32, before the first token and after the last. cu: bounds of packed sequences, int32, or None. found, kept
-for the gradients: what was `Solved` of every chunk.
+for the gradients: what was `Solved` of every chunk, and what of stretches was `Joined`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saccade.operators import operator
 from saccade.scan.kernels.abreast import compile_abreast, trained
-from saccade.scan.kernels.delta_launch import DeltaLaunch, Solved
+from saccade.scan.kernels.delta_launch import DeltaLaunch, Joined, Solved
 
 
 @operator("saccade::delta_scan")
@@ -32,8 +32,8 @@ def delta_scan(
     launch = DeltaLaunch(q, k, v, g, cu, scale, beta)
     gradients = trained(q, k, v, beta, g, memory)
     compile_abreast((launch.variant, gradients), q.device, lambda: launch.trial(memory, gradients))
-    o, after, found = launch.forward(memory, q.dtype)
-    return o, after, list(found)
+    o, after, found, joined = launch.forward(memory, q.dtype)
+    return o, after, [*found, *joined]
 
 
 @delta_scan.register_fake
@@ -47,8 +47,9 @@ def _(
     cu: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    found = DeltaLaunch(q, k, v, g, cu, scale, beta).room
-    return q.new_empty(*q.shape[:3], v.shape[3]), memory.new_empty(memory.shape), list(found)
+    launch = DeltaLaunch(q, k, v, g, cu, scale, beta)
+    found = [*launch.room, *launch.unjoined]
+    return q.new_empty(*q.shape[:3], v.shape[3]), memory.new_empty(memory.shape), found
 
 
 @operator("saccade::delta_scan_backward")
@@ -66,7 +67,7 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     launch = DeltaLaunch(q, k, v, g, cu, scale, beta)
-    given = do, dafter, memory, Solved(*found)
+    given = do, dafter, memory, Solved(*found[:3]), Joined(*found[3:])
     compile_abreast((launch.variant, True), q.device, lambda: launch.backward(*given))
     dq, dk, dv, dbeta, dg, dmemory = launch.backward(*given)
     return dq, dk, dv, dbeta, q.new_empty(0, dtype=torch.float32) if dg is None else dg, dmemory

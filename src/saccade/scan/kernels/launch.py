@@ -45,7 +45,7 @@ class Sizes(NamedTuple):
         if dtype != torch.bfloat16:  # factors of 4 bytes: as many as fit
             return cls(32, Tile(min(v, 32), 4, 1))
         if k > 128:
-            return cls(64, Tile(min(v, 64), 8, 2))
+            return cls(64, Tile(min(v, 128), 8, 2))
         return cls(64, Tile(min(v, 64), 4, 2 if gate else 3))
 
 
@@ -212,8 +212,13 @@ class Launch(Problem):
 
     @property
     def _wanted(self) -> int:
-        programs = multiprocessors(self.q.device) * (1 if self.g is None else 2)
+        programs = multiprocessors(self.q.device) * (2 if self.paired else 1)
         return programs // (self.sequences * self.q.shape[1] * triton.cdiv(self.v.shape[3], self.sizes.tile.values))
+
+    @property
+    def paired(self) -> bool:
+        """Whether two programs take turns on a multiprocessor: those with a gate whose states leave room for both."""
+        return self.g is not None and self.sizes.tile.warps == 4
 
     @property
     def _cut(self) -> int:
@@ -225,7 +230,7 @@ class Launch(Problem):
 
         Cut in two, one half would be read twice, and a program whose loads are ahead needs no other beside it.
         """
-        return self.gate > 0 and not self.exact and self._wanted == 2
+        return self.paired and not self.exact and self._wanted == 2
 
     @property
     def narrow(self) -> bool:
@@ -234,11 +239,13 @@ class Launch(Problem):
         Those do that stop at anchors, where they wait for loads, and those of short sequences; with a decay a channel,
         whose chunks weigh more, it is no faster.
         """
-        return self.gate == 1 and not self.exact and self._cut == 2
+        return self.paired and self.gate == 1 and not self.exact and self._cut == 2
 
     def tile(self, k: int, v: int, gate: int, reverse: bool, anchored: bool) -> Tile:
         """Of a walk over K channels that are summed and V that are kept; anchored: that stops at anchors."""
         tile = Sizes.of(k, v, self.q.dtype, gate).tile
+        if tile.values > 64 and (anchored or (gate == 1 and reverse and self.scale != 1)):
+            return tile._replace(values=64)  # those hold more: what anchors ask for, values with the scale in them
         if self.narrow and (anchored or not self.whole):
             return tile._replace(values=max(16, tile.values // 2))
         if anchored or self.exact or k > 128 or (reverse and gate != 1):

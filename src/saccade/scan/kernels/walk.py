@@ -58,6 +58,19 @@ def met(
 
 
 @triton.jit
+def add_pairs(acc, scores, y, BK: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr):
+    """acc (C, BV) plus what scores (C, C) read of y (C, BV).
+
+    Of a product that another one continues each four warps compute the whole. So programs of wide states, which have
+    eight, keep the two apart: as a difference, since of a sum the compiler makes one product that continues the other.
+    """
+    if BK > 128:
+        return acc - tl.dot((-scores).to(KIND), y, input_precision=PRECISION)
+    else:
+        return tl.dot(scores.to(KIND), y, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def at_once(
     a, b, y, state, total, below, left, bounds, slot, head, column, a_more, b_more, scale, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr, READ: tl.constexpr,
@@ -83,7 +96,7 @@ def at_once(
         acc, scores, found = met(a, b, state, total, below, a_more, b_more, MASS, ROW, KIND, PRECISION)
         order = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
         scores = tl.where(order, scores, 0.0)
-        acc = tl.dot(scores.to(KIND), y, acc, input_precision=PRECISION)
+        acc = add_pairs(acc, scores, y, BK, KIND, PRECISION)
     if MASS:
         total += tl.sum(b.to(tl.float32) * b_more[None, :], 1) * (scale if REVERSE else 1.0)
         total *= leave
@@ -99,8 +112,8 @@ def at_once(
 @triton.jit
 def by_tokens(
     a, b, y, wide, state, total, below, left, g, batch, head, start, end, a_more, b_more, scale, C: tl.constexpr,
-    BV: tl.constexpr, REVERSE: tl.constexpr, READ: tl.constexpr, MASS: tl.constexpr, ROW: tl.constexpr,
-    SPLIT: tl.constexpr, STEEP: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, READ: tl.constexpr, MASS: tl.constexpr,
+    ROW: tl.constexpr, SPLIT: tl.constexpr, STEEP: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A chunk under a decay a token: as `at_once`, from g, or if SPLIT is "made" from its sums G. wide: y in float32.
 
@@ -139,12 +152,12 @@ def by_tokens(
         if STEEP:
             reads = to_end if REVERSE else from_start
             scores *= between(gates, rows, REVERSE) if SPLIT == "none" else between_sums(gates, rows, REVERSE)
-            acc = tl.dot(scores.to(KIND), y, acc * reads[:, None], input_precision=PRECISION)
+            acc = add_pairs(acc * reads[:, None], scores, y, BK, KIND, PRECISION)
         else:
             reads = tl.exp(-gates if REVERSE else gates - whole)
             order = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
             scores = tl.where(order, scores, 0.0)
-            acc = tl.dot(scores.to(KIND), late, acc, input_precision=PRECISION) * reads[:, None]
+            acc = add_pairs(acc, scores, late, BK, KIND, PRECISION) * reads[:, None]
             if MASS:
                 scores *= reads[:, None] * rest[None, :]
         found *= reads
@@ -356,7 +369,7 @@ def scan_walk(
                             a_s, bs, state, total, below, a_more, b_more, MASS, ROW, KIND, PRECISION
                         )
                         scores = tl.where(pairs, scores, 0.0)
-                        acc = tl.dot(scores.to(KIND), written, acc, input_precision=PRECISION)
+                        acc = add_pairs(acc, scores, written, BK, KIND, PRECISION)
                     if MASS:
                         total += tl.sum(bs.to(tl.float32) * b_more[None, :], 1) * (scale if REVERSE else 1.0)
                     if ROW:
@@ -366,7 +379,8 @@ def scan_walk(
                 if GATE == 1:
                     acc, scores, found, state, total, below, left = by_tokens(
                         a_s, bs, written, wide, state, total, below, left, g, batch, head, start, end, a_more, b_more,
-                        scale, C, BV, REVERSE, READ, MASS, ROW, SPLIT, form == 1 or SPLIT == "none", KIND, PRECISION,
+                        scale, C, BK, BV, REVERSE, READ, MASS, ROW, SPLIT, form == 1 or SPLIT == "none", KIND,
+                        PRECISION,
                     )  # fmt: skip
 
                 if GATE >= 2:
