@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from saccade.cache.rows import sent
 from saccade.errors import positive
 
 
@@ -30,7 +31,7 @@ def top(scores: Tensor, counts: Tensor | int) -> Tensor:
     order = scores.argsort(dim=-1, descending=True, stable=True)
     place = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
     if isinstance(counts, Tensor):
-        counts = counts.to(scores.device)[..., None]
+        counts = sent(counts, scores)[..., None]
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, place < counts)
 
 

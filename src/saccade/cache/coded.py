@@ -135,7 +135,8 @@ class CodedPool(LayeredPool):
 
     def take(self, count: int) -> Tensor:
         ids = super().take(count)
-        self.hot_at[ids], self.cold_at[ids] = self.hot.take(count), 0
+        self.hot_at[ids] = self.hot.take(count)
+        self.cold_at.index_fill_(0, ids, 0)
         return ids
 
     def opened(self, ids: Tensor) -> Tensor:
@@ -145,7 +146,8 @@ class CodedPool(LayeredPool):
             self.opens += 1
             k, v = (self.pages(name, coded) for name in ("k", "v"))
             self.cold.release(self.cold_at[coded])
-            self.cold_at[coded], self.hot_at[coded] = 0, self.hot.take(len(coded))
+            self.cold_at.index_fill_(0, coded, 0)
+            self.hot_at[coded] = self.hot.take(len(coded))
             self.hot["k"][self.hot_at[coded]], self.hot["v"][self.hot_at[coded]] = k, v
         return ids
 
@@ -163,7 +165,8 @@ class CodedPool(LayeredPool):
             for kind, x in zip(("codes", "zero", "step"), grid.encode(self.hot[name][hot, 0]), strict=True):
                 self.cold[f"{name}_{kind}"][cold] = x
         self.hot.release(hot)
-        self.hot_at[ids], self.cold_at[ids] = 0, cold
+        self.hot_at.index_fill_(0, ids, 0)
+        self.cold_at[ids] = cold
         for frames, at in ((self.hot, self.hot_at), (self.cold, self.cold_at)):
             self._tighten(frames, at)
 
@@ -230,7 +233,8 @@ class CodedPool(LayeredPool):
             self.cold.release(cold[cold > 0])
             hot = hot[hot > 0]
         self.hot.release(hot)
-        self.hot_at[ids], self.cold_at[ids] = 0, 0
+        for at in (self.hot_at, self.cold_at):
+            at.index_fill_(0, ids, 0)
 
     def _tighten(self, frames: Frames, at: Tensor) -> None:
         """Give the memory of free frames back, where they are a fifth or more."""

@@ -123,7 +123,7 @@ class PagePool:
         """`count` pages, int64 (count,), with one owner each; what they hold is undefined."""
         ids = self.frames.take(count)
         self.taken += count
-        self.owners[ids] = 1
+        self.owners.index_fill_(0, ids, 1)
         return ids
 
     def hold(self, ids: Tensor) -> None:
@@ -139,7 +139,7 @@ class PagePool:
             ids = ids[self.owners[ids] == 0]
             self.shared = bool((self.owners > 1).any())
         else:
-            self.owners[ids] = 0
+            self.owners.index_fill_(0, ids, 0)
         self._forget(ids)
         self.frames.release(ids)
         self.returned += len(ids)

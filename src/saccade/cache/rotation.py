@@ -29,6 +29,7 @@ class Rotation:
     rates: Tensor
     scale: float = 1.0
     _over: dict[int, Rotation] = field(default_factory=dict, init=False)
+    _there: dict[torch.device, Tensor] = field(default_factory=dict, init=False)  # rates on other devices
 
     def __repr__(self) -> str:
         return f"Rotation({len(self.rates)} pairs, scale={self.scale})"
@@ -79,7 +80,12 @@ class Rotation:
         return self._turned(x, cos, sin)
 
     def _angles(self, at: Tensor) -> Tensor:
-        return at[..., None] * self.rates.to(at.device)
+        rates = self.rates
+        if at.device != rates.device:
+            if at.device not in self._there:
+                self._there[at.device] = rates.to(at.device)
+            rates = self._there[at.device]
+        return at[..., None] * rates
 
     @staticmethod
     def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,15 @@ def ragged(counts: Tensor) -> tuple[Tensor, Tensor]:
 def sent(x: Tensor, like: Tensor) -> Tensor:
     """A copy of the host's on the device of another; the host goes on (what is not pinned is copied before it does)."""
     return x.to(like.device, non_blocking=True, copy=True)
+
+
+def of_rows(x: Tensor, rows: Sequence[int] | None) -> Tensor:
+    """What x (B, ...) of all sequences says of some, None for all: (G, ...); waits for no device.
+
+    >>> of_rows(torch.tensor([4, 5, 6]), (2, 0)).tolist()
+    [6, 4]
+    """
+    return x if rows is None else x[sent(torch.tensor(list(rows)), x)]
 
 
 def flat(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from saccade.cache.policy import Policy
 from saccade.cache.pool import PagePool
 from saccade.cache.rotation import Rotation
-from saccade.cache.rows import sent
+from saccade.cache.rows import of_rows, sent
 from saccade.cache.store import Store
 from saccade.cache.view import Place, Stored, View
 
@@ -100,7 +100,7 @@ class Session:
         row = torch.arange(batch, device=ids.device) if rows is None else sent(torch.tensor(list(rows)), ids)
         first, width = row.new_zeros(len(row)), ids.shape[1]
         if store is not None:
-            seen = store.seen if rows is None else store.seen[list(rows)]
+            seen = of_rows(store.seen, rows)
             first, width = store.ends[row], max(int(seen.max()) + width, store.until)
         if told.shape[1] < width:
             told = torch.nn.functional.pad(told, (0, width - told.shape[1]), value=-1)
@@ -158,7 +158,7 @@ class Session:
             raise ValueError(f"k: got a batch of {len(k)}; this session holds {store.batch} sequences")
         if q.shape[2] == 1 and (store.begun if rows is None else all(store.seen[list(rows)].tolist())):
             return self._step(store, index, q, k, v, scale, rows)
-        seen = store.seen if rows is None else store.seen[list(rows)]
+        seen = of_rows(store.seen, rows)
         self._piece = True
         if int(seen.max()):
             return self._more(store, index, q, k, v, scale, rows)
@@ -178,7 +178,7 @@ class Session:
         """A layer's sequence i goes on from what sequence rows[i] was."""
         self.store(index).reorder(rows)
         if index == 0:
-            self.shared = {name: x[list(rows)] for name, x in self.shared.items()}
+            self.shared = {name: of_rows(x, rows) for name, x in self.shared.items()}
 
     def held(self, index: int = 0) -> Tensor:
         """bool (B, Hkv, seen): the tokens that a layer holds."""

@@ -67,7 +67,7 @@ def put_token(k: Tensor, v: Tensor, into: Held, rows: tuple[Tensor, Tensor, Tens
         x[at[0], 0, at[1]] = new.flatten(0, 2).to(x.dtype)
     positions[at] = ends.repeat_interleave(k.shape[1]).int()
     if columns.shape[2]:
-        columns[at] = 0.0
+        columns.flatten(0, 1).index_fill_(0, at[0] * page + at[1], 0.0)
     lengths += 1
     ends += 1
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saccade.cache.frames import SPARE
 from saccade.cache.pool import PagePool, Reading
-from saccade.cache.rows import Counted, flat, ragged, sent
+from saccade.cache.rows import Counted, flat, of_rows, ragged, sent
 from saccade.cache.steps import Ring, find_tokens
 from saccade.errors import positive
 from saccade.softmax import Pages, merge
@@ -117,8 +117,7 @@ class Store:
         new[tuple(slice(size) for size in old.shape)] = old
         place = new.new_full((len(rows), *sizes), fill)
         place[tuple(slice(size) for size in value.shape)] = value
-        new[list(rows)] = place
-        self.notes[name] = new
+        self.notes[name] = new.index_copy_(0, sent(torch.tensor(list(rows)), new), place)
 
     def aim(self, rows: Sequence[int] | None = None) -> None:
         """What rows hold now is what a piece has left them."""
@@ -132,7 +131,7 @@ class Store:
 
     def ordered(self, rows: Sequence[int] | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """`order`, and the positions (G, Hkv, M) int32 where it goes by them, `ABSENT` for no token; else None."""
-        counts = self.counts if rows is None else self.counts[list(rows)]
+        counts = of_rows(self.counts, rows)
         slot = torch.arange(self.width(rows), device=self.table.device)
         there = slot < self._lengths(rows).view(*counts.shape, 1)
         slots = slot.expand(there.shape)
@@ -145,7 +144,7 @@ class Store:
         """Tokens of the longest of some rows; where pages are reserved, those that there are pages for."""
         if self.owned is not None:
             return self.table.shape[1] * self.page
-        counts = self.counts if rows is None else self.counts[list(rows)]
+        counts = of_rows(self.counts, rows)
         return int(counts.max()) if counts.numel() else 0
 
     def read(self, x: Tensor, slots: Tensor, rows: Sequence[int] | None = None) -> Tensor:
@@ -254,7 +253,7 @@ class Store:
         else:
             counts = torch.full((batch, self.kv_heads), n)
             source = torch.arange(n, device=k.device).expand(batch * self.kv_heads, -1)
-        before = self.counts if rows is None else self.counts[list(rows)]
+        before = of_rows(self.counts, rows)
         self._make_room(before.flatten(), counts.flatten(), which, rows)
         if keep is None or int(counts.min()) == int(counts.max()):
             row = torch.arange(len(which), device=k.device)[:, None]
@@ -267,11 +266,13 @@ class Store:
         pool = self.pool
         pool.k[place[0], 0, place[1]] = k.flatten(0, 1)[row, source].to(pool.k.dtype)
         pool.v[place[0], 0, place[1]] = v.flatten(0, 1)[row, source].to(pool.v.dtype)
-        seen = self.ends if rows is None else self.ends[list(rows)]
-        first = seen.repeat_interleave(self.kv_heads)[row]
+        first = of_rows(self.ends, rows).repeat_interleave(self.kv_heads)[row]
         pool.positions[place] = (first + source).int()
         if pool.columns.shape[2]:
-            pool.columns[place] = 0.0 if columns is None else columns.flatten(0, 1)[row, source].to(pool.columns)
+            if columns is None:
+                flat(pool.columns).index_fill_(0, (place[0] * self.page + place[1]).flatten(), 0.0)
+            else:
+                pool.columns[place] = columns.flatten(0, 1)[row, source].to(pool.columns)
         fresh = n if keep is None else sent(counts.flatten().int(), self.lengths)
         if rows is None:
             self.lengths += fresh
@@ -366,7 +367,7 @@ class Store:
         slots, there = self.order(rows)
         keep = keep[..., : slots.shape[2]] & there
         counts = (keep.sum(-1) if counts is None else counts).cpu()
-        before = self.counts if rows is None else self.counts[list(rows)]
+        before = of_rows(self.counts, rows)
         if bool((counts == before).all()):
             return
         which = self._rows(rows)
@@ -392,13 +393,12 @@ class Store:
 
         which: bool (G, Hkv) on the host, the rows that drop one (default: all).
         """
-        counts = self.counts if rows is None else self.counts[list(rows)]
+        counts = of_rows(self.counts, rows)
         less = np.ones(counts.shape, bool) if which is None else which.numpy()
         at = torch.from_numpy(less.reshape(-1).nonzero()[0])
         mine, pool = self._known(at), self.pool
         if isinstance(slots, Ring) and (rows is not None or pool.guarded):
-            ends = self.ends if rows is None else self.ends[list(rows)]
-            slots = slots.at(ends)[:, None].expand(counts.shape)
+            slots = slots.at(of_rows(self.ends, rows))[:, None].expand(counts.shape)
         if isinstance(slots, Tensor):
             slots = slots.flatten() if which is None else slots.flatten()[mine]
         if rows is not None:
@@ -425,7 +425,7 @@ class Store:
         """
         self.trim()
         mine, page = self._rows(rows), pages.reshape(-1, 1).long()
-        counts = self.counts if rows is None else self.counts[list(rows)]
+        counts = of_rows(self.counts, rows)
         less = torch.ones_like(counts) if which is None else which.long()
         if which is not None:
             at = sent(which.flatten().nonzero()[:, 0], mine)
@@ -438,7 +438,7 @@ class Store:
 
     def put_columns(self, columns: Tensor, slots: Tensor, there: Tensor, rows: Sequence[int] | None = None) -> None:
         """Write columns (G, Hkv, M, C) of tokens in the order of `order`."""
-        counts = self.counts if rows is None else self.counts[list(rows)]
+        counts = of_rows(self.counts, rows)
         which = self._rows(rows)
         if self.pool.shared:
             row, col = (sent(x, self.lengths) for x in ragged(-(-counts.flatten() // self.page)))

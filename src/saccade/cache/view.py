@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saccade.cache.rotation import Rotation
-from saccade.cache.rows import flat, sent
+from saccade.cache.rows import flat, of_rows, sent
 from saccade.cache.store import ABSENT, Store, Tokens
 
 BLOCK = 128  # queries whose weights are held at once
@@ -120,7 +120,7 @@ class View:
 
     def mine(self, x: Tensor) -> Tensor:
         """What x (B, ...) of all sequences says of these, (G, ...); waits for no device."""
-        return x if self.rows is None else x[sent(torch.tensor(list(self.rows)), x)]
+        return of_rows(x, self.rows)
 
     def by_seen(self, count: Callable[[int], Any]) -> Tensor:
         """count(tokens seen), a number or a list of them, of each sequence: (G, ...), on the host."""
@@ -144,7 +144,7 @@ class View:
     @cached_property
     def ends(self) -> Tensor:
         """seen (G,) on the device."""
-        return self.seen.to(self.q.device)
+        return sent(self.seen, self.q)
 
     @cached_property
     def at(self) -> Tensor:

@@ -3,34 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from saccade.errors import positive
-
-
-class Constant(nn.Module):
-    """Decays that a model never learns: they go where their module goes, and stay in their own precision.
-
-    A buffer would be rounded with a model in half precision, and with it the slowest decays to none at all; a tensor
-    that lies on the host is copied, and waited for, at every call. In no state dict.
-    log_decay: (H,), the attribute of the same name.
-
-    >>> nn.Sequential(Constant(retention(2))).half()[0].log_decay.dtype
-    torch.float32
-    """
-
-    def __init__(self, log_decay: Tensor) -> None:
-        super().__init__()
-        self.log_decay = log_decay
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Constant:
-        super()._apply(fn, recurse)
-        self.log_decay = self.log_decay.to(fn(self.log_decay).device)
-        return self
 
 
 def retention(num_heads: int) -> Tensor:

@@ -53,7 +53,8 @@ class VerticalSlash:
         """Columns (B, H, n_v) and offsets (B, H, n_s); q (B, H, N, D), k (B, H, N, D). Cost: 64 N D."""
         n, last = q.shape[2], min(BLOCK, q.shape[2])
         scores = q[:, :, -last:] @ k.mT * q.shape[3] ** -0.5  # (B, H, last, N)
-        offset = (torch.arange(n - last, n)[:, None] - torch.arange(n)).to(q.device)
+        at = torch.arange(n, device=q.device)
+        offset = at[-last:, None] - at
         p = scores.masked_fill(offset < 0, -torch.inf).softmax(-1)
         diagonal = torch.zeros_like(p[:, :, 0]).index_add_(2, offset.clamp(min=0).flatten(), p.flatten(2))
 
@@ -79,7 +80,7 @@ class VerticalSlash:
             one = torch.ones_like(stop, dtype=torch.int32)
             edges.scatter_add_(1, (stop - BLOCK).clamp(0, n), one).scatter_add_(1, stop.clamp(0, n), -one)
             kept = edges.cumsum(1)[:, :n] > 0
-            kept[:, columns] = True
+            kept.index_fill_(1, columns, True)
             kept &= torch.arange(n, device=q.device) < ends
             tiles[head] = torch.nn.functional.pad(kept, (0, -n % BLOCK), value=True).unflatten(1, (-1, BLOCK)).all(2)
             single[head] = kept & ~tiles[head].repeat_interleave(BLOCK, 1)[:, :n]
@@ -147,11 +148,14 @@ class Minference(Attention):
         if not self.per_head:
             return attend(q, k, v, self.heads[0].where(q, k))
         out: dict[int, Tensor] = {}
+        each = [x.unbind(1) for x in (q, k, v)]
         for kind in set(self.heads):
             mine = [h for h, pattern in enumerate(self.heads) if pattern == kind]
             reads = [h // self.dims.group for h in mine]
-            some = attend(q[:, mine], k[:, reads], v[:, reads], kind.where(q[:, mine], k[:, reads]))
-            out.update(zip(mine, some.unbind(1), strict=True))
+            parts = zip(each, (mine, reads, reads), strict=True)
+            own_q, own_k, own_v = (torch.stack([heads[h] for h in some], 1) for heads, some in parts)
+            found = attend(own_q, own_k, own_v, kind.where(own_q, own_k))
+            out.update(zip(mine, found.unbind(1), strict=True))
         return torch.stack([out[h] for h in range(q.shape[1])], 1)
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

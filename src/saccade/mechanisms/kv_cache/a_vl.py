@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saccade.cache import Cached, Policy, Stored, Tokens, View, top
+from saccade.cache.rows import sent
 from saccade.contract import Case, Dims, Finding, Held, Spec, claim, replay
 from saccade.errors import part, positive
 
@@ -56,6 +57,14 @@ class ByModality(Policy):
         told = view.ids
         return torch.zeros_like(view.there) if told is None else told == image
 
+    def fresh(self, view: View, image: Tensor, first: bool) -> Tensor:
+        """How many of the tokens that just came are of an image, (G,) on the host."""
+        n, told = view.q.shape[2], self.rule.image
+        if not isinstance(told, int):
+            return view.by_seen(lambda seen: len(range(n)[slice(*told)]) if first else 0)
+        # What has the id, the device alone knows: the host, which allocates, waits once a prompt and layer.
+        return (image[:, 0] & (view.positions[:, 0] >= view.ends[:, None] - n)).sum(-1).cpu()
+
     def rank(self, view: View, image: Tensor, sizes: Tensor) -> None:
         """Say of the tokens of images, the same ones in all key heads, which are core, which secondary, which text."""
         place = (~image).int().argsort(dim=-1, stable=True)
@@ -67,15 +76,15 @@ class ByModality(Policy):
 
     def heavy(self, view: View, text: Tensor, size: Tensor) -> Tensor:
         """What text tokens are worth, infinite for recent ones: a part of the `size` (G,) that stay."""
-        recent = torch.tensor([int(self.rule.recent * count) for count in size.tolist()], device=text.device)
-        late = view.positions >= (view.ends - recent)[:, None, None]
+        recent = torch.tensor([int(self.rule.recent * count) for count in size.tolist()])
+        late = view.positions >= (view.ends - sent(recent, text))[:, None, None]
         return view.columns[..., 0].masked_fill(late, torch.inf).masked_fill(~text, -torch.inf)
 
     def piece(self, view: View) -> Tensor:
         image = self.of_image(view)
-        new = image[:, 0] & (view.positions[:, 0] >= view.ends[:, None] - view.q.shape[2])
-        before = 0 if int(view.seen.min()) == view.q.shape[2] else view.notes("images")
-        view.note("images", before + new.sum(-1).cpu())
+        first = int(view.seen.min()) == view.q.shape[2]
+        new, before = self.fresh(view, image, first), 0 if first else view.notes("images")
+        view.note("images", before + new)
         view.columns[..., 0] += view.pooled(view.received())
         sizes, text = self.sizes(view), view.there & ~image
         self.rank(view, image, sizes)
@@ -94,7 +103,7 @@ class ByModality(Policy):
         (core, secondary, _), whole = self.sizes(step), self.whole(step)
         if bool((whole | (core == secondary)).all()):
             return None
-        return step.there & ((step.columns[..., 1] != SECONDARY) | whole.to(step.q.device)[:, None, None])
+        return step.there & ((step.columns[..., 1] != SECONDARY) | sent(whole, step.q)[:, None, None])
 
     def select(self, step: Stored) -> Tokens | None:
         read = self.read(step)
@@ -112,7 +121,7 @@ class ByModality(Policy):
         if bool(whole.any()):
             before = step.columns[..., 1].clone()
             self.rank(step, before > TEXT, sizes)
-            step.columns[..., 1] = step.columns[..., 1].where(whole.to(before.device)[:, None, None], before)
+            step.columns[..., 1] = step.columns[..., 1].where(sent(whole, before)[:, None, None], before)
         step.put_columns()
         over = step.counts - sizes[1:].sum(0)[:, None] > 0
         if bool(over.any()):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from saccade import attend
 from saccade.cache import Policy, Session, Stored, View
+from saccade.cache.rows import sent
 from saccade.cache.steps import Ring
 from saccade.cache.view import usual
 from saccade.contract import CachePolicy, Case, Dims, Finding, Spec, claim
@@ -54,7 +55,11 @@ class Streams(Policy):
         # the places are taken in turns: the first is that of the token which leaves when one more has come.
         view.note("turn", ends.clamp(min=duo.sink + duo.recent) + 1)
         near = (view.positions < duo.sink) | (view.positions >= ends[:, None, None] - duo.recent)
-        return near | full.to(near.device)[:, None]
+        return near | sent(full, near)[:, None]
+
+    def counts(self, view: View) -> Tensor:
+        few = view.seen.clamp(max=self.duo.sink + self.duo.recent)
+        return torch.where(view.notes("full"), view.seen[:, None], few[:, None])
 
     def select(self, step: Stored) -> None:
         duo = self.duo
@@ -140,7 +145,10 @@ class DuoAttention(CachePolicy):
         return (Sinks(self.sink) | Window(self.recent)) & Causal() if self.sink else Window(self.recent) & Causal()
 
     def full_heads(self) -> list[bool]:
-        """Which key heads are full: those with the largest gates, the first of equals."""
+        """Which key heads are full: those with the largest gates, the first of equals.
+
+        The host waits for the gates, by which it cuts heads and allocates pages.
+        """
         heads = self.dims.num_kv_heads
         count = heads if self.share is None else math.floor(self.share * heads + 0.5)
         best = set(self.alpha.detach().float().argsort(descending=True, stable=True)[:count].tolist())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saccade.cache import Cached, Policy, Session, Stored, View, top
+from saccade.cache.rows import sent
 from saccade.cache.view import Place, attention_at
 from saccade.contract import Case, Dims, Finding, Held, Spec, claim, replay
 from saccade.errors import part, positive
@@ -20,8 +21,9 @@ SPECIAL, PUNCTUATION, FREQUENT, LOCAL, FULL = range(5)
 class Profiled(Policy):
     """See `FastGen`. Columns of a token: attention received, the mean over a group; 1 for special and punctuation.
 
-    Noted of a key head: `head`, its policy, and `room`, the tokens that it may hold, on the host; `near`, how many of
-    the newest are the last to go, 0 where a new token is the first.
+    Noted of a key head, on the host: `head`, its policy, `kept`, the tokens of a prompt that it holds, and `room`,
+    those that it may hold; on the device: `near`, how many of the newest are the last to go, 0 where a new token is
+    the first.
     """
 
     columns = 2
@@ -39,9 +41,8 @@ class Profiled(Policy):
 
     def sets(self, view: View, sums: Tensor) -> Tensor:
         """The five sets of every key head, (5, G, Hkv, M). sums (G, Hkv, M): attention that each token received."""
-        there, positions, device = view.there, view.positions, sums.device
-        near = self.widths(view).to(device)
-        rare = view.by_seen(lambda seen: [math.ceil(r * seen) for r in self.rule.frequent]).to(device)
+        there, positions, near = view.there, view.positions, sent(self.widths(view), sums)
+        rare = view.by_seen(lambda seen: [math.ceil(r * seen) for r in self.rule.frequent])
         special = (there & (positions < self.rule.sinks)) | self.named(view, self.rule.special)
         kind = special | self.named(view, self.rule.punctuation)
         frequent = kind | (there & top(sums.masked_fill(kind | ~there, -torch.inf), rare))
@@ -59,7 +60,7 @@ class Profiled(Policy):
         """
         each = view.grouped(received)
         beside = [(each * ~marks[:, :, None]).sum(-1) for marks in sets[:LOCAL]]
-        near = self.widths(view).to(sets.device)
+        near = sent(self.widths(view), sets)
         return torch.stack([*beside, self.far(view, sets[FREQUENT], near)]).amax(3) / view.q.shape[2]
 
     def piece(self, view: View) -> Tensor:
@@ -71,16 +72,21 @@ class Profiled(Policy):
             enough = self.missing(view, received, sets) < 1 - self.rule.recovery
             head = torch.cat([enough, torch.ones_like(enough[:1])]).int().argmax(0)
         else:
-            head = torch.tensor(self.rule.heads, device=sets.device).expand(sets.shape[1:3])
+            head = sent(torch.tensor(self.rule.heads), sets).expand(sets.shape[1:3])
         keep = sets.gather(0, head[None, ..., None].expand(1, *sets.shape[1:]))[0]
 
         widths = self.widths(view)
-        view.note("near", torch.where(head == LOCAL, widths.to(head.device), (head > PUNCTUATION).long()))
+        view.note("near", torch.where(head == LOCAL, sent(widths, head), (head > PUNCTUATION).long()))
+        # What a head recovers decides how much it holds: the host, which allocates, waits once a prompt and layer.
         policy, count, most = torch.stack([head, keep.sum(-1), sets[FREQUENT].sum(-1)]).cpu()
         room = torch.where(policy == LOCAL, most + widths, count)
         view.note("room", room.masked_fill(policy == FULL, torch.iinfo(torch.int64).max))
         view.note("head", policy)
+        view.note("kept", count)
         return keep
+
+    def counts(self, view: View) -> Tensor:
+        return view.notes("kept")
 
     def far(self, view: View, kept: Tensor, near: Tensor) -> Tensor:
         """Attention of all queries, summed, to what is not kept nor of the `near` (G, Hkv) newest: (G, Hkv, group)."""

@@ -37,7 +37,7 @@ def triangles(maps: Tensor, there: Tensor, theta: float | None, longest: int) ->
     """S (..., w, longest): of the span that begins at x and has 1, 2, .. tokens; -inf where it leaves the window."""
     w = maps.shape[-1]
     inside = there[..., :, None] & torch.ones(w, w, dtype=torch.bool, device=maps.device).tril()
-    mean = maps.sum((-2, -1)) / inside.sum((-2, -1)) if theta is None else maps.new_tensor(theta)
+    mean = maps.sum((-2, -1)) / inside.sum((-2, -1)) if theta is None else maps.new_full((), theta)
     over = (maps - mean[..., None, None]).masked_fill(~inside, 0)
     sums = over.flip(-1).cumsum(-1).flip(-1).cumsum(-2)  # (y, x): rows up to y, columns from x on
     x = torch.arange(w, device=maps.device)
@@ -59,7 +59,7 @@ def spans(scores: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
     while True:
         best, at = scores.flatten(1).max(-1, keepdim=True)
         more = best > -torch.inf
-        if not bool(more.any()):
+        if not bool(more.any()):  # how many there are, the maps say: the host waits for each, a few a window
             break
         start, stop = at // longest, at // longest + at % longest + 1
         mine = (x >= start) & (x < stop) & more
@@ -109,7 +109,7 @@ class Recall(Reader):
         found = spans(triangles(maps.flatten(0, 1), rows, ltri.theta, ltri.longest), rows)
         begins, score = (x.view(len(keys), -1)[:, :n] for x in found)
         label = begins.cumsum(1) - 1
-        index = self.vectors(keys, label, maps.sum(2).flatten(1)[:, :n], score[begins], begins.sum(1))
+        index = self.vectors(keys, label, maps.sum(2).flatten(1)[:, :n], score, begins.sum(1))
         exists = torch.arange(index.shape[2], device=q.device) < begins.sum(1, keepdim=True)
         votes = torch.zeros_like(exists, dtype=index.dtype)
         if isinstance(view, Stored):
@@ -125,12 +125,13 @@ class Recall(Reader):
     def vectors(self, k: Tensor, label: Tensor, drawn: Tensor, score: Tensor, count: Tensor) -> Tensor:
         """(G, Hkv, S, 1 + dynamic, D): the mean key of each span, then keys that drew most attention."""
         (batch, heads, _, d), dynamic, device = k.shape, self.ltri.dynamic, k.device
-        s, k = int(count.max()), k.to(torch.promote_types(k.dtype, torch.float32))
+        s = int(count.max())  # once a window; the index has no more room than it needs
+        k = k.to(torch.promote_types(k.dtype, torch.float32))
         of_heads = label[:, None, :, None].expand(-1, heads, -1, d)
         size = torch.zeros(batch, s, dtype=torch.int64, device=device).scatter_add(1, label, torch.ones_like(label))
         mean = k.new_zeros(batch, heads, s, d).scatter_add(2, of_heads, k) / size.clamp(min=1)[:, None, :, None]
         exists = torch.arange(s, device=device) < count[:, None]
-        score = drawn.new_zeros(batch, s).masked_scatter(exists, score)
+        score = drawn.new_zeros(batch, s).scatter_add(1, label, score)  # 0 but where a span begins
         sides = pad(score, (1, 1)), pad(exists.to(score), (1, 1))
         total, number = (x[:, :-2] + x[:, 2:] for x in sides)
         sure = (score / (score + total / number.clamp(min=1))).nan_to_num(0)  # of a gap between gaps: not at all

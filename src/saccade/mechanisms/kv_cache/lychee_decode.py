@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from saccade import attend
 from saccade.cache import Cached, Reader, Stored, Tokens, View
+from saccade.cache.rows import sent
 from saccade.cache.view import widened
 from saccade.contract import Case, Dims, Finding, Spec, claim, replay, tokens_of
 from saccade.errors import part, positive
@@ -42,7 +43,7 @@ class Slots(Reader):
             step.pass_on("picked", step.notes("picked"), fill=-1)
             return Tokens(step.notes("picked"))
         picked = self.best(step, step.pooled(step.scores()))
-        retrieves = mine.to(picked.device, non_blocking=True)[:, None]
+        retrieves = sent(mine, picked)[:, None]
         if not bool(mine.all()):
             picked = torch.where(retrieves, picked, step.notes("picked")[..., : picked.shape[2]])
         step.pass_on("picked", picked, fill=-1)
@@ -145,7 +146,7 @@ class LycheeDecode(Cached):
         return lam * (self.nonzero().mean() - target).clamp(min=0)
 
     def retrieval(self) -> list[bool]:
-        """Which key heads of all layers retrieve, the first of equals first."""
+        """Which key heads of all layers retrieve, the first of equals first; the host waits for the gates."""
         first, gates = self.dims.num_kv_heads // self.num_layers, self.expected().detach().double().tolist()
         if self.share is None:
             return [at < first or gate > 0.5 for at, gate in enumerate(gates)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saccade.cache import Cached, Policy, Stored, View, budgeted, top
+from saccade.cache.rows import of_rows, sent
 from saccade.contract import Case, Dims, Finding, Held, Spec, claim, replay
 from saccade.errors import positive
 
@@ -56,9 +57,9 @@ class WholePages(Policy):
             return
         scores = self.scores(step)
         means = torch.nn.functional.pad(scores, (0, -scores.shape[1] % self.page)).unflatten(1, (-1, self.page)).mean(2)
-        newest = torch.tensor([[held[row] // self.page - 1] for row in full], device=means.device)
+        newest = sent(torch.tensor([[held[row] // self.page - 1] for row in full]), means)
         protected = torch.arange(means.shape[1], device=means.device) >= newest
-        page = means[full].masked_fill(protected, torch.inf).argmin(1, keepdim=True)
+        page = of_rows(means, full).masked_fill(protected, torch.inf).argmin(1, keepdim=True)
         rows = full if step.rows is None else [step.rows[row] for row in full]
         step.stored.drop_page(page.expand(-1, step.stored.kv_heads), rows)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saccade.cache import Cached, Policy, Stored, Tokens, Uniform, View
+from saccade.cache.rows import sent
 from saccade.cache.view import widened
 from saccade.contract import Case, Dims, Finding, Spec, claim, replay
 from saccade.errors import positive
@@ -71,7 +72,7 @@ class Recycles(Policy):
         best = worth.topk(min(slots.shape[2], max(counts)), -1).indices
         kept = slots.gather(2, best)
         if min(counts) < kept.shape[2]:
-            limit = torch.tensor(counts)[:, None, None].to(kept.device, non_blocking=True)
+            limit = sent(torch.tensor(counts), kept)[:, None, None]
             kept = kept.masked_fill(torch.arange(kept.shape[2], device=kept.device) >= limit, -1)
         view.note("recycled", kept, fill=-1)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saccade.cache import Cached, Reader, Rotation, Session, Stored, Turned
+from saccade.cache.rows import sent
 from saccade.cache.view import attention_at
 from saccade.contract import Case, Dims, Finding, Spec, claim, replay, rotated
 from saccade.errors import part, positive
@@ -64,7 +65,7 @@ class Gated(Turned, Reader):
         if not done:
             return
         store, device = step.stored, step.q.device
-        which, ends = (torch.tensor(x).to(device, non_blocking=True) for x in zip(*done, strict=True))
+        which, ends = (sent(torch.tensor(x), step.q) for x in zip(*done, strict=True))
         slots = (ends - self.page)[:, None] + torch.arange(self.page, device=device)
         keys = store.read(store.pool.k, slots[:, None].expand(-1, store.kv_heads, -1), [row for row, _ in done])
         gates, more = store.notes["gates"], max(seen for _, seen in done) // self.page

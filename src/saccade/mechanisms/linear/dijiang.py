@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, apart, claim, sample
 from saccade.errors import known, positive
+from saccade.hosts.constant import Constant
 from saccade.scan import State, linear_attention
-from saccade.scan.decays import Constant
 from saccade.scan.features import Map
 
 FEATURES = ("softmax", "exp")
@@ -166,7 +166,7 @@ class DiJiang(Mixer):
         """o (B, H, N, D) and the memory after the last token."""
         read = linear_attention(
             *self.dims.split(self.qkv(x)),
-            log_decay=self.decays.log_decay,
+            log_decay=self.decays.value,
             feature_map=self.features,
             state=state,
             return_state=True,

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, claim
 from saccade.errors import known, positive
+from saccade.hosts.constant import Constant
 from saccade.scan import UNTRACKED, State, decays, linear_attention
 
 EPS = 1e-6
@@ -67,7 +68,7 @@ class LightningAttention(Mixer):
         super().__init__(dims)
         if positive("layer", layer, least=0) >= positive("num_layers", num_layers):
             raise ValueError(f"layer: got {layer} of num_layers {num_layers}; pass 0 to {num_layers - 1}")
-        self.decays = decays.Constant(DECAYS[known("decay", decay, DECAYS)](dims.num_heads, layer, num_layers))
+        self.decays = Constant(DECAYS[known("decay", decay, DECAYS)](dims.num_heads, layer, num_layers))
         self.layer, self.num_layers, self.decay = layer, num_layers, decay
         self.block, c = positive("block", block), dims.dim
         self.qkv = nn.Linear(c, c + 2 * dims.num_kv_heads * dims.head_dim, bias=False)
@@ -78,7 +79,7 @@ class LightningAttention(Mixer):
         """o (B, H, N, D) and the memory after the last token."""
         read = linear_attention(
             *self.dims.split(F.silu(self.qkv(x))),
-            log_decay=self.decays.log_decay,
+            log_decay=self.decays.value,
             state=state or UNTRACKED,
             return_state=True,
             cu_seqlens=cu_seqlens,
@@ -158,7 +159,7 @@ class LightningAttention(Mixer):
     def deeper_remembers(cls) -> Finding:
         kept = {
             decay: torch.stack(
-                [cls(Dims(8, 4), layer=i, num_layers=12, decay=decay).decays.log_decay.exp() for i in range(12)]
+                [cls(Dims(8, 4), layer=i, num_layers=12, decay=decay).decays.value.exp() for i in range(12)]
             )
             for decay in DECAYS
         }
@@ -183,7 +184,7 @@ class LightningAttention(Mixer):
         q, k, v = F.silu(layer.qkv(x)).unflatten(2, (12, 8)).transpose(1, 2).split(4, 1)
         rows, memory = [], torch.zeros(())
         for t in range(x.shape[1]):
-            memory = layer.decays.log_decay.to(x.dtype).exp()[:, None, None] * memory.to(x)
+            memory = layer.decays.value.to(x.dtype).exp()[:, None, None] * memory.to(x)
             memory = memory + k[:, :, t, :, None] * v[:, :, t, None]
             rows.append((q[:, :, t, None] @ memory).squeeze(2))
         return torch.stack(rows, 2)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saccade.contract import Attention, Case, Dims, Finding, Spec, claim
 from saccade.errors import positive
+from saccade.hosts.constant import Constant
 from saccade.scan import UNTRACKED, State, decays, linear_attention
 
 
@@ -59,9 +60,7 @@ class LightningAttention2(Attention):
                 raise TypeError(f"log_decay: got a {type(log_decay).__name__}; {wanted}")
             if len(log_decay) != dims.num_heads or not all(g <= 0 for g in log_decay):
                 raise ValueError(f"log_decay: got {log_decay}; {wanted}")
-        self.decays = decays.Constant(
-            decays.alibi(dims.num_heads) if log_decay is None else torch.tensor(log_decay).float()
-        )
+        self.decays = Constant(decays.alibi(dims.num_heads) if log_decay is None else torch.tensor(log_decay).float())
 
     def sweep(
         self, q: Tensor, k: Tensor, v: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
@@ -71,7 +70,7 @@ class LightningAttention2(Attention):
             q,
             k,
             v,
-            log_decay=self.decays.log_decay,
+            log_decay=self.decays.value,
             state=state or UNTRACKED,
             return_state=True,
             cu_seqlens=cu_seqlens,
@@ -88,7 +87,7 @@ class LightningAttention2(Attention):
     def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads, rows = q.shape[1], []
         reads = [h // (heads // k.shape[1]) for h in range(heads)]
-        k, v, lam = k[:, reads], v[:, reads], self.decays.log_decay.to(q.dtype).exp()[:, None, None]
+        k, v, lam = k[:, reads], v[:, reads], self.decays.value.to(q.dtype).exp()[:, None, None]
         memory = torch.zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=q.dtype)
         for t in range(q.shape[2]):
             memory = lam * memory + k[:, :, t, :, None] * v[:, :, t, None, :]

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from saccade import attend
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, apart, claim, rotated
 from saccade.errors import known, positive
+from saccade.hosts.constant import Constant
 from saccade.hosts.stack import Stack, SwiGLU, interleave
 from saccade.mix import turn_at
 from saccade.scan import UNTRACKED, State, linear_attention
-from saccade.scan.decays import Constant
 from saccade.where import Causal
 
 
@@ -41,7 +41,7 @@ class Lightning(nn.Module):
     def read(self, x: Tensor, state: State | None = None, backend: str = "auto") -> tuple[Tensor, State]:
         """o (B, H, N, D) and the memory after the last token."""
         q, k, v = F.silu(self.qkv(x)).unflatten(2, (3 * self.num_heads, -1)).transpose(1, 2).chunk(3, 1)
-        decay = self.decays.log_decay.to(torch.promote_types(x.dtype, torch.float32))
+        decay = self.decays.value.to(torch.promote_types(x.dtype, torch.float32))
         options: Any = {"log_decay": decay, "state": state or UNTRACKED, "return_state": True}
         return cast(tuple[Tensor, State], linear_attention(q, k, v, chunk=self.chunk, backend=backend, **options))
 
@@ -245,7 +245,7 @@ class MiniMaxM1(Mixer):
         for layer in (0, 40, 79):
             inner = cls(Dims(64, 1), layer=layer, every=100).inner
             assert isinstance(inner, Lightning)
-            lives.append(-1 / inner.decays.log_decay)
+            lives.append(-1 / inner.decays.value)
         median = [float(life.median()) for life in lives]
         holds = bool((lives[0] < lives[1]).all() and (lives[1] < lives[2]).all()) and float(lives[2].min()) > 1e4
         return Finding(

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from saccade.contract import Case, Dims, Finding, Mixer, Spec, apart, claim, sample
 from saccade.errors import positive
+from saccade.hosts.constant import Constant
 from saccade.scan import affine, associative_scan, linear_attention, selective_scan
 from saccade.scan.features import elu1
 
@@ -93,23 +94,21 @@ class TaylorForm(LinearForm):
 
     def __init__(self, dims: Dims, order: int) -> None:
         super().__init__(dims)
-        size, self.powers = dims.head_dim, []
-        for degree in range(order + 1):
-            for chosen in itertools.combinations_with_replacement(range(size), degree):
-                self.powers.append([chosen.count(c) for c in range(size)])
-        self.weights = [math.prod(map(math.factorial, each)) ** -0.5 for each in self.powers]
+        size, self.order = dims.head_dim, order
+        combinations = (itertools.combinations_with_replacement(range(size), degree) for degree in range(order + 1))
+        powers = [[chosen.count(c) for c in range(size)] for each in combinations for chosen in each]
+        weights = [math.prod(map(math.factorial, each)) ** -0.5 for each in powers]
+        self.powers, self.weights = Constant(torch.tensor(powers)), Constant(torch.tensor(weights, dtype=torch.float64))
 
     def features(self, x: Tensor) -> Tensor:
         """phi: every product x^p of powers p that add up to `order` at most, over sqrt(p!)."""
         x = x * x.shape[-1] ** -0.25
-        powers = torch.tensor(self.powers, device=x.device)
-        weights = torch.tensor(self.weights, dtype=x.dtype, device=x.device)
         ladder = [torch.ones_like(x)]
-        for _ in range(int(powers.max())):
+        for _ in range(self.order):
             ladder.append(ladder[-1] * x)
         steps = torch.stack(ladder, -1)  # (..., D, order + 1)
-        at = powers.T.expand(*x.shape, -1)
-        return steps.gather(-1, at).prod(-2) * weights
+        at = self.powers.value.T.expand(*x.shape, -1)
+        return steps.gather(-1, at).prod(-2) * self.weights.value.to(x.dtype)
 
 
 class S6Form(Form):
@@ -346,7 +345,7 @@ class DSF(Mixer):
             q, k, v = (f(x).unflatten(2, (2, 2)).transpose(1, 2) for f in (form.query, form.key, form.value))
             exact = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
             errors.append(apart(layer.run(x)[0], exact))
-            sizes.append(len(form.powers))
+            sizes.append(len(form.powers.value))
         falls = all(later < sooner for sooner, later in itertools.pairwise(errors))
         figure = ", ".join(f"{error:.1e} with {size}" for error, size in zip(errors, sizes, strict=True))
         return Finding(falls and errors[-1] < 231 * torch.finfo(x.dtype).eps, f"off by {figure} features")

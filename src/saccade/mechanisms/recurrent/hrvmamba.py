@@ -40,6 +40,7 @@ class Deformable(nn.Module):
 
     places: Tensor
     sides: Tensor
+    corners: Tensor
 
     def __init__(self, dims: Dims, dim: int, groups: int, offset_conv: bool) -> None:
         super().__init__()
@@ -54,6 +55,7 @@ class Deformable(nn.Module):
         tokens, taps = (torch.cartesian_prod(*map(torch.arange, sizes)) for sizes in (grid, (3, 3)))
         self.register_buffer("places", tokens[:, None] + taps - 1, persistent=False)  # (N, 9, 2)
         self.register_buffer("sides", torch.tensor(grid), persistent=False)
+        self.register_buffer("corners", torch.cartesian_prod(*[torch.arange(2)] * 2), persistent=False)  # (4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -65,8 +67,8 @@ class Deformable(nn.Module):
         offsets, masks = grouped(self.moves(self.near(x))).split([18, 9], 2)
         at = self.places + offsets.unflatten(2, (9, 2))
         lower, y = at.floor(), torch.zeros_like(values)
-        for corner in itertools.product((0, 1), repeat=2):
-            pixel = lower + at.new_tensor(corner)
+        for corner in self.corners:
+            pixel = lower + corner
             share = (1 - (at - pixel).abs()).prod(3) * ((pixel >= 0) & (pixel < self.sides)).all(3)
             row, column = torch.minimum(pixel.long().clamp(min=0), self.sides - 1).unbind(3)
             number = (row * self.sides[1] + column).flatten(1)[..., None].expand(-1, -1, values.shape[2])

@@ -63,6 +63,7 @@ class Experts(nn.Module):
         share = logits.softmax(-1)
         y = torch.zeros_like(chunks)
         for index, (enter, leave) in enumerate(zip(self.enter, self.leave, strict=True)):
+            # Only the data say how many chunks an expert has: the host waits for each expert.
             row, place = (chosen == index).nonzero(as_tuple=True)
             if len(row):
                 gate, value = enter(chunks[row]).chunk(2, -1)

@@ -135,7 +135,7 @@ class NonAttentionLLM(Mixer):
         near = (r.detach()[:, None] - state.rows).square().sum(-1).topk(self.top, 1, largest=False).indices
         m = state.rows.gather(1, near[..., None].expand(-1, -1, r.shape[1])).mean(1)
         r = self.fuse(torch.cat([r, m], -1)).tanh()
-        at = torch.tensor([state.stored % self.rows], device=r.device)
+        at = torch.full((1,), state.stored % self.rows, device=r.device)
         rows = state.rows.index_copy(1, at, r.detach()[:, None])
         return ChunkState(h[:, :0], self.cell(r, state.g), rows, state.stored + 1)
 

@@ -107,8 +107,9 @@ class RAT(Mixer):
     def compute(self, x: Tensor) -> Tensor:
         z, q, k, v, g = self.tokens(x)
         k, v = self.within(k, v, g)
-        at = torch.arange(x.shape[1], device=x.device) // self.chunk
-        q, k = turn_at(q, at, self.theta), turn_at(k, at, self.theta)
+        at = torch.arange(x.shape[1]) // self.chunk  # on the host, where labels are read
+        there = torch.arange(x.shape[1], device=x.device) // self.chunk
+        q, k = turn_at(q, there, self.theta), turn_at(k, there, self.theta)
         wide = torch.promote_types(x.dtype, torch.float32)
         own = (q.to(wide) * k.to(wide)).sum(-1) * self.dims.head_dim**-0.5
         parts = [(v, own)]

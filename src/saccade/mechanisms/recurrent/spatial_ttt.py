@@ -65,7 +65,8 @@ class FastWeights(nn.Module):
     def begin(self, batch: int, dtype: torch.dtype) -> Learned:
         lefts, rights = ([p.to(dtype) for p in pair] for pair in (self.left, self.right))
         first, third = (
-            a @ b + 0.5 * torch.eye(a.shape[1], b.shape[2]).to(a) for a, b in zip(lefts, rights, strict=True)
+            a @ b + 0.5 * torch.eye(a.shape[1], b.shape[2], dtype=dtype, device=a.device)
+            for a, b in zip(lefts, rights, strict=True)
         )
         start = tuple(w.expand(batch, -1, -1, -1) for w in (first, self.last.to(dtype), third))
         zero = tuple(torch.zeros_like(w) for w in start)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saccade import attend
+from saccade.cache.rows import sent
 from saccade.contract import Attention, Case, Dims, Finding, Spec, claim, replay
 from saccade.errors import positive
 from saccade.softmax import Pages, attend_cascade, attend_pages, merge
@@ -127,10 +128,10 @@ class FlashInfer(Attention):
 
         chunks: of `schedule`. prefix: pages of S sequences that B / S requests each continue.
         """
-        batch, device = len(q), q.device
+        batch = len(q)
         wide = max(1, *(chunk.stop - chunk.start for chunk in chunks))
-        slot, request, start, _, tokens = torch.tensor([chunk[:5] for chunk in chunks], device=device).unbind(1)
-        at = start[:, None] + torch.arange(wide, device=device)
+        slot, request, start, _, tokens = sent(torch.tensor([chunk[:5] for chunk in chunks]), q).unbind(1)
+        at = start[:, None] + torch.arange(wide, device=q.device)
         table = torch.nn.functional.pad(rows.indices, (0, wide))[at]  # what lies behind a chunk is never read
 
         def part(which: slice) -> Pages:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from saccade import attend
 from saccade.cache import Cached, Policy, Quantized, Session, Stored, Tokens, View
+from saccade.cache.rows import sent
 from saccade.cache.view import Place, widened
 from saccade.contract import Case, Dims, Finding, Spec, claim
 from saccade.errors import part, positive
@@ -35,7 +36,7 @@ class Serves(Policy):
 
     def piece(self, view: View) -> Tensor | None:
         streams = self.engine.streams(view.index)
-        order = torch.cat([(~streams).nonzero()[:, 0], streams.nonzero()[:, 0]]).to(view.q.device)
+        order = sent(streams.int().argsort(stable=True), view.q)
         view.note("streams", streams.expand(len(view.q), -1))
         view.note("heads", order.expand(len(view.q), -1))
         dense = order[: int((~streams).sum())]
@@ -48,7 +49,7 @@ class Serves(Policy):
             return None
         first = (view.ends[:, None, None] // self.page - self.engine.local // self.page) * self.page
         near = (view.positions < self.engine.sinks) | (view.positions >= first)
-        return near | ~streams.to(near.device)[:, None]
+        return near | ~sent(streams, near)[:, None]
 
     def counts(self, view: View) -> Tensor:
         streaming = view.by_seen(self.engine.window)[:, None]
@@ -100,7 +101,7 @@ class Serves(Policy):
         if bool(due.any()):
             pages = self._listed(step)
             if not bool(due.all()):
-                pages = torch.where(due.to(device, non_blocking=True)[:, None, None], pages, step.notes("pages"))
+                pages = torch.where(sent(due, pages)[:, None, None], pages, step.notes("pages"))
             step.note("pages", pages, fill=-1)
         if int(past.max()) <= self.engine.budget:
             return None
@@ -239,7 +240,7 @@ class LServe(Cached):
         return seen - max(0, first - self.sinks)
 
     def streams(self, index: int | None = None) -> Tensor:
-        """Which key heads of a layer stream, of all layers by default: bool, on the host."""
+        """Which key heads of a layer stream, of all layers by default: bool, on the host, which waits for the gates."""
         gates = self.alpha.detach().float().cpu()
         heads = len(gates)
         count = heads if self.streaming == 1 else math.ceil(self.streaming * (heads - 1))

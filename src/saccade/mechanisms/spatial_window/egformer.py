@@ -41,11 +41,13 @@ class Magnitude:
 class Chord:
     """strength r_s 2 sin(|j - i| t / 2), signed as j - i if `signed`: the chord between two tokens of stripe s.
 
-    turn: t, the angle between neighbours. radii: r, of the circle of each stripe. heads: of each stripe.
+    turn: t, the angle between neighbours. stripes: S; r_s is 1, or sin(pi s / S) where they are `latitudes`. heads: of
+    each stripe.
     """
 
     turn: float
-    radii: tuple[float, ...]
+    stripes: int
+    latitudes: bool
     heads: int
     strength: float
     signed: bool
@@ -53,7 +55,8 @@ class Chord:
     def __call__(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         apart = (k_pos[None, :] - q_pos[:, None]).double()
         chord = 2 * self.strength * torch.sin(apart * (self.turn / 2))
-        radii = torch.tensor(self.radii, dtype=torch.float64, device=q_pos.device).repeat_interleave(self.heads)
+        stripe = torch.arange(self.stripes, dtype=torch.float64, device=q_pos.device).repeat_interleave(self.heads)
+        radii = (stripe * (math.pi / self.stripes)).sin() if self.latitudes else torch.ones_like(stripe)
         return radii[:, None, None] * (chord if self.signed else chord.abs())
 
 
@@ -108,11 +111,9 @@ class Egformer(Mixer):
         if cyclic and axis == "columns":
             raise ValueError("cyclic: got True for axis='columns'; only rows close to a circle")
         (height, width), self.cyclic = dims.grid or (), cyclic
-        if axis == "rows":
-            radii, turn = tuple(math.sin(math.pi * s / height) for s in range(height)), 2 * math.pi / width
-        else:
-            radii, turn = (1.0,) * width, math.pi / height
-        self.bias = Chord(turn, radii, dims.num_heads, strength, not cyclic)
+        latitudes = axis == "rows"
+        stripes, turn = (height, 2 * math.pi / width) if latitudes else (width, math.pi / height)
+        self.bias = Chord(turn, stripes, latitudes, dims.num_heads, strength, not cyclic)
         self.norm = nn.LayerNorm(dims.dim)
         self.qkv = nn.Linear(dims.dim, (dims.num_heads + 2 * dims.num_kv_heads) * dims.head_dim)
         self.out = nn.Linear(dims.dim, dims.dim)

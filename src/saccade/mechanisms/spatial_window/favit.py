@@ -43,16 +43,17 @@ class FusedWindow(nn.Module):
         self.fuse, self.kv = nn.Linear(dim // heads, dim // heads), nn.Linear(dim // heads, 2 * dim // heads)
         self.local = DepthwiseConv(dim, (3, 3))
 
-    def places(self, length: int) -> Tensor:
+    def places(self, length: int, device: torch.device) -> Tensor:
         """Positions of an axis, window after window; those beyond the end are reflected."""
         span = self.dilation * (self.window - 1) + 1
-        at = torch.arange(-(-length // span))[:, None] * span + torch.arange(self.window) * self.dilation
+        starts = torch.arange(0, length, span, device=device)
+        at = starts[:, None] + torch.arange(self.window, device=device) * self.dilation
         at = at.flatten() % max(1, 2 * length - 2)
         return torch.where(at < length, at, 2 * length - 2 - at)
 
     def gather(self, x: Tensor) -> Tensor:
         """All windows of the map by head, (B, H, window^2, W, D)."""
-        rows, columns = (self.places(n).to(x.device) for n in x.shape[2:])
+        rows, columns = (self.places(n, x.device) for n in x.shape[2:])
         x = x[:, :, rows][..., columns]
         windows = cut_windows(to_tokens(x), tuple(x.shape[2:]), self.window)
         return windows.unflatten(3, (self.heads, -1)).permute(0, 3, 2, 1, 4)

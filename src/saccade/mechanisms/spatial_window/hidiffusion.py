@@ -8,13 +8,15 @@ import math
 import random
 from collections import Counter
 from fractions import Fraction
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saccade import attend
 from saccade.contract import Attention, Case, Dims, Finding, Spec, claim, work
 from saccade.errors import positive
+from saccade.hosts.constant import Constant
 from saccade.where import Labels, Pattern, Plan
 
 
@@ -76,6 +78,9 @@ class Hidiffusion(Attention):
             raise ValueError(f"windows: got {windows} a side for the grid {self.grid}; pass at most {min(self.grid)}")
         self.layer, self.seed = positive("layer", layer, least=0), positive("seed", seed, least=0)
         self.size = tuple(-(-length // windows) for length in self.grid)
+        pairs = list(zip(self.grid, self.whole, strict=True)) if self.whole != self.grid else []
+        self.larger = nn.ModuleList(Constant(bicubic(less, more)) for less, more in pairs)
+        self.smaller = nn.ModuleList(Constant(bicubic(more, less)) for less, more in pairs)
 
     def shift(self, step: int) -> tuple[int, ...]:
         """Tokens that the map is rolled back by at a step, per axis."""
@@ -103,12 +108,12 @@ class Hidiffusion(Attention):
             return None  # resized tokens are no longer those of q and k
         return self.seen[self.shift(step)].plan(q.shape[2], k.shape[2], q.shape[1], block=(64, 64), device=q.device)
 
-    def resized(self, x: Tensor, grid: tuple[int, ...], to: tuple[int, ...]) -> Tensor:
-        """Tokens (B, N, C) of a map, as those of a map of another size."""
-        if grid == to:
-            return x
-        rows, columns = (bicubic(*pair).to(x) for pair in zip(grid, to, strict=True))
-        x = (rows @ x.unflatten(1, grid).flatten(2)).unflatten(2, (grid[1], -1))  # (B, Y, X, C)
+    @staticmethod
+    def resized(x: Tensor, sides: nn.ModuleList) -> Tensor:
+        """Tokens (B, N, C) of a map, as those of a map of another size; sides: `bicubic` of both axes."""
+        rows, columns = (cast(Constant, side).value.to(x.dtype) for side in sides)
+        width = columns.shape[1]
+        x = (rows @ x.unflatten(1, (-1, width)).flatten(2)).unflatten(2, (width, -1))  # (B, Y, X, C)
         return (columns @ x).flatten(1, 2)
 
     def compute(self, q: Tensor, k: Tensor, v: Tensor, *, step: int = 0) -> Tensor:
@@ -117,9 +122,9 @@ class Hidiffusion(Attention):
         where = self.seen[self.shift(step)]
         if self.whole == self.grid:
             return attend(q, k, v, where)
-        q, k, v = (self.resized(x.flatten(0, 1), self.grid, self.whole).unflatten(0, x.shape[:2]) for x in (q, k, v))
+        q, k, v = (self.resized(x.flatten(0, 1), self.larger).unflatten(0, x.shape[:2]) for x in (q, k, v))
         o = attend(q, k, v, where)
-        return self.resized(o.flatten(0, 1), self.whole, self.grid).unflatten(0, o.shape[:2])
+        return self.resized(o.flatten(0, 1), self.smaller).unflatten(0, o.shape[:2])
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor, *, step: int = 0) -> Tensor:
         reads = torch.arange(q.shape[1]) // (q.shape[1] // k.shape[1])

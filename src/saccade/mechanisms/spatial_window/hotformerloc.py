@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from saccade.hosts.block import AttentionMixer, Block
 from saccade.mix import cut_windows
 from saccade.where import Blocks
 
-NEAR = list(itertools.product((-1, 0, 1), repeat=3))
+NEAR = 3**3  # places around one, itself among them
 
 
 class Level(NamedTuple):
@@ -38,12 +39,15 @@ def z_order(places: Tensor, bits: int) -> Tensor:
 
 
 def grow(places: Tensor, bits: int, num_levels: int) -> tuple[Tensor, list[Level]]:
-    """The order (N,) of distinct places (N, 3) along the curve, and the octree's depths from theirs upward."""
+    """The order (N,) of distinct places (N, 3) along the curve, and the octree's depths from theirs upward.
+
+    How many nodes a depth has, the places say: the host waits for each.
+    """
     key, order = z_order(places, bits).sort()
     places, levels = places[order], []
     for level in range(num_levels):
         count, side = len(key), 2 ** (bits - level)
-        beside = places[:, None] + torch.tensor(NEAR, device=places.device)
+        beside = places[:, None] + torch.cartesian_prod(*[torch.arange(-1, 2, device=places.device)] * 3)
         wanted = z_order(beside.clamp(0, side - 1), bits - level)
         at = torch.searchsorted(key, wanted).clamp(max=count - 1)
         there = (key[at] == wanted) & ((beside >= 0) & (beside < side)).all(-1)
@@ -53,6 +57,13 @@ def grow(places: Tensor, bits: int, num_levels: int) -> tuple[Tensor, list[Level
         levels.append(Level(places, torch.where(there, at, count), children, bits - level))
         places, key = places[children.amin(1)] >> 1, above
     return order, levels
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def grown(grid: tuple[int, ...], bits: int, num_levels: int, device: torch.device) -> tuple[Tensor, list[Level]]:
+    """`grow` for all places of a grid, found once."""
+    return grow(torch.cartesian_prod(*(torch.arange(side, device=device) for side in grid)), bits, num_levels)
 
 
 def gather(x: Tensor, at: Tensor) -> Tensor:
@@ -94,7 +105,7 @@ class Hosa(nn.Module):
     def __init__(self, dims: Dims, window: int, mlp_ratio: int) -> None:
         super().__init__()
         self.window = window
-        self.conv = nn.Parameter(torch.empty(len(NEAR), dims.dim).uniform_(-1, 1) * len(NEAR) ** -0.5)
+        self.conv = nn.Parameter(torch.empty(NEAR, dims.dim).uniform_(-1, 1) * NEAR**-0.5)
         self.norm = nn.LayerNorm(dims.dim)
         self.block = Block(dims, AttentionMixer(Runs(dims, window)), mlp_ratio=mlp_ratio)
 
@@ -182,17 +193,23 @@ class Hotformerloc(Mixer):
         if coordinates is None:
             if self.dims.grid is None:
                 raise ValueError("coordinates: got none, and dims.grid is None; pass integers (N, 3)")
-            coordinates = torch.cartesian_prod(*(torch.arange(side, device=x.device) for side in self.dims.grid))
+            if math.prod(self.dims.grid) != x.shape[1]:
+                raise ValueError(f"x: got {x.shape[1]} nodes for a grid of {self.dims.grid}; pass their coordinates")
+            return grown(self.dims.grid, self.bits(0, max(self.dims.grid) - 1), self.levels, x.device)
         if coordinates.is_floating_point() or coordinates.dtype == torch.bool:
             raise TypeError(f"coordinates: got {coordinates.dtype}; pass integers, the numbers of voxels on each axis")
         if tuple(coordinates.shape) != (x.shape[1], 3) or len(torch.unique(coordinates, dim=0)) < x.shape[1]:
             got = f"shape {tuple(coordinates.shape)} for {x.shape[1]} nodes"
             raise ValueError(f"coordinates: got {got}; pass ({x.shape[1]}, 3), all different")
-        least, most = int(coordinates.min()), int(coordinates.max())
+        bits = self.bits(int(coordinates.min()), int(coordinates.max()))
+        return grow(coordinates.long(), bits, self.levels)
+
+    def bits(self, least: int, most: int) -> int:
+        """Of the coordinates, which lie between these."""
         bits = max(self.levels - 1, 1, most.bit_length()) if self.octree_depth is None else self.octree_depth
         if least < 0 or most >= 2**bits:
             raise ValueError(f"coordinates: got {least} to {most}; pass 0 to {2**bits - 1}, or another octree_depth")
-        return grow(coordinates.long(), bits, self.levels)
+        return bits
 
     def relays(self, x: Tensor, level: Level) -> Tensor:
         """The first relay tokens of one depth, (B, W, C)."""

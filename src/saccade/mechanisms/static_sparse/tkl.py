@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
@@ -21,6 +22,29 @@ def sinusoids(length: int, dim: int) -> Tensor:
     rates = 1e4 ** (-torch.arange(dim // 2, dtype=torch.float64) / max(1, dim // 2 - 1))
     angles = torch.arange(FIRST, FIRST + length, dtype=torch.float64)[:, None] * rates
     return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, dim % 2)).float()
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def chunked(
+    starts: tuple[int, ...], chunk: int, overlap: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Documents]:
+    """Of all that lies in the chunks of documents which begin at `starts`, the end behind: its token, its place in its
+    chunk; which of it is a chunk's own; the chunks as sequences.
+
+    >>> [x.tolist() for x in chunked((0, 5), 3, 1, torch.device("cpu"))[:3]]
+    [[0, 1, 2, 3, 2, 3, 4], [1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 5, 6]]
+    """
+    place, tokens, places, ends = torch.arange(chunk + 2 * overlap), [], [], [0]
+    for start, end in itertools.pairwise(starts):
+        token = torch.arange(start, end, chunk)[:, None] + place - overlap
+        inside = (token >= start) & (token < end)
+        tokens.append(token[inside])
+        places.append(place.expand_as(token)[inside])
+        ends += [ends[-1] + count for count in inside.sum(1).cumsum(0).tolist()]
+    token, place = torch.cat(tokens), torch.cat(places)
+    own = ((place >= overlap) & (place < overlap + chunk)).nonzero()[:, 0]
+    return token.to(device), place.to(device), own.to(device), Documents(ends)
 
 
 class EncoderLayer(nn.Module):
@@ -55,8 +79,8 @@ class Tkl(Mixer):
     integers (overlap may be 0).
 
     >>> tkl = Tkl(Dims(2, 8), chunk=4, overlap=1)
-    >>> tkl(torch.randn(3, 10, 16)).shape, [token.tolist() for token in tkl.chunks(10)[0].split([5, 6, 3])]
-    (torch.Size([3, 10, 16]), [[0, 1, 2, 3, 4], [3, 4, 5, 6, 7, 8], [7, 8, 9]])
+    >>> tkl(torch.randn(3, 10, 16)).shape
+    torch.Size([3, 10, 16])
     """
 
     spec = Spec(
@@ -77,25 +101,18 @@ class Tkl(Mixer):
         positive("hidden", hidden)
         self.layers = nn.ModuleList(EncoderLayer(dims, hidden) for _ in range(positive("depth", depth)))
 
-    def chunks(self, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Token and place in its chunk of everything in the chunks of a document, and the lengths of the chunks."""
-        place = torch.arange(self.chunk + 2 * self.overlap)
-        token = torch.arange(0, num_tokens, self.chunk)[:, None] + place - self.overlap
-        inside = (token >= 0) & (token < num_tokens)
-        return token[inside], place.expand_as(token)[inside], inside.sum(1)
+    def chunks(self, *starts: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor, Documents]:
+        """See `chunked`."""
+        return chunked(starts, self.chunk, self.overlap, torch.device(device))
 
     def compute(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
-        starts = [0, x.shape[1]]
+        starts = (0, x.shape[1])
         if cu_seqlens is not None:
-            starts = check_cu_seqlens(cu_seqlens, x.shape[1], len(x)).tolist()
-        each = [(start, self.chunks(end - start)) for start, end in itertools.pairwise(starts)]
-        token = torch.cat([start + token for start, (token, _, _) in each]).to(x.device)
-        place = torch.cat([place for _, (_, place, _) in each]).to(x.device)
-        ends = torch.cat([lengths for _, (_, _, lengths) in each]).cumsum(0)
-        sequences, h = Documents(nn.functional.pad(ends, (1, 0))), x[:, token] + self.positions[place]
+            starts = tuple(check_cu_seqlens(cu_seqlens, x.shape[1], len(x)).tolist())
+        token, place, own, sequences = self.chunks(*starts, device=x.device)
+        h = x[:, token] + self.positions[place]
         for layer in self.layers:
             h = layer(h, sequences)
-        own = (place >= self.overlap) & (place < self.overlap + self.chunk)
         return self.mix * x + (1 - self.mix) * h[:, own]
 
     def oracle(self, x: Tensor) -> Tensor:
@@ -140,10 +157,9 @@ class Tkl(Mixer):
     def linear(cls) -> Finding:
         module, keys = cls(Dims(1, 4)), []
         for n in (500, 2000, 8000):
-            token, _, lengths = module.chunks(n)
-            pattern = Documents(nn.functional.pad(lengths.cumsum(0), (1, 0)))
-            pairs = pattern.plan(len(token), block=(64, 64)).num_attended
-            keys.append((len(lengths), pairs / n))
+            token, _, _, sequences = module.chunks(0, n)
+            pairs = sequences.plan(len(token), block=(64, 64)).num_attended
+            keys.append((len(sequences.cu_seqlens) - 1, pairs / n))
         grown = keys[2][0] == 4 * keys[1][0] == 200
         figure = f"{[count for count, _ in keys]} sequences, {[round(k, 1) for _, k in keys]} keys a token at N = 500,"
         return Finding(grown and all(k < 62.5 for _, k in keys), f"{figure} 2000, 8000")
@@ -175,7 +191,7 @@ class Tkl(Mixer):
         error = float((row - alone).abs().max())
         # Two layers of sums of at most 50 terms, on tokens normed to a length of sqrt(C).
         rounding = 2 * 2 * 50 * torch.finfo(x.dtype).eps * float(alone.abs().max())
-        need, filled = (sum(len(module.chunks(n)[2]) for n in sizes) for sizes in (lengths, [max(lengths)] * 4))
+        need, filled = (sum(-(-n // 40) for n in sizes) for sizes in (lengths, [max(lengths)] * 4))
         figure = f"{need} sequences for {lengths} tokens, {filled} if filled up to the longest; within {error:.1e}"
         return Finding(error <= rounding and need < filled, figure)
 
