@@ -1,6 +1,7 @@
 """The kernels of the selective scan against the recurrence token by token, values and every gradient.
 
-On a CPU they run in Triton's interpreter, with tiles so small that a short sequence has many; on a GPU with their own.
+On a CPU they run in Triton's interpreter, with tiles so small that a short sequence has many, and of several blocks of
+channels; on a GPU with their own.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from saccade.scan.kernels import selective_ops as ops
 from saccade.scan.selective_scan import selective_scan
 from saccade.scan.state import State
 
-TOKENS = 4  # a tile
+TOKENS = 4  # that a walk unrolls; half as many between marks
 WIDE = (torch.float32,)
+BOTH = (torch.float32, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(request, monkeypatch):
     if request.node.get_closest_marker("gpu") is None:
-        monkeypatch.setattr(ops, "TOKENS", TOKENS)
-        monkeypatch.setattr(ops, "STATES", 8)
+        monkeypatch.setattr(ops, "MARKED", TOKENS // 2)
+        monkeypatch.setattr(ops, "UNROLLED", TOKENS)
+        monkeypatch.setattr(ops, "STATES", 16)
+        monkeypatch.setattr(ops, "PULL", ops.Tile(4, 2))
 
 
 @pytest.fixture
@@ -42,10 +46,9 @@ def problem(length, *, batch=2, channels=6, size=3, groups=2, scale=1.0, seed=0)
 
 
 def fast(x, delta, a, b, c, before):
+    """Tokens in the dtype that they come in."""
     state = State(before.float().unsqueeze(-1))
-    y, after = selective_scan(
-        x, delta.float(), a.float(), b.float(), c.float(), state=state, return_state=True, backend="triton"
-    )
+    y, after = selective_scan(x, delta, a.float(), b, c, state=state, return_state=True, backend="triton")
     return y, after.memory.squeeze(-1)
 
 
@@ -69,7 +72,7 @@ def test_states_and_channels_of_any_number(size):
 def test_stretches_of_a_sequence_are_joined(length):
     given = problem(length, batch=1)
     assert ops.Shape.of(given[0], given[3]).stretches(given[0].device) > 2
-    verify(fast, plain, given, terms=length * 3, dtypes=WIDE)
+    verify(fast, plain, given, terms=length * 3, dtypes=BOTH)
 
 
 @pytest.mark.usefixtures("stretches")
@@ -111,10 +114,22 @@ def test_a_wrong_gradient_is_caught(which, monkeypatch):
 
 
 @pytest.mark.usefixtures("stretches")
-def test_operator_is_well_formed():
-    x, delta, a, b, c, before = (z.float().requires_grad_() for z in problem(2 * TOKENS + 1))
+@pytest.mark.parametrize("wide", [False, True])
+def test_operator_is_well_formed(wide):
+    """Also where each tensor has a dtype of its own."""
+    x, delta, a, b, c, before = (z.float() for z in problem(TOKENS + 1, batch=1, channels=4))
+    given = [z.requires_grad_() for z in (x.bfloat16(), delta, a, b.half(), c.bfloat16(), before)]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(ops.selective.overload, (x, delta, a, b, c, before), test_utils=checks)
+    torch.library.opcheck(ops.selective.overload, (*given, wide), test_utils=checks)
+    y, after, starts = ops.selective(*given, wide)
+    assert y.dtype == (torch.float32 if wide else torch.bfloat16)
+    found = ops.selective_backward(torch.ones_like(y), after, *given, starts)
+    assert [z.dtype for z in found] == [z.dtype for z in given]
+    torch.library.opcheck(
+        ops.selective_backward.overload,
+        (torch.ones_like(y), after, *given, starts),
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 def test_the_rest_of_the_layer_is_the_same():

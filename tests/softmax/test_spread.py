@@ -7,10 +7,10 @@ import torch
 from cases import Case, agree, agree_in_gradients
 from fixed import KV, OPTIONS, WHERE, B, D, H, N, problem
 
-from saccade.softmax import attend
+from saccade.softmax import attend, tiles
 from saccade.testing.ambient import poisoned
 from saccade.testing.budget import assert_close
-from saccade.where import Window
+from saccade.where import Causal, Window
 
 BACKENDS = ("tiles", "reference", "auto")
 
@@ -30,8 +30,9 @@ def rows_that_see(case):
     return seen
 
 
-def check_spread_of_values(case, value, run):
-    """An entry of v reaches, as itself, one channel of the rows that give its key a weight, and no other entry of o.
+def check_spread_of_values(case, value, run, found_as=None):
+    """An entry of v reaches, as itself or as `found_as`, one channel of the rows that give its key a weight, and no
+    other entry of o.
 
     A row that sees the key and gives it a weight of exactly zero may answer zero times the value, or nothing.
     """
@@ -43,7 +44,8 @@ def check_spread_of_values(case, value, run):
     rows = rows_that_see(case)
     hit = o[..., 2][rows & (weight[..., 2] > 0)]
     assert len(hit), "no row sees the spoiled key"
-    assert (hit.isnan() if value != value else hit == value).all(), "o: swallowed"
+    wanted = value if found_as is None else found_as
+    assert (hit.isnan() if wanted != wanted else hit == wanted).all(), "o: swallowed"
     kept = torch.ones_like(clean, dtype=torch.bool)
     kept[..., 2] = ~rows
     scale = case.size() * float(case.v.abs().max())
@@ -95,6 +97,55 @@ def test_infinities_of_both_signs_meet_as_nan(backend, where):
     assert found.isnan().equal(up & down)
     assert (found == torch.inf).equal(up & ~down)
     assert (found == -torch.inf).equal(down & ~up)
+
+
+@pytest.fixture
+def unasked(monkeypatch):
+    """The tiles backend takes its tensors for those of a GPU, which the host does not wait for."""
+    monkeypatch.setattr(tiles, "_on_host", lambda x: False)
+
+
+@pytest.mark.usefixtures("unasked")
+@pytest.mark.parametrize("options", ["plain", "all", "sigmoid", "entmax"])
+@pytest.mark.parametrize("where", WHERE)
+def test_nothing_is_asked_of_a_gpu(where, options):
+    """There what is not finite reaches the same rows, as NaN; finite numbers give what they give anywhere."""
+    case, run = problem(where, options), through("tiles")
+    agree(case, "tiles")
+    if options != "entmax":
+        agree_in_gradients(case, "tiles")
+    for value in (torch.nan, torch.inf, -torch.inf):
+        check_spread_of_values(case, value, run, torch.nan)
+        for name in ("q", "k"):
+            check_spread_of_scores(case, name, value, run)
+
+
+@pytest.mark.parametrize("normalizer", ["softmax", "sigmoid"])
+def test_gradients_on_a_gpu_are_finite_where_they_are_on_a_cpu(normalizer, request):
+    q, k, v = (torch.randn(1, 1, 8, 4) for _ in range(3))
+    k[0, 0, 3], v[0, 0, 3, 1] = torch.nan, torch.inf
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def gradients():
+        o = attend(*leaves, Causal() & Window(2), normalizer=normalizer, backend="tiles")
+        found = torch.autograd.grad(o[0, 0, [0, 1, 2, 5, 6, 7]].square().sum(), leaves)
+        return [x[0, 0, [0, 1, 2, 4, 5, 6, 7]] for x in found]
+
+    asked = gradients()
+    assert asked[2].isfinite().any()
+    request.getfixturevalue("unasked")
+    for name, found, there in zip("qkv", gradients(), asked, strict=True):
+        lost = ~there.isfinite()
+        assert found.isfinite().equal(~lost)
+        found, there = (x.masked_fill(lost, 0) for x in (found, there))
+        assert_close(found, there, there, name=name, terms=8)
+
+
+@pytest.mark.usefixtures("unasked")
+def test_marks_that_are_lost_are_noticed(monkeypatch):
+    monkeypatch.setattr(tiles, "_unmarked", lambda o, v: o[..., : v.shape[3]])
+    with pytest.raises(AssertionError, match="swallowed"):
+        check_spread_of_values(problem("window by row", "plain"), torch.inf, through("tiles"), torch.nan)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

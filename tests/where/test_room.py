@@ -29,8 +29,10 @@ from saccade.where import (
     Sinks,
     Strided,
     Window,
+    plan_chosen,
     planner,
 )
+from saccade.where import plan as plan_module
 from saccade.where.draw import tile_map
 from saccade.where.layout import Cells, permutation
 from saccade.where.pattern import Frame
@@ -142,7 +144,13 @@ def test_orders_sort_by_class_then_cell_then_place(grid, block, modulus):
 def roomy(plan: Plan, spare: int) -> Plan:
     """The plan with entries behind its lists that mean nothing."""
     noise = torch.randint(-(2**31), 2**31 - 1, (spare,), dtype=torch.int32)
-    return replace(plan, indices=torch.cat([plan.indices, noise]))
+    tokens, weights = plan.token_indices, plan.token_log_weights
+    return replace(
+        plan,
+        indices=torch.cat([plan.indices, noise]),
+        token_indices=None if tokens is None else torch.cat([tokens, noise]),
+        token_log_weights=None if weights is None else torch.cat([weights, noise.to(weights.dtype)]),
+    )
 
 
 @given(problems(), blocks, st.integers(1, 9))
@@ -158,6 +166,55 @@ def test_room_to_spare_changes_nothing(problem, block, spare):
     assert tile_map(wide).equal(tile_map(plan))
     for found, expected in ((wide.to("cpu"), plan), (wide.transpose().verify().to("cpu"), plan.transpose())):
         assert all(found.tensors()[name].equal(table) for name, table in expected.tensors().items())
+
+
+def chosen(seed: int) -> Plan:
+    """A few tiles, and single keys with weights beside them."""
+    generator = torch.Generator().manual_seed(seed)
+    tiles = torch.randint(-1, 5, (4, 3, 2), generator=generator)
+    tokens = torch.randint(-1, 40, (4, 3, 5), generator=generator)
+    weights = torch.randn(tokens.shape, generator=generator)
+    group_of = torch.arange(4).view(2, 2)
+    return plan_chosen(Causal(), tiles, group_of, 24, 40, (8, 8), tokens=tokens, token_log_weights=weights)
+
+
+@given(st.integers(0, 99), st.integers(1, 9))
+def test_room_behind_single_keys_changes_nothing(seed, spare):
+    plan = chosen(seed)
+    wide = roomy(plan, spare).verify()
+    assert wide.num_tokens == plan.num_tokens == len(plan.token_indices)
+    assert wide.num_attended == plan.num_attended
+    assert wide.num_computed == plan.num_computed
+    assert wide.dense().equal(plan.dense())
+    assert tile_map(wide).equal(tile_map(plan))
+    for found, expected in ((wide.to("cpu"), plan), (wide.transpose().verify().to("cpu"), plan.transpose())):
+        assert all(found.tensors()[name].equal(table) for name, table in expected.tensors().items())
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=30))
+def test_what_is_listed_comes_first(marks):
+    listed = torch.tensor(marks)
+    found = plan_module._in_front(listed)
+    assert found[: int(listed.sum())].equal(listed.nonzero()[:, 0])
+    assert found.sort().values.equal(torch.arange(len(marks)))
+
+
+def test_a_plan_made_without_counting_is_the_same_with_room(monkeypatch):
+    """As on a GPU, where the host does not know how many single keys there are."""
+    plan = chosen(0)
+    tokens, weights = torch.randint(-1, 40, (4, 3, 5)), torch.randn(4, 3, 5)
+    counted = plan.with_tokens(tokens, weights)
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda x: plan_module._in_front(x)[:, None])
+    roomy = plan.with_tokens(tokens, weights).verify()
+    assert len(roomy.token_indices) == tokens.numel()
+    monkeypatch.undo()
+    assert all(roomy.to("cpu").tensors()[name].equal(table) for name, table in counted.tensors().items())
+
+
+def test_lists_of_single_keys_that_end_behind_their_room_are_ill_formed():
+    plan = chosen(0)
+    with pytest.raises(ValueError, match="token_indptr: must rise from 0 to"):
+        replace(plan, token_indices=plan.token_indices[:-1]).verify()
 
 
 def test_room_to_spare_keeps_bits():

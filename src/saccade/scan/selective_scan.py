@@ -52,13 +52,13 @@ def selective_scan(
     (default 64); changes cost, not values. backend: "chunked", "triton" (one kernel that expands nothing, real states,
     differentiable once), or "auto": triton on a GPU where it can, otherwise chunked. One token of which no gradient is
     asked has a kernel of its own in "triton", real states too, which "auto" takes on a GPU: it reads memory and, where
-    it is tracked, transition once and writes them once, and where a state is given it takes A as it is.
+    it is tracked, transition once and writes them once.
 
     Returns y like x, or (y, state). Half precision is computed in float32, and the state is kept there. Costs
     N channels S steps; expands to (batch, chunk, channels, S) at most, in the backward pass too, which recomputes each
     chunk from the state at its start. No exponent is positive, so nothing overflows however strong the decay.
-    Errors: TypeError for other than floating-point tensors; ValueError for shapes that do not fit, an A that grows, or
-    a named backend that cannot run this.
+    Errors: TypeError for other than floating-point tensors; ValueError for shapes that do not fit, a named backend that
+    cannot run this, or, on a CPU alone, an A that grows: a GPU is not waited for.
 
     >>> x, A = torch.ones(1, 3, 1), torch.full((1, 1), -0.5)
     >>> y, state = selective_scan(x, x, A, x, x, return_state=True)
@@ -79,27 +79,27 @@ def selective_scan(
         given = x, delta, A, B, C, D, z, delta_bias
         y, after = _once(*given, delta_softplus, state, before, return_state and tracks)
         return (y, after) if return_state else y
-    step = delta.to(real)
+    step = delta
     if delta_bias is not None:
-        step = step + delta_bias.to(real)
+        step = step.to(real) + delta_bias.to(real)
     if delta_softplus:
-        step = F.softplus(step)
+        step = F.softplus(step.to(real))
     rate = A.to(torch.promote_types(A.dtype, real))
-
-    def grouped(tensor: Tensor) -> Tensor:
-        return tensor.to(real).unflatten(-1, (groups, -1))
-
-    tokens, steps, rates = grouped(x), grouped(step), rate.unflatten(0, (groups, -1))
-    write, read = (t.to(wide) if t.ndim == 4 else t.to(wide).unsqueeze(2) for t in (B, C))
+    write, read = (t if t.ndim == 4 else t.unsqueeze(2) for t in (B, C))
     if before is None:
-        h = torch.zeros(batch, groups, channels // groups, A.shape[1], dtype=wide, device=x.device)
+        h = torch.zeros(batch, channels, A.shape[1], dtype=wide, device=x.device)
     else:
-        h = before.to(wide).squeeze(-1).unflatten(1, (groups, -1))
+        h = before.to(wide).squeeze(-1)
     if kernels.takes(backend, x, kernels.selective_reasons(x, wide.is_complex), widest=4):
-        y, h = kernels.selective_scan(x, step, rate, write, read, h.flatten(1, 2))
-        h = h.unflatten(1, (groups, -1))
+        y, h = _walked(x, step, rate, write, read, h, D is not None or z is not None)
     else:
-        y, h = _in_chunks(h, rates, (tokens, steps, write, read), chunk)
+
+        def grouped(tensor: Tensor) -> Tensor:
+            return tensor.to(real).unflatten(-1, (groups, -1))
+
+        tokens = grouped(x), grouped(step), write.to(wide), read.to(wide)
+        y, h = _in_chunks(h.unflatten(1, (groups, -1)), rate.unflatten(0, (groups, -1)), tokens, chunk)
+        h = h.flatten(1, 2)
     if D is not None:
         y = y + D.to(real) * x
     if z is not None:
@@ -108,9 +108,9 @@ def selective_scan(
     if not return_state:
         return y
     if not tracks:
-        return y, State(h.flatten(1, 2).unsqueeze(-1), UNTRACKED)
-    decay = (step.sum(1).unsqueeze(-1) * rate).unsqueeze(-1)
-    return y, State(h.flatten(1, 2).unsqueeze(-1), chain(None if state is None else state.transition, decay))
+        return y, State(h.unsqueeze(-1), UNTRACKED)
+    decay = (step.sum(1, dtype=real).unsqueeze(-1) * rate).unsqueeze(-1)
+    return y, State(h.unsqueeze(-1), chain(None if state is None else state.transition, decay))
 
 
 def _once(
@@ -136,6 +136,19 @@ def _once(
     y, h, decay = one_step.selective(x, delta, A, write, read, bias, softplus, D, z, memory, old, track)
     moved = UNTRACKED if decay is None else decay.unsqueeze(-1)
     return y, State(h.unsqueeze(-1), moved if adds else chain(past, moved))
+
+
+def _walked(
+    x: Tensor, step: Tensor, rate: Tensor, write: Tensor, read: Tensor, h: Tensor, more: bool
+) -> tuple[Tensor, Tensor]:
+    """y and the last state by the kernels, which take tokens in any dtype; more: y is not the result yet: float32."""
+    kernels.make_ready()
+    from saccade.scan.kernels.selective_ops import selective
+
+    step, write, read = (t.float() if t.dtype == torch.float64 else t for t in (step, write, read))
+    x, step, write, read = (t.contiguous() for t in (x, step, write, read))
+    y, after, _ = selective(x, step, rate.float(), write, read, h.float(), more)
+    return y, after
 
 
 def _in_chunks(h: Tensor, rates: Tensor, given: tuple[Tensor, ...], chunk: int) -> tuple[Tensor, Tensor]:
@@ -291,8 +304,7 @@ def _check(
     if state is not None and tuple(state.memory.shape) != (batch, channels, A.shape[1], 1):
         want = (batch, channels, A.shape[1], 1)
         raise ValueError(f"state: got a memory {tuple(state.memory.shape)}; pass {want}")
-    # This would make a decoder wait for its GPU; who goes on from a state has had A looked at when that was made.
-    decoding = state is not None and length == 1 and A.is_cuda
-    if not decoding and not torch.compiler.is_compiling() and bool((A.real > 0).any()):
+    on_host = A.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere the host would have to wait
+    if on_host and bool((A.real > 0).any()):
         raise ValueError(f"A: got a real part of {float(A.real.max()):.3g}; states must decay, so pass -exp(A_log)")
     return groups

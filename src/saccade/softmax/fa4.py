@@ -148,9 +148,7 @@ class Tables:
 
 
 def _tables(plan: Plan) -> Tables:
-    if Tables not in plan.derived:
-        plan.derived[Tables] = Tables.of(plan)
-    return plan.derived[Tables]  # type: ignore[return-value]
+    return plan.derive(Tables, lambda: Tables.of(plan))
 
 
 def _lists(plan: Plan) -> tuple[Tensor, ...]:

@@ -103,9 +103,7 @@ def _capped(softcap: Tensor) -> Callable[..., Tensor]:
 
 def block_mask(plan: Plan) -> BlockMask:
     """The plan's tables in FlexAttention's form, lists padded to the longest; kept with the plan."""
-    if "flex" not in plan.derived:
-        plan.derived["flex"] = _block_mask(plan)
-    return plan.derived["flex"]  # type: ignore[return-value]
+    return plan.derive("flex", lambda: _block_mask(plan))
 
 
 def _block_mask(plan: Plan) -> BlockMask:

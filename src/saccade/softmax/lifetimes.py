@@ -14,13 +14,16 @@ from saccade.where.layout import Order
 FOREVER = 2**31 - 1
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Alive(Pattern):
     """Key j lives for the queries born_j <= i <= last_j, both (M,) integers on their device, in rows of `length`."""
 
     born: Tensor
     last: Tensor
     length: int
+
+    def __repr__(self) -> str:
+        return f"Alive(<{len(self.born)}>, <{len(self.last)}>, {self.length})"
 
     def allows(self, i: Tensor, j: Tensor, num_keys: int) -> Tensor:
         return (self.born[j] <= i) & (i <= self.last[j])

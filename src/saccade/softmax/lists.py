@@ -32,6 +32,4 @@ def longest(plan: Plan) -> int:
 
 def turned(plan: Plan) -> Plan:
     """The transposed plan, kept with the plan for all that ask."""
-    if "transposed" not in plan.derived:
-        plan.derived["transposed"] = plan.transpose()
-    return plan.derived["transposed"]  # type: ignore[return-value]
+    return plan.derive("transposed", plan.transpose)

@@ -74,6 +74,7 @@ class Schedule:
     batches: list[Batch] = field(init=False)
     _pieces: dict[int, list[Piece]] = field(init=False, default_factory=dict)
     _masks: dict[object, Mask | None] = field(init=False, default_factory=dict)
+    _shapes: dict[object, tuple[bool, bool]] = field(init=False, default_factory=dict)
     _room: int = field(init=False, default=KEPT_MASKS)
 
     def __post_init__(self) -> None:
@@ -83,9 +84,7 @@ class Schedule:
     def of(cls, plan: Plan, batch: int, num_kv_heads: int, whole: bool = False) -> Schedule:
         """The schedule of a plan, kept with it."""
         key = (cls, batch, num_kv_heads, whole)
-        if key not in plan.derived:
-            plan.derived[key] = cls(plan, batch, num_kv_heads, whole)
-        return plan.derived[key]  # type: ignore[return-value]
+        return plan.derive(key, lambda: cls(plan, batch, num_kv_heads, whole))
 
     def pieces(self, batch: Batch) -> list[Piece]:
         """The pieces of the lists that a batch of heads follows."""
@@ -103,22 +102,25 @@ class Schedule:
             return None
         if (piece, dtype) in self._masks:
             return self._masks[piece, dtype]
-        rows, keys = positions(piece.rows), positions(piece.keys)
-        rows, keys = rows.to(self.plan.device), keys.to(self.plan.device)
+        rows, keys = (positions(tokens, self.plan.device) for tokens in (piece.rows, piece.keys))
         if piece.bits is not None:
             allowed = piece.bits[None]
         else:
             union = self.plan.union_of[batch.group].expand(len(keys))
             allowed = self.plan.boxes.allowed(union, rows, keys.clamp(min=0)) & (keys >= 0)[:, None]
-        if piece.log_weights is None and bool(allowed.all()):
+        known = (piece, dtype) in self._shapes  # there was no room for its mask, which is formed again, not asked
+        if not known:
+            self._shapes[piece, dtype] = bool(allowed.all()), not bool(allowed.any(-1).all())
+        whole, blind = self._shapes[piece, dtype]
+        if piece.log_weights is None and whole:
             self._masks[piece, dtype] = None
             return None
         added = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
         if piece.log_weights is not None:
             added += piece.log_weights[:, None].to(dtype)
         added.masked_fill_(~allowed, -torch.inf)
-        blind = ~allowed.any(-1)
-        return self._keep((piece, dtype), Mask(added, blind if bool(blind.any()) else None))
+        mask = Mask(added, ~allowed.any(-1) if blind else None)
+        return mask if known else self._keep((piece, dtype), mask)
 
     def _keep(self, key: object, mask: Mask) -> Mask:
         """Remember a mask while there is room; equal masks (a window has one for all its rows) are kept once."""
@@ -231,9 +233,9 @@ class Schedule:
         return torch.cat(parts, 1)[: rows.stop - rows.start] if parts else whole[:, :0]
 
 
-def positions(tokens: slice | Tensor) -> Tensor:
-    """A slice of tokens as int64 (1, L); tensors pass."""
-    return torch.arange(tokens.start, tokens.stop)[None] if isinstance(tokens, slice) else tokens
+def positions(tokens: slice | Tensor, device: torch.device) -> Tensor:
+    """A slice of tokens as int64 (1, L) on a device; tensors pass."""
+    return torch.arange(tokens.start, tokens.stop, device=device)[None] if isinstance(tokens, slice) else tokens
 
 
 def _width(keys: slice | Tensor) -> int:

@@ -158,6 +158,7 @@ def reach(where: Pattern | Plan) -> tuple[float, float] | None:
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # or no training could use it
 def plan_of(pattern: Pattern, n: int, m: int, heads: int, block: tuple[int, int], device: torch.device) -> Plan:
     """`pattern.plan(...)`, remembered: patterns are equal by value, and layers share theirs."""
     return pattern.plan(n, m, heads, block, device)
@@ -172,6 +173,7 @@ def keys_at_most(pattern: Pattern, n: int, m: int, heads: int, block: tuple[int,
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def keys_of(pattern: Pattern, n: int, heads: int, block: tuple[int, int], device: torch.device, by: str) -> Plan | None:
     """See `Problem.plan_of_keys`; remembered like `plan_of`."""
     lattice = lattice_of([pattern.at_head(h, heads) for h in range(heads)], n)

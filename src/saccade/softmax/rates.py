@@ -53,7 +53,7 @@ class Work:
         rows = {"rows": -(-n // bq) * float(bq * ROWS)}
         if isinstance(where, Plan):
             listed = 0 if where.token_indices is None else len(where.token_indices)
-            pairs = (where.num_tiles * where.block[1] + listed) * where.block[0]
+            pairs = (where.most_tiles * where.block[1] + listed) * where.block[0]
             return cls(rows | {"tiles": pairs / where.num_groups})
         sides = reach(where)
         if sides is None:
@@ -91,12 +91,15 @@ def _sum_of_min(start: int, stop: int, most: int) -> float:
 
 def _pairs(plan: Plan) -> tuple[float, float]:
     """Pairs of a head in full and in cut tiles, on average; kept with the plan, and the host waits for them once."""
-    if "pairs" not in plan.derived:
+
+    def pairs() -> tuple[float, float]:
         full = plan.num_full.view(plan.num_groups, -1).sum(1)
         tiles = plan.indptr.diff().view(plan.num_groups, -1).sum(1)
         of_head = torch.stack([full, tiles - full])[:, plan.group_of].double().mean((1, 2))
-        plan.derived["pairs"] = tuple((of_head * math.prod(plan.block)).tolist())
-    return plan.derived["pairs"]  # type: ignore[return-value]
+        whole, cut = (of_head * math.prod(plan.block)).tolist()
+        return whole, cut
+
+    return plan.derive("pairs", pairs)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 For every piece of a plan (`pieces.py`) one dense product of few queries with few keys. Query heads that share a key
 head and a list are rows of one product, so keys and values are never repeated; adjoining key tiles are read in place.
-Cost: listed tiles x D, memory one piece of scores. Reads the plan's lists on the host, so on a GPU it synchronises;
-kernels serve better there."""
+Cost: listed tiles x D, memory one piece of scores. The plan's lists are read on the host, once a plan: on a GPU the
+host waits for those of a plan that it meets for the first time, and for nothing else. Kernels serve better there."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from saccade.softmax.problem import Problem
 name = "tiles"
 differentiable = True
 BLOCK = (64, 64)
+MARKS = 4  # channels of a mark: whole lines of 16 bytes
 
 
 def reasons(problem: Problem) -> list[str]:
@@ -68,12 +69,13 @@ class Bias:
 
     def of(self, piece: Piece) -> Tensor:
         """(R, H or 1, bq, L)."""
-        rows, keys = positions(piece.rows), positions(piece.keys).clamp(min=0)
+        rows, keys = (positions(tokens, self.q_pos.device) for tokens in (piece.rows, piece.keys))
+        keys = keys.clamp(min=0)
         return torch.stack([self.function(self.q_pos[r], self.k_pos[c]) for r, c in zip(rows, keys, strict=True)])
 
     def heads(self, batch: Batch, num_pairs: int, ratio: int) -> Tensor:
         """The query head of each row of heads: (P, G)."""
-        heads = torch.arange(num_pairs * ratio).view(num_pairs, ratio) % self.num_heads
+        heads = torch.arange(num_pairs * ratio, device=self.q_pos.device).view(num_pairs, ratio) % self.num_heads
         return heads[batch.pairs, batch.members]
 
 
@@ -121,6 +123,24 @@ def _add_keys(x: Tensor, keys: slice | Tensor, left: Tensor | None, right: Tenso
         x[:, keys].baddbmm_(left.transpose(1, 2), right)
 
 
+def _on_host(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
+def _marked(v: Tensor) -> Tensor:
+    """(B, Hkv, M, Dv) -> (B, Hkv, M, Dv + MARKS): zeros for what is not finite, and 1 to mark the keys that have it."""
+    lost = ~v.isfinite()
+    marks = lost.any(-1, keepdim=True).to(v.dtype).expand(*v.shape[:3], MARKS)
+    return torch.cat([v.masked_fill(lost, 0), marks], -1)
+
+
+def _unmarked(o: Tensor, v: Tensor) -> Tensor:
+    """(B, H, N, Dv + MARKS) -> (B, H, N, Dv): NaN where a row gave weight to a marked key, in the channels in which
+    some value of its key head is not finite."""
+    lost = (~v.isfinite()).any(2, keepdim=True).repeat_interleave(o.shape[1] // v.shape[1], 1)
+    return o[..., :-MARKS].masked_fill((o[..., -1:] != 0) & lost, torch.nan)
+
+
 class _Scratch:
     """Buffers that pieces share, so that no piece waits for fresh pages."""
 
@@ -140,14 +160,24 @@ class Softmax:
     def __init__(self, problem: Problem, schedule: Schedule, bias: Bias | None) -> None:
         self.scale, self.softcap, self.bias, self.schedule = problem.scale, problem.softcap, bias, schedule
 
-    def prepare(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Look for NaN and infinity once: where there are none, masks may be added, and kernels that do so used."""
+    def prepare(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The values to multiply. On a CPU, look for NaN and infinity once: where there are none, masks may be
+        added, and kernels that do so used. Elsewhere the host would have to wait: values are marked, for `finish`."""
+        self.scratch = _Scratch(q)
+        self.on_host = _on_host(q)
+        if not self.on_host:
+            self.clean = self.fused = False
+            return _marked(v)
         sizes = [float(torch.stack(torch.aminmax(x.detach())).abs().amax()) for x in (q, k, v)]  # NaN passes through
         most = torch.finfo(q.dtype).max  # no score may overflow either: -inf is a mask only beside a finite score
         largest = sizes[0] * sizes[1] * q.shape[-1] * max(1.0, abs(self.scale))
         self.clean = math.isfinite(sizes[2]) and largest < most
-        self.scratch = _Scratch(q)
-        self.fused = self.clean and self.softcap is None and q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
+        self.fused = self.clean and self.softcap is None and q.shape[-1] == v.shape[-1]
+        return v
+
+    def finish(self, o: Tensor, v: Tensor) -> Tensor:
+        """o (B, H, N, Dv) of what the pieces added up, from the values that `prepare` was given."""
+        return o if self.on_host else _unmarked(o, v)
 
     def mask(self, batch: Batch, piece: Piece, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The piece's mask (1, R, 1, bq, L), and which queries see nothing, (R, 1, bq)."""
@@ -179,8 +209,6 @@ class Softmax:
         s, _ = self._scores(q, k, added, mask)
         top = s.amax(-1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
         p = s.sub_(top).exp_()
-        if not self.clean and mask is not None:
-            self._mask_out(p, mask, 0.0, len(q))
         total = p.sum(-1, keepdim=True)
         o = self._values(p, v, mask).div_(total.clamp(min=torch.finfo(s.dtype).tiny))
         return o.view(*q.shape[:3], -1), (top + total.log()).view(q.shape[:3])
@@ -224,8 +252,8 @@ class Softmax:
         self._apart(s, mask, heads).masked_fill_(mask == -torch.inf, value)
 
     def _values(self, p: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """p v, where a value that is not finite reaches only the rows that see it."""
-        if self.clean or bool(v.sum().isfinite()):
+        """p v, where a value that is not finite reaches only the rows that see it; marked ones are finite."""
+        if self.clean or not self.on_host or bool(v.sum().isfinite()):
             return torch.bmm(p, v)
         finite = v.isfinite()
         o = torch.bmm(p, v.masked_fill(~finite, 0))
@@ -282,7 +310,7 @@ class Softmax:
         if bias.shape[1] == 1:
             grad = apart.sum((0, 2))[:, None]
         else:
-            at = self.bias.heads(batch, *shape).flatten().to(bias.device)
+            at = self.bias.heads(batch, *shape).flatten()
             grad = torch.zeros_like(bias).index_add_(1, at, apart.transpose(0, 1).flatten(1, 2))
         found = torch.autograd.grad(bias, self.bias.parameters, grad, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(self.bias.parameters, found, strict=True)]
@@ -295,9 +323,13 @@ class Normalized:
         self.problem, self.schedule, self.bias = problem, schedule, bias
         self.softmax = Softmax(problem, schedule, bias)
 
-    def prepare(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def prepare(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Softmax.prepare`."""
-        self.softmax.prepare(q, k, v)
+        return self.softmax.prepare(q, k, v)
+
+    def finish(self, o: Tensor, v: Tensor) -> Tensor:
+        """See `Softmax.finish`."""
+        return self.softmax.finish(o, v)
 
     def output(self, batch: Batch, piece: Piece, shape: tuple[int, int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """o = normalizer(scores) v, differentiable."""
@@ -336,6 +368,8 @@ class Normalized:
     ) -> tuple[Tensor, list[tuple[Tensor | None, Tensor]], list[Tensor]]:
         """See `Softmax.backward`."""
         parameters = self.bias.parameters if self.bias else []
+        if not self.softmax.on_host:
+            v = v.masked_fill(~v.isfinite(), 0)
         with torch.enable_grad():
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
             o = self.output(batch, piece, shape, q, k, v)
@@ -353,10 +387,10 @@ class _Pieces(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, rule: Any, schedule: Schedule, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
         q, k, v = (x.contiguous() if x.stride(-1) != 1 else x for x in (q, k, v))
-        rule.prepare(q, k, v)
-        o = q.new_zeros(*q.shape[:3], v.shape[3])
+        values = rule.prepare(q, k, v)
+        o = q.new_zeros(*q.shape[:3], values.shape[3])
         lse = q.new_full(q.shape[:3], -torch.inf)
-        q4, k3, v3, o4 = _by_pair(q, k), _flat(k), _flat(v), _by_pair(o, k)
+        q4, k3, v3, o4 = _by_pair(q, k), _flat(k), _flat(values), _by_pair(o, k)
         lse4 = _by_pair(lse[..., None], k)
         shape = q4.shape[0], q4.shape[1]
         for batch in schedule.batches:
@@ -376,6 +410,7 @@ class _Pieces(torch.autograd.Function):
                     part_lse = total
                 _put_rows(o_, rows, part)
                 _put_rows(lse_, rows, part_lse)
+        o = rule.finish(o, v)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.rule, ctx.schedule, ctx.parameters = rule, schedule, parameters
         return o, lse

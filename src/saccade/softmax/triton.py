@@ -20,6 +20,7 @@ from saccade.softmax.normalizers import Entmax, Softmax
 from saccade.softmax.problem import Bias, Problem
 from saccade.where import Pattern, Plan
 from saccade.where.gathered import in_tiles
+from saccade.where.pattern import sent
 
 name = "triton"
 differentiable = True
@@ -136,9 +137,7 @@ def planned(problem: Problem) -> Plan:
 
 def _by_key(plan: Plan) -> Plan:
     """The pairs of a plan of cells in tiles, by key, kept with the plan."""
-    if "by key" not in plan.derived:
-        plan.derived["by key"] = in_tiles(plan).transpose()
-    return plan.derived["by key"]  # type: ignore[return-value]
+    return plan.derive("by key", lambda: in_tiles(plan).transpose())
 
 
 def call(problem: Problem, settled: Settled) -> tuple[Tensor, Tensor]:
@@ -174,7 +173,14 @@ def _pack(plan: Plan, ratio: int) -> int:
 
 
 def _positions(bias: Bias, plan: Plan) -> list[Tensor]:
-    """Where queries and keys stand for a bias, in the plan's order; for a table on each axis, with its extents."""
+    """Where queries and keys stand for a bias, in the plan's order; for a table on each axis, with its extents. Kept
+    with the plan.
+    """
+    key = (_positions, (bias.grid, bias.step, bias.extents) if isinstance(bias, RelativeTable) else None)
+    return plan.derive(key, lambda: _placed(bias, plan))
+
+
+def _placed(bias: Bias, plan: Plan) -> list[Tensor]:
     n, m = plan.num_queries, plan.num_keys
     q_at = (torch.arange(n, device=plan.device) if plan.q_order is None else plan.q_order) + (m - n)
     k_at = torch.arange(m, device=plan.device) if plan.k_order is None else plan.k_order
@@ -183,5 +189,5 @@ def _positions(bias: Bias, plan: Plan) -> list[Tensor]:
     axes = (bias.coordinates(at) for at in (q_at, k_at))
     return [
         *(torch.stack(each).int() for each in axes),
-        torch.tensor(bias.extents, dtype=torch.int32, device=plan.device),
+        sent(torch.tensor(bias.extents, dtype=torch.int32), plan.device),
     ]

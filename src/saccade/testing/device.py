@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +19,7 @@ from saccade.testing.subject import Subject
 from saccade.testing.values import pooled
 
 DEVICE = "cuda"
+PACKAGE = Path(__file__).parents[1]
 
 
 def unrounded() -> AbstractContextManager[None]:
@@ -67,3 +73,46 @@ def gpu_gradients(subject: Subject) -> None:
     with unrounded():
         found = differentiate(there, inputs, subject.names, there, weight.to(DEVICE))
     check_gradients({name: x.cpu() for name, x in found.items()}, eager, terms=subject.case.length)
+
+
+@contextmanager
+def waits() -> Iterator[list[str]]:
+    """Inside, where the host waits for the GPU: the innermost lines of this package, or else of the caller, "file:line
+    code", a wait each."""
+    found: list[str] = []
+    before = torch.cuda.get_sync_debug_mode()
+
+    def note(message: Any, *_: Any, **__: Any) -> None:
+        if "synchronizing CUDA operation" not in str(message):
+            return
+        stack = [frame for frame in traceback.extract_stack() if frame.filename not in (__file__, warnings.__file__)]
+        at = next((frame for frame in reversed(stack) if PACKAGE in Path(frame.filename).parents), stack[-1])
+        found.append(f"{Path(at.filename).name}:{at.lineno} {at.line}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note  # the context puts the former one back
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+
+@named(applies=_has_gpu)
+def gpu_waits(subject: Subject) -> None:
+    """On a GPU, once it has met the shapes, a forward pass without gradients waits for nothing that the GPU computes.
+
+    So the host runs ahead, and a pass can be recorded. Where what is computed depends on numbers that the host must
+    read (tokens routed by `nonzero`, clusters until nothing moves) the ledger says so.
+    """
+    module = subject.build(torch.float32).to(DEVICE)
+    known, other = (one.inputs(torch.float32) for one in (subject, subject.variant(seed=subject.seed + 1)))
+    before, there = ([x.to(DEVICE) for x in inputs] for inputs in (known, other))
+    with torch.no_grad():
+        for _ in range(2):  # the second meets what the first has kept
+            module(*before)
+        with waits() as found:
+            module(*there)
+    lines = ", ".join(dict.fromkeys(found))
+    assert not found, f"the host waits for the GPU {len(found)} times: {lines}"

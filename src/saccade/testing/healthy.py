@@ -137,8 +137,8 @@ class Decayed(Mixer):
         pattern: Pattern = Causal()
         if cu_seqlens is not None:
             pattern &= Documents(check_cu_seqlens(cu_seqlens, n, len(x)))
-        reach, at = pattern.dense(n)[0].to(x.device), torch.arange(n, device=x.device)
-        ago = at[:, None] - at
+        at = torch.arange(n, device=x.device)
+        ago, reach = at[:, None] - at, pattern.allows(at[:, None], at, n)
         log_decay = nn.functional.logsigmoid(self.decay)
         powers = torch.where(reach[..., None], (ago.clamp(min=0)[..., None] * log_decay).exp(), 0.0)
         return self.write(torch.einsum("tsc,bsc->btc", powers.to(x.dtype), self.read(x)))

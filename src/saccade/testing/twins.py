@@ -473,6 +473,16 @@ class CutOffThere(Sliding):
         return super().compute(q, k.detach() if k.is_cuda else k, v, **options)
 
 
+@twin("gpu_waits", "bool(")
+class AsksThere(Sliding):
+    """Asks whether its queries are finite before it goes on."""
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        if not bool(q.isfinite().all()):
+            raise ValueError("q: not finite")
+        return super().compute(q, k, v, **options)
+
+
 @twin("saves_work", "dense attention needs")
 class DenseAndMasked(Sliding):
     """Scores every pair and throws most of them away."""

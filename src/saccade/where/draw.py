@@ -31,7 +31,7 @@ def tile_map(plan: Plan, *, head: int = 0, batch: int = 0) -> torch.Tensor:
     if plan.token_indptr is not None and plan.token_indices is not None:
         lists = torch.repeat_interleave(torch.arange(len(plan.token_indptr) - 1), plan.token_indptr.diff().cpu())
         own = (lists // plan.num_row_tiles == group).nonzero()[:, 0]
-        columns = plan.token_indices.cpu().long()[own] // plan.block[1] // shrink
+        columns = plan.token_indices[: plan.num_tokens].cpu().long()[own] // plan.block[1] // shrink
         at = (lists[own] % plan.num_row_tiles // shrink) * cells.shape[1] + columns
         cells.view(-1).scatter_reduce_(0, at, torch.full((len(at),), 0.5), "amax")
     return cells

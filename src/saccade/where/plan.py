@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch import Tensor
 from saccade.where.boxes import Boxes
 from saccade.where.grid import Grid
 from saccade.where.query_lists import QueryLists
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,10 +31,11 @@ class Plan:
     indptr: (G * rows + 1,) int64, indices: (num_tiles or more,) int32: CSR lists of key tiles per (group, query tile),
     full tiles first, each part ascending; num_full: (G * rows,) int32. On a GPU the host does not wait to learn how
     many there are: `indices` may be longer than indptr[-1], and what follows there means nothing.
-    token_indptr, token_indices, token_log_weights: CSR lists of single keys, or None; token_num_full: (G * rows,)
-    int32, how many keys at the head of each list all queries of the tile may see, or None for none; token_grid: the
-    keys of each list come in cells of this grid, bk each, row-major, each anywhere on it, or None. bits: (partial tiles
-    in list order, bq, bk) bool in place of the boxes for what no box describes, or None.
+    token_indptr, token_indices, token_log_weights: CSR lists of single keys, or None, with room to spare as in
+    `indices`; token_num_full: (G * rows,) int32, how many keys at the head of each list all queries of the tile may
+    see, or None for none; token_grid: the keys of each list come in cells of this grid, bk each, row-major, each
+    anywhere on it, or None. bits: (partial tiles in list order, bq, bk) bool in place of the boxes for what no box
+    describes, or None.
     by_key: the same pairs by key tile, beside token lists that hold every pair (`Pattern.gathered`), or None.
     q_order, k_order: (N,), (M,) int64, the plan's token order (position p holds token order[p]), or None.
     causal: no listed pair looks ahead, so density counts against the causal triangle.
@@ -113,14 +116,17 @@ class Plan:
     def with_tokens(self, tokens: Tensor, log_weights: Tensor | None = None) -> Plan:
         """This plan with single keys on top: tokens (G, rows, K) int, -1 for none, or marks (G, rows, M) bool.
 
-        log_weights: like tokens, added to the scores.
+        log_weights: like tokens, added to the scores. Of marks only a GPU knows how many there are, and the host waits
+        to learn it; for numbers it sets aside room for all.
         """
         flat = tokens.flatten(0, 1)
         listed = flat if flat.dtype == torch.bool else flat >= 0
         indptr = torch.zeros(len(flat) + 1, dtype=torch.int64, device=tokens.device)
         indptr[1:] = listed.sum(1).cumsum(0)
-        indices = listed.nonzero()[:, 1] if flat.dtype == torch.bool else flat[listed]
-        weights = None if log_weights is None else log_weights.flatten(0, 1)[listed]
+        counted = flat.dtype == torch.bool or tokens.device.type == "cpu"
+        at = listed.flatten().nonzero()[:, 0] if counted else _in_front(listed.flatten())
+        indices = at % flat.shape[1] if flat.dtype == torch.bool else flat.flatten()[at]
+        weights = None if log_weights is None else log_weights.flatten()[at]
         return replace(
             self,
             token_indptr=indptr,
@@ -162,6 +168,17 @@ class Plan:
         """Listed tiles, over all groups. Reading it the first time, the host waits for the device."""
         return int(self.indptr[-1])
 
+    @functools.cached_property
+    def num_tokens(self) -> int:
+        """Listed single keys, over all groups. Reading it the first time, the host waits for the device."""
+        return 0 if self.token_indptr is None else int(self.token_indptr[-1])
+
+    @property
+    def most_tiles(self) -> int:
+        """`num_tiles` where the host knows it; else as many as there is room for, which it need not wait for."""
+        known = self.device.type == "cpu" or "num_tiles" in vars(self)
+        return self.num_tiles if known else len(self.indices)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tables."""
@@ -187,6 +204,8 @@ class Plan:
         boxes = Boxes(*(getattr(self.boxes, f.name).to(device) for f in fields(self.boxes)))
         own = {name: t.to(device) for name, t in self.tensors().items() if "." not in name}
         own["indices"] = self.indices[: self.num_tiles].to(device)
+        for name in own.keys() & {"token_indices", "token_log_weights"}:
+            own[name] = getattr(self, name)[: self.num_tokens].to(device)
         by_key = None if self.by_key is None else self.by_key.to(device)
         return replace(self, boxes=boxes, by_key=by_key, **own)  # type: ignore[arg-type]
 
@@ -225,12 +244,12 @@ class Plan:
         return tiles[:, None] * size + torch.arange(size, device=tiles.device)
 
     def _token_lists(self) -> tuple[Tensor, Tensor]:
-        """The list of each entry of `token_indices`, int64 (K,), and whether all queries of its tile may see the key,
-        bool (K,)."""
+        """The list of each single key, int64 (num_tokens,), and whether all queries of its tile may see the key, bool
+        (num_tokens,)."""
         assert self.token_indptr is not None
         assert self.token_indices is not None
         lists = torch.arange(len(self.token_indptr) - 1, device=self.device)
-        lists = torch.repeat_interleave(lists, self.token_indptr.diff(), output_size=len(self.token_indices))
+        lists = torch.repeat_interleave(lists, self.token_indptr.diff(), output_size=self.num_tokens)
         if self.token_num_full is None:
             return lists, torch.zeros_like(lists, dtype=torch.bool)
         return lists, torch.arange(len(lists), device=self.device) - self.token_indptr[lists] < self.token_num_full[
@@ -242,8 +261,8 @@ class Plan:
         if self.token_indices is None:
             return
         all_lists, all_full = self._token_lists()
-        size = max(1, chunk // self.block[0])
-        for lists, full, other in zip(*(x.split(size) for x in (all_lists, all_full, self.token_indices)), strict=True):
+        size, keys = max(1, chunk // self.block[0]), self.token_indices[: self.num_tokens]
+        for lists, full, other in zip(*(x.split(size) for x in (all_lists, all_full, keys)), strict=True):
             if self.transposed:
                 group, key, row = lists // self.num_keys, lists % self.num_keys, other.long()
             else:
@@ -290,9 +309,25 @@ class Plan:
         return self.token_indptr // size, self.token_indices[::size].contiguous(), num_full
 
     @functools.cached_property
-    def derived(self) -> dict[object, object]:
-        """What backends worked out from this plan, kept with it."""
+    def derived(self) -> dict[object, Any]:
+        """What backends worked out from this plan, kept with it: see `derive`."""
         return {}
+
+    def derive(self, key: object, make: Callable[[], T]) -> T:
+        """What `make` works out from this plan, the first time that it is asked for by this key.
+
+        Not in inference mode, whose tensors would be of no use to a training that comes later.
+
+        >>> from saccade.where import Full
+        >>> plan = Full().plan(8)
+        >>> plan.derive("rows", lambda: plan.num_row_tiles), plan.derive("rows", lambda: 0)
+        (1, 1)
+        """
+        if key not in self.derived:
+            with torch.inference_mode(False):
+                self.derived[key] = make()
+        found: T = self.derived[key]
+        return found
 
     @functools.cached_property
     def num_attended(self) -> float:
@@ -341,7 +376,7 @@ class Plan:
         here, there = self.num_row_tiles, self.num_keys
         if self.transposed:
             here, there = self.num_keys, turned.num_row_tiles
-        group, row, col = lists // here, lists % here, self.token_indices.long()
+        group, row, col = lists // here, lists % here, self.token_indices[: self.num_tokens].long()
         lists = group * there + col
         at = torch.argsort((lists * 2 + ~full) * here + row, stable=True)
         indptr = torch.zeros(self.num_groups * there + 1, dtype=torch.int64, device=self.device)
@@ -436,9 +471,10 @@ class Plan:
         if starts is None:
             raise ValueError(f"token_indptr: needs shape ({lists + 1},)")
         _demand_shape(starts, (lists + 1,), "token_indptr")
-        rises = starts[0] == 0 and starts[-1] == len(self.token_indices) and (starts.diff() >= 0).all()
-        _demand(rises, "token_indptr", "must rise from 0 to the number of tokens")
-        _demand_below(self.token_indices, self.num_col_tiles if self.transposed else self.num_keys, "token_indices")
+        rises = starts[0] == 0 and starts[-1] <= len(self.token_indices) and (starts.diff() >= 0).all()
+        _demand(rises, "token_indptr", "must rise from 0 to the number of tokens or less")
+        listed = self.token_indices[: self.num_tokens]
+        _demand_below(listed, self.num_col_tiles if self.transposed else self.num_keys, "token_indices")
         if self.token_log_weights is not None:
             same = self.token_log_weights.shape == self.token_indices.shape
             _demand(same, "token_log_weights", "needs one weight a token")
@@ -448,7 +484,7 @@ class Plan:
             _demand(some.all(), "token_num_full", "exceeds the length of its list")
         if self.token_grid is not None:
             _demand(not self.transposed, "token_grid", "given with transposed lists")
-            _demand_cells(self.token_indices, starts, self.token_num_full, self.block[1], self.token_grid, "token_grid")
+            _demand_cells(listed, starts, self.token_num_full, self.block[1], self.token_grid, "token_grid")
         if self.by_key is not None:
             self._verify_by_key(self.by_key)
 
@@ -483,7 +519,7 @@ class Plan:
             return
         assert self.token_indices is not None
         lists, full = self._token_lists()
-        lists, other = lists[full], self.token_indices[full].long()
+        lists, other = lists[full], self.token_indices[: self.num_tokens][full].long()
         here = self.num_keys if self.transposed else self.num_row_tiles
         group, row, key = lists // here, lists % here, other
         if self.transposed:
@@ -505,7 +541,16 @@ class Plan:
     def __repr__(self) -> str:
         size = f"{self.num_queries} x {self.num_keys}, heads {self.num_heads}, block {self.block}"
         turned = ", transposed" if self.transposed else ""
-        return f"Plan({size}, groups {self.num_groups}, tiles {self.num_tiles}{turned})"
+        return f"Plan({size}, groups {self.num_groups}, tiles {self.most_tiles}{turned})"
+
+
+def _in_front(listed: Tensor) -> Tensor:
+    """Where entries are True, ascending, then where they are not: (K,) bool -> (K,) int64; the host waits for nothing.
+
+    >>> _in_front(torch.tensor([False, True, False, True])).tolist()
+    [1, 3, 0, 2]
+    """
+    return (~listed).argsort(stable=True)
 
 
 def _demand(ok: bool | Tensor, table: str, what: str) -> None:

@@ -39,6 +39,7 @@ def latitudes(num: int, nodes: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def areas(grid: tuple[int, ...], nodes: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Quadrature weights of the points of a grid (Y, X), the largest 1: (Y X, 1)."""
     _, weights = latitudes(grid[0], nodes)

@@ -47,6 +47,7 @@ def hierarchy(levels: Tensor) -> list[Labels]:
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def parts(shape: tuple[int, ...], levels: bytes, device: torch.device) -> tuple[Pattern, Pattern | None, Tensor]:
     """What tokens see by their sentences, what anchors see of anchors besides, None where there are none, and the
     anchors' numbers, on `device`. levels: the bytes of int8 levels of this shape, (N,) or (B, N)."""

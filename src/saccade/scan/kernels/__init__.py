@@ -8,8 +8,8 @@ into stretches, whose states a walk without outputs finds first (`join`). With D
 the gradient of one a state every 256 tokens.
 
 The delta rule (`delta`) solves the system of each chunk beforehand and walks likewise, also in stretches; the selective
-scan (`selective`) goes through tiles of a few tokens by associative scans. One token, as a decoder has it, is a kernel
-of its own for each state (`step`). No sum depends on the order of programs, so equal inputs give equal bits. The
+scan (`selective`) goes from token to token, a warp for 32 channels. One token, as a decoder has it, is a kernel of its
+own for each state (`step`). No sum depends on the order of programs, so equal inputs give equal bits. The
 kernels of a first call are compiled side by side (`abreast`, `ready`).
 """
 
@@ -149,14 +149,3 @@ def delta_scan(
         g = (g if g.dtype != torch.float64 else g.float()).expand(q.shape[0], -1, q.shape[2])
     o, memory, _ = delta_ops.delta_scan(q, k, v, beta, g, memory.contiguous(), cu_seqlens, scale)
     return o[..., :width], memory
-
-
-def selective_scan(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """y, float32, and the last memory: x, delta (B, N, channels), a (channels, S), b, c (B, N, G, S), memory (B,
-    channels, S)."""
-    make_ready()
-    from saccade.scan.kernels import selective_ops
-
-    wide = (z.float().contiguous() for z in (delta, a, b, c, memory))
-    y, after, _ = selective_ops.selective(x.contiguous(), *wide)
-    return y, after

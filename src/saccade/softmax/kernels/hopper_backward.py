@@ -374,8 +374,8 @@ def key_items(plan: Plan, batch: int, kv_heads: int, read: int) -> tuple[Tensor,
     """Work of the backward kernel, in order: int32 (items, 4), batch entry, key head, first key, steps; int32 (items,
     query heads a key head, 4), first entry of the transposed list, entries, full ones, union of boxes. Kept with the
     plan."""
-    kind = ("hopper backward", batch, kv_heads, read > RESIDENT)
-    if kind not in plan.derived:
+
+    def items() -> tuple[Tensor, Tensor]:
         by_key, (bq, bk), heads = turned(plan), plan.block, plan.num_heads
         cols, ratio = by_key.num_row_tiles, heads // kv_heads
         b, h, c = torch.meshgrid(*(torch.arange(x, device=plan.device) for x in (batch, kv_heads, cols)), indexing="ij")
@@ -387,8 +387,9 @@ def key_items(plan: Plan, batch: int, kv_heads: int, read: int) -> tuple[Tensor,
         lists = torch.stack([start, count, by_key.num_full[at], union], -1).flatten(0, 2)
         work = torch.stack([b, h, c * bk, count.sum(-1) * (bq // ROWS)], -1).flatten(0, 2)
         order = in_order(work[:, 3], work[:, 0] * kv_heads + work[:, 1], batch * kv_heads, read, apart(by_key))
-        plan.derived[kind] = work[order].int().contiguous(), lists[order].int().contiguous()
-    return plan.derived[kind]  # type: ignore[return-value]
+        return work[order].int().contiguous(), lists[order].int().contiguous()
+
+    return plan.derive(("hopper backward", batch, kv_heads, read > RESIDENT), items)
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:

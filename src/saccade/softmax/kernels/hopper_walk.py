@@ -55,9 +55,7 @@ class Boxed(NamedTuple):
     @classmethod
     def of(cls, plan: Plan) -> Boxed:
         """The boxes of a plan, kept with it."""
-        if "boxed" not in plan.derived:
-            plan.derived["boxed"] = cls._of(plan)
-        return plan.derived["boxed"]  # type: ignore[return-value]
+        return plan.derive("boxed", lambda: cls._of(plan))
 
     @classmethod
     def _of(cls, plan: Plan) -> Boxed:
@@ -99,8 +97,8 @@ def apart(plan: Plan) -> Tensor | None:
 def work_items(plan: Plan, batch: int, keys: int, read: int) -> Tensor:
     """int32 (items, 8), in the order of work: batch entry, head, first row, first entry of the list, entries, steps of
     `keys` keys, those of them that need no mask, union of boxes. Kept with the plan."""
-    kind = ("hopper forward", batch, keys, read > RESIDENT)
-    if kind not in plan.derived:
+
+    def items() -> Tensor:
         (bq, bk), heads, rows = plan.block, plan.num_heads, plan.num_row_tiles
         b, h, r = torch.meshgrid(*(torch.arange(x, device=plan.device) for x in (batch, heads, rows)), indexing="ij")
         group = plan.group_of.expand(batch, heads)[:, :, None]
@@ -113,8 +111,9 @@ def work_items(plan: Plan, batch: int, keys: int, read: int) -> Tensor:
         union = plan.union_of[group].expand_as(b)
         work = torch.stack([b, h, r * bq, start, count, steps, unmasked, union], -1).flatten(0, 2)
         order = in_order(work[:, 5], work[:, 0] * heads + work[:, 1], batch * heads, read, apart(plan))
-        plan.derived[kind] = work[order].int().contiguous()
-    return plan.derived[kind]  # type: ignore[return-value]
+        return work[order].int().contiguous()
+
+    return plan.derive(("hopper forward", batch, keys, read > RESIDENT), items)
 
 
 def described(x: Tensor, *tokens: int, channels: int = CHANNELS) -> TensorDescriptor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,12 +72,12 @@ class Launch:
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, alpha: float) -> Launch:
         """What the plan gives is kept with it."""
-        key = "entmax", len(q)
-        if key not in plan.derived:
+
+        def kept() -> tuple[TileTables, Turned, Tensor, int]:
             lengths = plan.indptr[:: plan.num_row_tiles].diff()[plan.group_of.expand(len(q), -1).flatten()]
-            plan.derived[key] = TileTables.of(plan), Turned.of(plan), lengths.cumsum(0) - lengths, int(lengths.sum())
-        kept = cast(tuple[TileTables, Turned, Tensor, int], plan.derived[key])
-        return cls(q, k, v, *kept, plan.block, scale, alpha)
+            return TileTables.of(plan), Turned.of(plan), lengths.cumsum(0) - lengths, int(lengths.sum())
+
+        return cls(q, k, v, *plan.derive(("entmax", len(q)), kept), plan.block, scale, alpha)
 
     @property
     def sizes(self) -> Sizes:
