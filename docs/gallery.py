@@ -318,6 +318,7 @@ def facts(cls: type[Mechanism]) -> dict[str, str]:
         "Decodes token by token": "yes" if cls.can_step() else "no",
         "Packs sequences": "yes, by ``cu_seqlens``" if cls.can_varlen() else "no",
         "Decides by the data": "yes, with choices that have no gradient" if spec.discrete else "no",
+        "Waits for the device": spec.waits or "no",
     }
 
 

@@ -118,7 +118,8 @@ class Spec:
     id: file name and public name. name: the paper's own name. title: the paper's title. paper: arXiv id, or DOI. year:
     first appearance. family: the folder. grid: rank of the token grid it needs (0: a sequence), or several that it
     takes, the one to be compared and drawn on first. discrete: decisions (top-k, hashing) that have no gradient and may
-    flip under rounding. uses: names of the primitives that it composes.
+    flip under rounding. waits: why a forward pass must ask the device for numbers (empty: the host runs ahead, and a
+    pass can be recorded). uses: names of the primitives that it composes.
     """
 
     id: str
@@ -130,6 +131,7 @@ class Spec:
     uses: tuple[str, ...]
     grid: int | tuple[int, ...] = 0
     discrete: bool = False
+    waits: str = ""
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -99,12 +99,16 @@ def waits() -> Iterator[list[str]]:
             torch.cuda.set_sync_debug_mode(before)
 
 
-@named(applies=_has_gpu)
+def _runs_ahead(subject: Subject) -> bool:
+    return torch.cuda.is_available() and not subject.cls.spec.waits
+
+
+@named(applies=_runs_ahead)
 def gpu_waits(subject: Subject) -> None:
     """On a GPU, once it has met the shapes, a forward pass without gradients waits for nothing that the GPU computes.
 
     So the host runs ahead, and a pass can be recorded. Where what is computed depends on numbers that the host must
-    read (tokens routed by `nonzero`, clusters until nothing moves) the ledger says so.
+    read (tokens routed by `nonzero`, clusters until nothing moves) the declaration says so (`Spec.waits`).
     """
     module = subject.build(torch.float32).to(DEVICE)
     known, other = (one.inputs(torch.float32) for one in (subject, subject.variant(seed=subject.seed + 1)))

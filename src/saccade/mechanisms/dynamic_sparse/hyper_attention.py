@@ -44,6 +44,7 @@ class HyperAttention(Attention):
         family="dynamic_sparse",
         uses=("attend", "merge", "plan_chosen"),
         discrete=True,
+        waits="lists of tiles whose sides no kernel takes are read by the host",
     )
     per_head = True  # every key head has draws of its own
     rotation: Tensor

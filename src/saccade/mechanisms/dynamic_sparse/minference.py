@@ -121,6 +121,7 @@ class Minference(Attention):
         family="dynamic_sparse",
         uses=("attend", "plan_chosen", "Router"),
         discrete=True,
+        waits="columns are marked, and only the device knows how many",
     )
     causal = True
     prefill = True

@@ -47,6 +47,7 @@ class Moba(Attention):
         family="dynamic_sparse",
         uses=("attend", "Router", "TopK"),
         discrete=True,
+        waits="lists of tiles whose sides no kernel takes are read by the host",
     )
     causal = True
 

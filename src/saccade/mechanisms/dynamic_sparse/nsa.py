@@ -74,6 +74,7 @@ class NSA(Mixer):
         family="dynamic_sparse",
         uses=("attend", "Summaries", "plan_chosen"),
         discrete=True,
+        waits="lists of tiles whose sides no kernel takes are read by the host",
     )
     causal = True
 

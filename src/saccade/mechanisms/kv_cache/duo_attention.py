@@ -103,6 +103,7 @@ class DuoAttention(CachePolicy):
         year=2024,
         family="kv_cache",
         uses=("attend", "PerHead", "Sinks", "Window"),
+        waits="trained gates decide which heads are full",
     )
     causal = True
     per_head = True

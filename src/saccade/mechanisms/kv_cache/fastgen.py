@@ -163,6 +163,7 @@ class FastGen(Cached):
         family="kv_cache",
         uses=("Cached", "Policy", "top"),
         discrete=True,
+        waits="what a head recovers decides how much it holds",
     )
     policy: Profiled
 

@@ -84,6 +84,7 @@ class KVCompose(Cached):
         family="kv_cache",
         uses=("AcrossLayers", "Cached", "Evict", "top"),
         discrete=True,
+        waits="scores share out how much each layer holds",
     )
 
     def __init__(

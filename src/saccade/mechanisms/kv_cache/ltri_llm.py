@@ -211,6 +211,7 @@ class LtriLLM(Cached):
         family="kv_cache",
         uses=("Cached", "Reader", "Tokens"),
         discrete=True,
+        waits="a map says how many spans there are",
     )
 
     def __init__(

@@ -94,6 +94,7 @@ class LycheeDecode(Cached):
         family="kv_cache",
         uses=("Cached", "Reader", "Tokens", "attend", "Causal", "Plan"),
         discrete=True,
+        waits="trained gates decide which heads retrieve",
     )
     per_head = True
 

@@ -111,6 +111,7 @@ class RecycledAttention(Cached):
         family="kv_cache",
         uses=("Cached", "Policy", "Tokens", "Uniform"),
         discrete=True,
+        waits="with `similarity`, queries decide which step reads all",
     )
 
     def __init__(

@@ -181,6 +181,7 @@ class SqueezedAttention(Cached):
         family="kv_cache",
         uses=("Cached", "Policy", "Tokens"),
         discrete=True,
+        waits="keys are clustered until nothing moves",
     )
     per_head = True
     policy: Squeezes

@@ -125,6 +125,7 @@ class HydraSSMMoE(Mixer):
         family="recurrent",
         uses=("associative_scan", "affine", "attend", "Causal", "Window"),
         discrete=True,
+        waits="tokens are routed to experts, as many as come",
     )
     causal = True
 

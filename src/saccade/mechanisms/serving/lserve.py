@@ -192,6 +192,7 @@ class LServe(Cached):
         family="serving",
         uses=("Cached", "Policy", "Tokens", "attend", "PerHead", "Sinks", "BlockBand"),
         discrete=True,
+        waits="trained gates decide which heads stream",
     )
     per_head = True
     policy: Serves

@@ -55,6 +55,7 @@ class ParoAttention(Attention):
         family="static_sparse",
         uses=("attend", "plan_chosen"),
         grid=3,
+        waits="lists of tiles whose sides no kernel takes are read by the host",
     )
     per_head = True
     kept: Tensor
