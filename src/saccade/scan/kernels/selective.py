@@ -51,12 +51,24 @@ def place(WIDTH: tl.constexpr, G: tl.constexpr, S: tl.constexpr, K: tl.constexpr
 
 
 @triton.jit
-def known(within, k: tl.constexpr, inside, WIDTH: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr):
-    """Which channels of block k exist, and are inside."""
+def both(some, inside):
+    """Of many and of one; not by "and", by which the interpreter makes numbers of them."""
+    return tl.where(inside, some, False)
+
+
+@triton.jit
+def exist(within, k: tl.constexpr, WIDTH: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr):
+    """Which channels of block k exist."""
     if (WIDTH // G) % (K * L) == 0:
-        return (within >= 0) & inside
+        return within >= 0
     else:
-        return (within + k * L < WIDTH // G) & inside
+        return within + k * L < WIDTH // G
+
+
+@triton.jit
+def known(within, k: tl.constexpr, inside, WIDTH: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr):
+    """Which of them exist and are inside."""
+    return both(exist(within, k, WIDTH, G, K, L), inside)
 
 
 @triton.jit
@@ -68,7 +80,7 @@ def states_of(
     found = tl.zeros([PAD, L], tl.float32)
     if x is not None:
         state = tl.arange(0, PAD)
-        mask = (state < S)[:, None] & known(within, k, True, WIDTH, G, K, L)[None, :]
+        mask = (state < S)[:, None] & exist(within, k, WIDTH, G, K, L)[None, :]
         found += tl.load(x + at + state[:, None] * WIDTH + (channel + k * L)[None, :], mask=mask, other=0.0)
     return found
 
@@ -81,7 +93,7 @@ def keep_states(
     """The reverse of `states_of`."""
     if x is not None:
         state = tl.arange(0, PAD)
-        mask = (state < S)[:, None] & known(within, k, True, WIDTH, G, K, L)[None, :]
+        mask = (state < S)[:, None] & exist(within, k, WIDTH, G, K, L)[None, :]
         tl.store(x + at + state[:, None] * WIDTH + (channel + k * L)[None, :], tile, mask=mask)
 
 
@@ -109,7 +121,7 @@ def channels_of(
 @triton.jit
 def shared_of(x, u: tl.constexpr, inside, G: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr):
     """Token u of x (N, G, S), float32, x pointing at its states; zeros where it is not inside."""
-    return single(tl.load(x + u * (G * S), mask=(tl.arange(0, PAD) < S) & inside, other=0.0))
+    return single(tl.load(x + u * (G * S), mask=both(tl.arange(0, PAD) < S, inside), other=0.0))
 
 
 @triton.jit
@@ -272,7 +284,7 @@ def selective_pull(
             later, passed = earlier, sums
             if marks is not None:
                 found = totals
-                mask = (tl.arange(0, PAD) < S) & inside
+                mask = both(tl.arange(0, PAD) < S, inside)
                 tl.store(db + (T - back) * (G * S), tl.sum(to_write, 1), mask=mask)
                 tl.store(dc + (T - back) * (G * S), tl.sum(to_read, 1), mask=mask)
         start -= T

@@ -30,7 +30,7 @@ class Tile(NamedTuple):
     lanes: int
 
 
-UNROLLED = 8  # tokens, of a walk
+UNROLLED = 4  # tokens, of a walk
 AHEAD = 4  # tokens that are loaded before they are needed
 WALK = Tile(1, 32)  # a lane a channel
 MARKED = 4  # tokens between the states that gradients start from
