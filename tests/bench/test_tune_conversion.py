@@ -216,10 +216,10 @@ def test_the_door_knows_recipes_and_their_options():
 
 def test_decays_start_at_those_of_the_mechanism():
     layer = saccade.mechanism("dijiang")(Dims(5, 8))
-    found, exact = recipe("dijiang")(Dims(5, 8)).log_decay().detach(), layer.log_decay.double()
-    assert_close(found, exact, layer.log_decay)
+    found, exact = recipe("dijiang")(Dims(5, 8)).log_decay().detach(), layer.decays.value.double()
+    assert_close(found, exact, layer.decays.value)
     with pytest.raises(AssertionError, match="max error"):  # the twin: heads in another order
-        assert_close(found, exact.flip(0), layer.log_decay.flip(0))
+        assert_close(found, exact.flip(0), layer.decays.value.flip(0))
 
 
 def run(*words):

@@ -218,7 +218,7 @@ def walker(
     at = (part * heads + head).to(tl.int64) * (K * W)
     to = at if APART else (seq * heads + head).to(tl.int64) * (K * W)
     exists = (column < W)[:, None] & (row < K)[None, :]
-    leaves = exists if APART else exists & final
+    leaves = exists if APART else tl.where(final, exists, False)  # by "and" the interpreter makes numbers of them
     entry = column[:, None] + row[None, :] * W
     turned = column[:, None] * K + row[None, :]
     batch, begin, end, chunks, first_chunk = stretch_of(cuts, seq, C)
