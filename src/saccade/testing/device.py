@@ -99,6 +99,19 @@ def waits() -> Iterator[list[str]]:
             torch.cuda.set_sync_debug_mode(before)
 
 
+def waits_of(subject: Subject) -> list[str]:
+    """What `waits` finds in a forward pass without gradients, once the module has met the shapes with other numbers."""
+    module = subject.build(torch.float32).to(DEVICE)
+    known, other = (one.inputs(torch.float32) for one in (subject, subject.variant(seed=subject.seed + 1)))
+    before, there = ([x.to(DEVICE) for x in inputs] for inputs in (known, other))
+    with torch.no_grad():
+        for _ in range(2):  # the second meets what the first has kept
+            module(*before)
+        with waits() as found:
+            module(*there)
+    return found
+
+
 def _runs_ahead(subject: Subject) -> bool:
     return torch.cuda.is_available() and not subject.cls.spec.waits
 
@@ -110,13 +123,18 @@ def gpu_waits(subject: Subject) -> None:
     So the host runs ahead, and a pass can be recorded. Where what is computed depends on numbers that the host must
     read (tokens routed by `nonzero`, clusters until nothing moves) the declaration says so (`Spec.waits`).
     """
-    module = subject.build(torch.float32).to(DEVICE)
-    known, other = (one.inputs(torch.float32) for one in (subject, subject.variant(seed=subject.seed + 1)))
-    before, there = ([x.to(DEVICE) for x in inputs] for inputs in (known, other))
-    with torch.no_grad():
-        for _ in range(2):  # the second meets what the first has kept
-            module(*before)
-        with waits() as found:
-            module(*there)
+    found = waits_of(subject)
     lines = ", ".join(dict.fromkeys(found))
     assert not found, f"the host waits for the GPU {len(found)} times: {lines}"
+
+
+def _is_first_said_to_wait(subject: Subject) -> bool:
+    cls = subject.cls
+    return torch.cuda.is_available() and bool(cls.spec.waits) and subject.case == cls.cases()[0]
+
+
+@named(applies=_is_first_said_to_wait)
+def gpu_said_to_wait(subject: Subject) -> None:
+    """On a GPU, what is said to wait (`Spec.waits`) does, in one case at least: a reason that is gone is taken back."""
+    cases = [subject.variant(**vars(case)) for case in subject.cls.cases()]
+    assert any(map(waits_of, cases)), f"said to wait ({subject.cls.spec.waits}), and does not; leave that out"

@@ -483,6 +483,13 @@ class AsksThere(Sliding):
         return super().compute(q, k, v, **options)
 
 
+@twin("gpu_said_to_wait", "does not; leave that out")
+class RunsAhead(Sliding):
+    """Says that it must wait, and need not."""
+
+    spec = replace(Sliding.spec, waits="sizes are read by the host")
+
+
 @twin("saves_work", "dense attention needs")
 class DenseAndMasked(Sliding):
     """Scores every pair and throws most of them away."""
