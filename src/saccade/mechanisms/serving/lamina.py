@@ -135,6 +135,7 @@ class Lamina(Attention):
         year=2024,
         family="serving",
         uses=("attend", "attend_pages", "merge", "Pages", "Causal"),
+        waits="workers may be on other devices, whose results travel",
     )
     causal = True
 
