@@ -525,7 +525,10 @@ def untracked(state):
 
 @pytest.mark.parametrize("memory", [True, False])
 def test_untracked_states_stay_so(memory):
-    """The same output and memory to the bit, half the bytes or less, and no transition, on every path."""
+    """The same output and memory, half the bytes or less, and no transition, on every path.
+
+    Kernels give the same bits; what a CPU's products round to hangs on where their factors lie.
+    """
     q, k, v, beta, g, before, product = map(single, delta_problem("scalar", memory=memory))
     x, size, a, b, c, *_, h, sums = map(single, selective_problem(memory=memory))
     states = [
@@ -538,11 +541,13 @@ def test_untracked_states_stay_so(memory):
         for backend in ("triton", "auto", "chunked"):
             o, kept = call(*given, **options, state=state, return_state=True, backend=backend)
             lean, after = call(*given, **options, state=untracked(state), return_state=True, backend=backend)
-            assert torch.equal(o, lean)
-            assert torch.equal(kept.memory, after.memory)
+            again = call(*given, **options, state=untracked(state), backend=backend)
+            for found, exact in ((lean, o), (after.memory, kept.memory), (again, lean)):
+                if backend == "triton":
+                    assert torch.equal(found, exact)
+                assert_close(found, exact.double(), exact, terms=400)
             assert (kept.tracked, after.tracked) == (True, False)
             assert after.nbytes == after.memory.nbytes < kept.nbytes
-            assert torch.equal(call(*given, **options, state=untracked(state), backend=backend), lean)
 
 
 def test_untracked_stretches_stay_so():
