@@ -95,11 +95,15 @@ def steps(dtype: torch.dtype) -> None:
 
 
 def selective(dtype: torch.dtype) -> None:
+    """Alone, and with all or some of what a block has besides."""
     x, delta = torch.zeros(1, TOKENS, D, dtype=dtype), torch.zeros(1, TOKENS, D)
-    a, b = torch.zeros(D, 4), torch.zeros(1, TOKENS, 2, 4)
-    selective_ops.Shape.stretches = lambda self, device: 2
-    y, after, starts = selective_ops.selective(x, delta, a, b, b, torch.zeros(1, D, 4))
-    selective_ops.selective_backward(y, after, x, delta, a, b, b, after, starts)
+    a, b, before, single = torch.zeros(D, 4), torch.zeros(1, TOKENS, 2, 4), torch.zeros(1, D, 4), torch.zeros(D)
+    for way in ("way", "way_back"):
+        setattr(selective_ops.Shape, way, lambda self, device: selective_ops.Way(self.fitted(selective_ops.WALK), 2))
+    for more in ((None, None, None, False), (single, single, x, True), (single, None, x, False)):
+        given = x, delta, a, b, b, before, *more
+        y, after, starts = selective_ops.selective(*given)
+        selective_ops.selective_backward(y, after, *given, starts)
 
 
 def delta(dtype: torch.dtype) -> None:

@@ -6,6 +6,8 @@ channels; on a GPU with their own.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from recurrences import verify
@@ -15,6 +17,7 @@ from saccade.scan import kernels
 from saccade.scan.kernels import selective_ops as ops
 from saccade.scan.selective_scan import selective_scan
 from saccade.scan.state import State
+from saccade.testing.budget import assert_close
 
 TOKENS = 4  # that a walk unrolls; half as many between marks
 WIDE = (torch.float32,)
@@ -26,13 +29,15 @@ def small_tiles(request, monkeypatch):
     if request.node.get_closest_marker("gpu") is None:
         monkeypatch.setattr(ops, "MARKED", TOKENS // 2)
         monkeypatch.setattr(ops, "UNROLLED", TOKENS)
+        monkeypatch.setattr(ops, "AHEAD", 2 * TOKENS)
+        monkeypatch.setattr(ops, "SHARED", TOKENS)
         monkeypatch.setattr(ops, "STATES", 16)
         monkeypatch.setattr(ops, "PULL", ops.Tile(4, 2))
 
 
 @pytest.fixture
 def stretches(monkeypatch):
-    monkeypatch.setattr(ops, "LEAST", 1)
+    monkeypatch.setattr(ops, "LEAST", TOKENS)
     monkeypatch.setattr(ops, "multiprocessors", lambda device: 1000)
 
 
@@ -56,7 +61,47 @@ def plain(x, delta, a, b, c, before):
     return recurrence(x, delta, a, b, c, h0=before)
 
 
-@pytest.mark.parametrize("length", [1, TOKENS, 2 * TOKENS + 1])
+ALL = ("bias", "softplus", "D", "z")
+COMBINATIONS = [("bias",), ("softplus", "D"), ("z",), ("bias", "D", "z"), ("softplus", "z"), ALL]  # of what a block has
+
+
+def block(tensors, more):
+    """The tensors of `problem`, and of a block what is in `more`: bias, D and z, or None for each."""
+    x, delta, *rest = tensors
+    torch.manual_seed(1)
+    if "softplus" in more:  # of either sign, and some that are far from the bend
+        delta = torch.randn_like(delta) * torch.linspace(0.5, 6, delta.shape[2], dtype=delta.dtype)
+    bias, direct, z = torch.rand(x.shape[2]).double(), torch.randn(x.shape[2]).double(), torch.randn_like(x) * 2
+    given = ("bias", bias), ("D", direct), ("z", z)
+    return [x, delta, *rest, *(tensor if name in more else None for name, tensor in given)]
+
+
+def fast_block(more):
+    """Everything as the kernels get it, tokens in the dtype that they come in."""
+
+    def call(x, delta, a, b, c, before, bias, direct, z):
+        state = State(before.float().unsqueeze(-1))
+        options = {"delta_bias": bias, "D": direct, "z": z, "delta_softplus": "softplus" in more}
+        options |= {"state": state, "return_state": True, "backend": "triton"}
+        y, after = selective_scan(x, delta, a.float(), b, c, **options)
+        return y, after.memory.squeeze(-1)
+
+    return call
+
+
+def plain_block(more):
+    def call(x, delta, a, b, c, before, bias, direct, z):
+        return recurrence(x, delta, a, b, c, D=direct, z=z, delta_bias=bias, h0=before, softplus="softplus" in more)
+
+    return call
+
+
+def verify_block(more, tensors, dtypes=WIDE):
+    terms = tensors[0].shape[1] * tensors[2].shape[1]
+    verify(fast_block(more), plain_block(more), block(tensors, more), terms=terms, dtypes=dtypes)
+
+
+@pytest.mark.parametrize("length", [1, TOKENS, 2 * TOKENS + 1, 4 * TOKENS])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_is_the_recurrence(length, groups):
     verify(fast, plain, problem(length, groups=groups), terms=length * 3, dtypes=WIDE)
@@ -71,8 +116,30 @@ def test_states_and_channels_of_any_number(size):
 @pytest.mark.usefixtures("stretches")
 def test_stretches_of_a_sequence_are_joined(length):
     given = problem(length, batch=1)
-    assert ops.Shape.of(given[0], given[3]).stretches(given[0].device) > 2
+    shape = ops.Shape.of(given[0], given[3])
+    assert min(way(given[0].device).count for way in (shape.way, shape.way_back)) > 2
     verify(fast, plain, given, terms=length * 3, dtypes=BOTH)
+
+
+named = "-".join
+
+
+@pytest.mark.parametrize("more", COMBINATIONS, ids=named)
+@pytest.mark.parametrize("length", [2 * TOKENS + 1, 3 * TOKENS])
+def test_what_a_block_has_besides(more, length):
+    """Also beyond the last token, where a bias alone would move states on."""
+    verify_block(more, problem(length, batch=1, groups=3))
+
+
+def test_a_block_in_half_precision():
+    verify_block(ALL, problem(2 * TOKENS + 1), (torch.bfloat16,))
+
+
+@pytest.mark.usefixtures("stretches")
+@pytest.mark.parametrize("more", [COMBINATIONS[0], ALL], ids=named)
+def test_a_block_in_stretches(more):
+    """The state that a stretch leaves, and the gradient that it hands on, are those of tokens with all that."""
+    verify_block(more, problem(2 * TOKENS + 3, batch=1, channels=5, size=5, groups=1))
 
 
 @pytest.mark.usefixtures("stretches")
@@ -99,52 +166,133 @@ def test_wrong_twins_are_caught(twin):
         verify(twin, plain, problem(9), terms=27, dtypes=WIDE)
 
 
-@pytest.mark.parametrize("which", range(6))
-def test_a_wrong_gradient_is_caught(which, monkeypatch):
+LOG2E = math.log2(math.e)
+BENDS = torch.linspace(-40, 40, 97)
+
+
+def scanned_softplus(v):
+    """The softplus and its slope as one token that nothing came before shows them."""
+    delta, one = v.view(1, 1, -1).requires_grad_(), torch.ones(1, 1, 1, device=v.device)
+    y = selective_scan(
+        torch.ones_like(delta), delta, torch.zeros_like(v).unsqueeze(1), one, one, delta_softplus=True, backend="triton"
+    )
+    (slope,) = torch.autograd.grad(y.sum(), delta)
+    return y.detach().flatten(), slope.flatten()
+
+
+def eager_softplus(v):
+    """By powers of 2, as a GPU takes them, which rounds exponents once more."""
+    value = v.clamp(min=0) + torch.log1p(torch.exp2(-v.abs() * LOG2E))
+    return value, torch.exp2((v - value) * LOG2E)
+
+
+def careless_softplus(v):
+    """A twin whose logarithm has no digits where e^v is small, and with it the slope, 1 - e^-softplus."""
+    value = v.clamp(min=0) + (1 + torch.exp(-v.abs())).log()
+    return value, 1 - torch.exp(-value)
+
+
+def judge_softplus(function, v):
+    """Relative to each value, however small."""
+    for found, exact, rough in zip(function(v), eager_softplus(v.double()), eager_softplus(v), strict=True):
+        assert_close((found / exact).float(), torch.ones_like(exact), rough / exact, name="softplus")
+
+
+def test_softplus_keeps_its_digits():
+    judge_softplus(scanned_softplus, BENDS)
+    with pytest.raises(AssertionError, match="softplus"):
+        judge_softplus(careless_softplus, BENDS)
+
+
+@pytest.mark.gpu
+def test_softplus_keeps_its_digits_compiled():
+    judge_softplus(lambda v: [x.cpu() for x in scanned_softplus(v.cuda())], BENDS)
+
+
+def altered(monkeypatch, change):
+    """The gradients, changed in place, of a call of which `change` is given the arguments too."""
     backward = ops.selective_backward
 
     def off(*given):
         found = list(backward(*given))
-        found[which] = found[which] * 1.01
+        change(found, *given)
         return tuple(found)
 
     monkeypatch.setattr(ops, "selective_backward", off)
+
+
+@pytest.mark.parametrize("which", range(9))
+def test_a_wrong_gradient_is_caught(which, monkeypatch):
+    def change(found, *_):
+        found[which] = found[which] * 1.01
+
+    altered(monkeypatch, change)
     with pytest.raises(AssertionError, match=f"gradient {which}"):
-        verify(fast, plain, problem(9), terms=27, dtypes=WIDE)
+        verify_block(ALL, problem(9))
+
+
+def no_sigmoid(found, dy, dafter, x, delta, a, b, c, before, bias, *_):
+    found[1] = found[1] / torch.sigmoid(delta + bias)
+
+
+def no_direct_term(found, dy, dafter, x, delta, a, b, c, before, bias, direct, z, *_):
+    found[0] = found[0] - direct * dy * torch.nn.functional.silu(z)
+
+
+def padded_bias(found, *_):
+    """What a token beyond the end would add."""
+    found[6] = found[6] + found[1][:, -1].sum(0)
+
+
+def gated_twice(found, dy, dafter, x, delta, a, b, c, before, bias, direct, z, *_):
+    found[8] = found[8] * torch.nn.functional.silu(z)
+
+
+def direct_of_the_gated(found, dy, dafter, x, *_):
+    found[7] = (dy * x).sum((0, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "which"),
+    [(no_direct_term, 0), (no_sigmoid, 1), (padded_bias, 6), (direct_of_the_gated, 7), (gated_twice, 8)],
+)
+def test_gradients_of_a_block_with_a_part_left_out_are_caught(change, which, monkeypatch):
+    altered(monkeypatch, change)
+    with pytest.raises(AssertionError, match=f"gradient {which}"):
+        verify_block(ALL, problem(9))
+
+
+@pytest.mark.parametrize("part", ALL)
+def test_a_block_with_a_part_left_out_is_caught(part):
+    def twin(*given):
+        kept = [x if part != name else 0 * x for name, x in zip(("bias", "D", "z"), given[6:], strict=True)]
+        return fast_block(tuple(name for name in ALL if name != part))(*given[:6], *kept)
+
+    with pytest.raises(AssertionError, match="output 0"):
+        verify(twin, plain_block(ALL), block(problem(9), ALL), terms=27, dtypes=WIDE)
 
 
 @pytest.mark.usefixtures("stretches")
-@pytest.mark.parametrize("wide", [False, True])
-def test_operator_is_well_formed(wide):
+@pytest.mark.parametrize("more", COMBINATIONS[-2:], ids=named)
+def test_operator_is_well_formed(more):
     """Also where each tensor has a dtype of its own."""
-    x, delta, a, b, c, before = (z.float() for z in problem(TOKENS + 1, batch=1, channels=4))
-    given = [z.requires_grad_() for z in (x.bfloat16(), delta, a, b.half(), c.bfloat16(), before)]
+    x, delta, a, b, c, before, *rest = block(problem(TOKENS + 1, batch=1, channels=4), more)
+    kinds = torch.bfloat16, torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float32
+    kinds = *kinds, torch.bfloat16, torch.float32, torch.float16
+    given = [
+        None if z is None else z.to(kind).requires_grad_()
+        for z, kind in zip((x, delta, a, b, c, before, *rest), kinds, strict=True)
+    ]
+    softplus = "softplus" in more
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(ops.selective.overload, (*given, wide), test_utils=checks)
-    y, after, starts = ops.selective(*given, wide)
-    assert y.dtype == (torch.float32 if wide else torch.bfloat16)
-    found = ops.selective_backward(torch.ones_like(y), after, *given, starts)
-    assert [z.dtype for z in found] == [z.dtype for z in given]
-    torch.library.opcheck(
-        ops.selective_backward.overload,
-        (torch.ones_like(y), after, *given, starts),
-        test_utils=("test_schema", "test_faketensor"),
-    )
-
-
-def test_the_rest_of_the_layer_is_the_same():
-    """The direct term, the gate, bias and softplus stand outside of the kernel."""
-    x, delta, a, b, c, _ = (z.float() for z in problem(9))
-    more = {"D": torch.randn(6), "z": torch.randn_like(x), "delta_bias": torch.randn(6), "delta_softplus": True}
-
-    def call(backend):
-        return lambda *given: [selective_scan(*given, **more, backend=backend)]
-
-    def wide(*given):
-        said = {k: v.to(given[0].dtype) if isinstance(v, torch.Tensor) else v for k, v in more.items()}
-        return [selective_scan(*given, **said, backend="chunked")]
-
-    verify(call("triton"), wide, [z.double() for z in (x, delta, a, b, c)], terms=27, dtypes=WIDE)
+    torch.library.opcheck(ops.selective.overload, (*given, softplus), test_utils=checks)
+    y, after, starts = ops.selective(*given, softplus)
+    assert y.dtype == torch.bfloat16
+    arguments = torch.ones_like(y), after, *given, softplus, starts
+    found = ops.selective_backward(*arguments)
+    for z, dz in zip(given, found, strict=True):
+        assert (dz.numel() == 0) if z is None else (dz.dtype == z.dtype and dz.shape == z.shape)
+    torch.library.opcheck(ops.selective_backward.overload, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_what_cannot_run_says_so():
@@ -163,9 +311,19 @@ def test_what_cannot_run_says_so():
 
 def on_gpu(call):
     def run(*given):
-        return [z.cpu() for z in call(*(z.cuda() for z in given))]
+        return [z.cpu() for z in call(*(z if z is None else z.cuda() for z in given))]
 
     return run
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("more", COMBINATIONS, ids=named)
+@pytest.mark.parametrize(("channels", "size", "groups"), [(96, 16, 1), (40, 5, 1)])
+@pytest.mark.parametrize("length", [301, 4100])
+def test_a_block_compiled(more, channels, size, groups, length):
+    given = block(problem(length, channels=channels, size=size, groups=groups), more)
+    for dtype in (torch.float32, torch.bfloat16):
+        verify(on_gpu(fast_block(more)), on_gpu(plain_block(more)), given, terms=length * size, dtypes=(dtype,))
 
 
 @pytest.mark.gpu

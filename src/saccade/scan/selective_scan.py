@@ -79,20 +79,17 @@ def selective_scan(
         given = x, delta, A, B, C, D, z, delta_bias
         y, after = _once(*given, delta_softplus, state, before, return_state and tracks)
         return (y, after) if return_state else y
-    step = delta
-    if delta_bias is not None:
-        step = step.to(real) + delta_bias.to(real)
-    if delta_softplus:
-        step = F.softplus(step.to(real))
     rate = A.to(torch.promote_types(A.dtype, real))
     write, read = (t if t.ndim == 4 else t.unsqueeze(2) for t in (B, C))
     if before is None:
         h = torch.zeros(batch, channels, A.shape[1], dtype=wide, device=x.device)
     else:
         h = before.to(wide).squeeze(-1)
+    step = None
     if kernels.takes(backend, x, kernels.selective_reasons(x, wide.is_complex), widest=4):
-        y, h = _walked(x, step, rate, write, read, h, D is not None or z is not None)
+        y, h = _walked(x, delta, rate, write, read, h, delta_bias, D, z, delta_softplus)
     else:
+        step = _steps(delta, delta_bias, delta_softplus, real)
 
         def grouped(tensor: Tensor) -> Tensor:
             return tensor.to(real).unflatten(-1, (groups, -1))
@@ -100,17 +97,25 @@ def selective_scan(
         tokens = grouped(x), grouped(step), write.to(wide), read.to(wide)
         y, h = _in_chunks(h.unflatten(1, (groups, -1)), rate.unflatten(0, (groups, -1)), tokens, chunk)
         h = h.flatten(1, 2)
-    if D is not None:
-        y = y + D.to(real) * x
-    if z is not None:
-        y = y * F.silu(z.to(real))
-    y = y.to(x.dtype)
+        if D is not None:
+            y = y + D.to(real) * x
+        if z is not None:
+            y = y * F.silu(z.to(real))
+        y = y.to(x.dtype)
     if not return_state:
         return y
     if not tracks:
         return y, State(h.unsqueeze(-1), UNTRACKED)
+    step = _steps(delta, delta_bias, delta_softplus, real) if step is None else step
     decay = (step.sum(1, dtype=real).unsqueeze(-1) * rate).unsqueeze(-1)
     return y, State(h.unsqueeze(-1), chain(None if state is None else state.transition, decay))
+
+
+def _steps(delta: Tensor, bias: Tensor | None, softplus: bool, real: torch.dtype) -> Tensor:
+    """What the states move by: delta after bias and softplus, in `real` where there is either."""
+    if bias is not None:
+        delta = delta.to(real) + bias.to(real)
+    return F.softplus(delta.to(real)) if softplus else delta
 
 
 def _once(
@@ -139,15 +144,27 @@ def _once(
 
 
 def _walked(
-    x: Tensor, step: Tensor, rate: Tensor, write: Tensor, read: Tensor, h: Tensor, more: bool
+    x: Tensor,
+    delta: Tensor,
+    rate: Tensor,
+    write: Tensor,
+    read: Tensor,
+    h: Tensor,
+    bias: Tensor | None,
+    direct: Tensor | None,
+    z: Tensor | None,
+    softplus: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y and the last state by the kernels, which take tokens in any dtype; more: y is not the result yet: float32."""
+    """y and the last state by the kernels, which take everything but rates and states in any dtype up to float32."""
     kernels.make_ready()
     from saccade.scan.kernels.selective_ops import selective
 
-    step, write, read = (t.float() if t.dtype == torch.float64 else t for t in (step, write, read))
-    x, step, write, read = (t.contiguous() for t in (x, step, write, read))
-    y, after, _ = selective(x, step, rate.float(), write, read, h.float(), more)
+    def whole(tensor: Tensor) -> Tensor:
+        return (tensor.float() if tensor.dtype == torch.float64 else tensor).contiguous()
+
+    x, delta, write, read = (whole(t) for t in (x, delta, write, read))
+    more = [None if t is None else whole(t) for t in (bias, direct, z)]
+    y, after, _ = selective(x, delta, rate.float(), write, read, h.float(), *more, softplus)
     return y, after
 
 

@@ -1,17 +1,20 @@
 """The selective scan and its gradients: decay, state and reading in one kernel, so that no state leaves the registers.
 
-    h_t = exp(delta_t A) h_(t-1) + delta_t x_t B_t,     y_t = C_t . h_t
+    h_t = exp(d_t A) h_(t-1) + d_t x_t B_t,     y_t = (C_t . h_t + D x_t) silu(z_t),     d_t = softplus(delta_t + bias)
+
+What of bias, softplus, D and z is not given is not compiled either, and then d_t = delta_t, y_t = C_t . h_t.
 
 A program is one warp. It takes K blocks of L channels of a group and goes from token to token; the states of a block
 are a tile [PAD, L]. With L = 32 a lane has all states of its channel, and a sum over them needs no other lane; with
 L = 8 four lanes share a channel, and sums over channels, which gradients of B and C are, need 3 exchanges of a quarter
-of the states, K blocks having been added before. The gradient is the walk in reverse, g_t = dy_t C_t + decay_(t+1)
-g_(t+1), beside the states, which are found again from those before every T tokens:
+of the states, K blocks having been added before. The gradient is the walk in reverse, g_t = p_t C_t + decay_(t+1)
+g_(t+1), where p_t = dy_t silu(z_t), beside the states, which are found again from those before every T tokens:
 
-    dx_t = delta_t (g_t . B_t),   ddelta_t = x_t (g_t . B_t) + A . e_t,   e_t = decay_t g_t h_(t-1),
-    dB_t = sum_c delta_t x_t g_t,   dC_t = sum_c dy_t h_t,   dA = sum_t delta_t e_t
+    dx_t = d_t (g_t . B_t) + D p_t,   dd_t = x_t (g_t . B_t) + A . e_t,   e_t = decay_t g_t h_(t-1),
+    dB_t = sum_c d_t x_t g_t,   dC_t = sum_c p_t h_t,   dA = sum_t d_t e_t,   dD = sum_t p_t x_t,
+    ddelta_t = dd_t sigmoid(delta_t + bias),   dbias = sum_t ddelta_t,   dz_t = dy_t (C_t . h_t + D x_t) silu'(z_t)
 
-Decays are powers of two, 2^(delta A log2 e).
+Decays are powers of two, 2^(d A log2 e).
 """
 
 # mypy: disable-error-code="var-annotated"
@@ -34,7 +37,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 counted = partial(
     Launched,
     do_not_specialize=["length", "each"],
-    do_not_specialize_on_alignment=["a", "marks", "first", "last", "kept", "da"],
+    do_not_specialize_on_alignment=["a", "bias", "direct", "marks", "first", "last", "kept", "da", "dbias", "ddirect"],
 )
 
 
@@ -125,143 +128,287 @@ def shared_of(x, u: tl.constexpr, inside, G: tl.constexpr, S: tl.constexpr, PAD:
 
 
 @triton.jit
-def token_of(
-    x, delta, b, c, u: tl.constexpr, inside, within,
-    WIDTH: tl.constexpr, G: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
+def channel_of(
+    x, k: tl.constexpr, channel, within, WIDTH: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr
+):
+    """Block k of x (WIDTH,), float32, or zeros where x is None."""
+    found = tl.zeros([L], tl.float32)
+    if x is not None:
+        found += tl.load(x + channel + k * L, mask=exist(within, k, WIDTH, G, K, L), other=0.0).to(tl.float32)
+    return found
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x) = max(x, 0) + log(1 + t) with t = e^-|x|, the latter as t P(t), off by 1.7e-7 of it at most.
+
+    Where t is small the logarithm of a GPU has no digits.
+    """
+    t = tl.exp(-tl.abs(x))
+    series = t * 0.0052326927 - 0.0295052325
+    series = series * t + 0.0782259417
+    series = series * t - 0.136632449
+    series = series * t + 0.191060064
+    series = series * t - 0.248429821
+    series = series * t + 0.333190968
+    series = series * t - 0.499994931
+    series = series * t + 1.0
+    return tl.maximum(x, 0.0) + t * series
+
+
+@triton.jit
+def silu(x):
+    """x sigmoid(x) and its slope."""
+    sigmoid = 1.0 / (1.0 + tl.exp2(x * -LOG2E))
+    return x * sigmoid, sigmoid * (1.0 + x * (1.0 - sigmoid))
+
+
+@triton.jit
+def step_of(delta, bias, more, inside, SOFTPLUS: tl.constexpr):
+    """d, `more` the bias where there is one; zero where it is not inside, which changes no state."""
+    if bias is not None:
+        delta += more
+    if SOFTPLUS:
+        delta = softplus(delta)
+    if SOFTPLUS or bias is not None:
+        delta = tl.where(inside, delta, 0.0)
+    return delta
+
+
+@triton.jit
+def inputs_of(
+    x, delta, z, dy, u: tl.constexpr, inside, within,
+    WIDTH: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """(delta, x, B, C) of token u, B for a C that is None; zeros where it is not inside, which change no state."""
+    """(delta, x, z, dy) of token u, x for a z or dy that is None; zeros where it is not inside."""
     steps, xs = channels_of(delta, u, inside, within, WIDTH, G, K, L), channels_of(x, u, inside, within, WIDTH, G, K, L)
+    gates, pulls = xs, xs
+    if z is not None:
+        gates = channels_of(z, u, inside, within, WIDTH, G, K, L)
+    if dy is not None:
+        pulls = channels_of(dy, u, inside, within, WIDTH, G, K, L)
+    return steps, xs, gates, pulls
+
+
+@triton.jit
+def vectors_of(b, c, u: tl.constexpr, inside, G: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr):
+    """(B, C) of token u, B for a C that is None; zeros where it is not inside."""
     writes = shared_of(b, u, inside, G, S, PAD)
     reads = writes
     if c is not None:
         reads = shared_of(c, u, inside, G, S, PAD)
-    return steps, xs, writes, reads
+    return writes, reads
 
 
 @counted
 def selective_walk(
-    x, delta, a, b, c, first, last, kept, y, marks, length, each, T: tl.constexpr, AHEAD: tl.constexpr,
+    x, delta, z, dy, a, b, c, bias, direct, first, last, kept, y, steps, pulls, marks, length, each,
+    T: tl.constexpr, AHEAD: tl.constexpr, SHARED: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr,
     WIDTH: tl.constexpr, G: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """One batch entry, K L channels of one of G groups and one stretch of the tokens, `each` but for the last.
 
-    x, delta, y (batch, N, WIDTH), b, c (batch, N, G, S), in any dtype; states float32: a (S, WIDTH), first (batch,
-    stretches, S, WIDTH): before each stretch, or None; last likewise: after each. y: None, and c with it, where only
-    states are wanted; kept like last, what is left of a stretch's start at its end; marks (batch, tiles of T, S,
-    WIDTH): before each tile. T tokens are unrolled; what a token needs is loaded AHEAD tokens before.
+    x, delta, z, y (batch, N, WIDTH), b, c (batch, N, G, S), bias, direct (WIDTH,), in any dtype; states, float32: a (S,
+    WIDTH), first (batch, stretches, S, WIDTH): before each stretch, or None; last likewise: after each; kept like last,
+    what is left of a stretch's start at its end. y, and c, z, direct with it: None where only states are wanted.
+
+    For gradients: marks (batch, tiles of T, S, WIDTH): the states before each tile; steps, float32 like x: d, or None
+    where that is delta; and where there is a gate, dy of its results: then y is dz, and pulls, float32, dy silu(z).
+
+    T tokens are unrolled; what a token needs is loaded AHEAD tokens before, and what all channels of a group share, and
+    so comes from a cache, SHARED tokens before: multiples of T. EVEN: T divides the length, and nothing needs a mask.
     """
     batch, _, group, channel, within, slot = place(WIDTH, G, S, K, L)
     low = tl.program_id(1) * each
     high = tl.minimum(low + each, length)
+    if y is None and marks is None:  # what the last one adds is of no interest
+        high = tl.where(tl.program_id(1) == tl.num_programs(1) - 1, low, high)
     token = batch * tl.cast(length, tl.int64) + low
     state = group * S + tl.arange(0, PAD)
-    x += token * WIDTH + channel
-    delta += token * WIDTH + channel
+    at = token * WIDTH + channel
+    x += at
+    delta += at
     b += token * (G * S) + state
+    if z is not None:
+        z += at
+    if dy is not None:
+        dy += at
+        pulls += at
+    if steps is not None:
+        steps += at
     if y is not None:
-        y += token * WIDTH + channel
+        y += at
         c += token * (G * S) + state
-    rates, h, passed = (), (), ()
+    rates, h, passed, biases, directs = (), (), (), (), ()
     for k in tl.static_range(K):
         rates = rates + (states_of(a, 0, k, channel, within, WIDTH, G, S, PAD, K, L) * LOG2E,)
         h = h + (states_of(first, slot, k, channel, within, WIDTH, G, S, PAD, K, L),)
         passed = passed + (tl.zeros([L], tl.float32),)
-    ahead = ()
+        biases = biases + (channel_of(bias, k, channel, within, WIDTH, G, K, L),)
+        directs = directs + (channel_of(direct, k, channel, within, WIDTH, G, K, L),)
+    ahead, shared = (), ()
     for u in tl.static_range(AHEAD):
-        ahead = ahead + (token_of(x, delta, b, c, u, low + u < high, within, WIDTH, G, S, PAD, K, L),)
+        ahead = ahead + (inputs_of(x, delta, z, dy, u, low + u < high, within, WIDTH, G, K, L),)
+    for u in tl.static_range(SHARED):
+        shared = shared + (vectors_of(b, c, u, low + u < high, G, S, PAD),)
+    far, near = (
+        AHEAD,
+        SHARED,
+    )  # tokens from what is used to what is loaded: of whole tiles the last one again, at the end
+    if EVEN:
+        far, near = tl.minimum(AHEAD, high - low - T), tl.minimum(SHARED, high - low - T)
+    x += far * WIDTH
+    delta += far * WIDTH
+    b += near * (G * S)
+    if z is not None:
+        z += far * WIDTH
+    if dy is not None:
+        dy += far * WIDTH
+    if y is not None:
+        c += near * (G * S)
     for start in range(low, high, T):
         if marks is not None:
             tile = (batch.to(tl.int64) * tl.cdiv(length, T) + start // T) * (WIDTH * S)
             for k in tl.static_range(K):
                 keep_states(marks, tile, k, h[k], channel, within, WIDTH, G, S, PAD, K, L)
         for u in tl.static_range(T):
-            inside = start + u + AHEAD < high
-            ahead = ahead + (token_of(x, delta, b, c, u + AHEAD, inside, within, WIDTH, G, S, PAD, K, L),)
-            steps, xs, writes, reads = ahead[0]
-            ahead = ahead[1:]
+            inside = EVEN or start + u < high
+            known_far, known_near = EVEN or start + u + AHEAD < high, EVEN or start + u + SHARED < high
+            ahead = ahead + (inputs_of(x, delta, z, dy, u, known_far, within, WIDTH, G, K, L),)
+            shared = shared + (vectors_of(b, c, u, known_near, G, S, PAD),)
+            deltas, xs, gates, dys = ahead[0]
+            writes, reads = shared[0]
+            ahead, shared = ahead[1:], shared[1:]
             states, sums = (), ()
             for k in tl.static_range(K):
-                tile = tl.exp2(steps[k][None, :] * rates[k]) * h[k] + (steps[k] * xs[k])[None, :] * writes[:, None]
+                mask = known(within, k, inside, WIDTH, G, K, L)
+                step = step_of(deltas[k], bias, biases[k], inside, SOFTPLUS)
+                if steps is not None:
+                    tl.store(steps + (u * WIDTH + k * L), step, mask=mask)
+                tile = tl.exp2(step[None, :] * rates[k]) * h[k] + (step * xs[k])[None, :] * writes[:, None]
                 states = states + (tile,)
-                sums = sums + (passed[k] + steps[k],)
+                sums = sums + (passed[k] + step,)
                 if y is not None:
-                    mask = known(within, k, start + u < high, WIDTH, G, K, L)
-                    tl.store(y + (u * WIDTH + k * L), tl.sum(tile * reads[:, None], 0), mask=mask)
+                    found = tl.sum(tile * reads[:, None], 0)
+                    if direct is not None:
+                        found += directs[k] * xs[k]
+                    if z is not None:
+                        gate, slope = silu(gates[k])
+                        if dy is None:
+                            found *= gate
+                        else:
+                            found *= dys[k] * slope
+                            tl.store(pulls + (u * WIDTH + k * L), dys[k] * gate, mask=mask)
+                    tl.store(y + (u * WIDTH + k * L), found, mask=mask)
             h, passed = states, sums
-        x += T * WIDTH
-        delta += T * WIDTH
-        b += T * G * S
+        further, nearer = T, T
+        if EVEN:
+            further = tl.where(start + T + AHEAD < high, T, 0)
+            nearer = tl.where(start + T + SHARED < high, T, 0)
+        x += further * WIDTH
+        delta += further * WIDTH
+        b += nearer * (G * S)
+        if z is not None:
+            z += further * WIDTH
+        if dy is not None:
+            dy += further * WIDTH
+            pulls += T * WIDTH
+        if steps is not None:
+            steps += T * WIDTH
         if y is not None:
             y += T * WIDTH
-            c += T * G * S
+            c += nearer * (G * S)
     for k in tl.static_range(K):
         keep_states(last, slot, k, h[k], channel, within, WIDTH, G, S, PAD, K, L)
         left = tl.exp2(passed[k][None, :] * rates[k])
         keep_states(kept, slot, k, left, channel, within, WIDTH, G, S, PAD, K, L)
 
 
+@triton.jit
+def keep_channel(
+    x, k: tl.constexpr, values, channel, within, WIDTH: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr
+):
+    """The reverse of `channel_of` for this program's part of x (batch, stretches, WIDTH)."""
+    if x is not None:
+        slot = tl.program_id(0) // (tl.cdiv(WIDTH // G, K * L) * G) * tl.num_programs(1) + tl.program_id(1)
+        at = slot.to(tl.int64) * WIDTH + channel + k * L
+        tl.store(x + at, values, mask=exist(within, k, WIDTH, G, K, L))
+
+
 @counted
 def selective_pull(
-    x, delta, a, b, c, dy, marks, first, last, kept, dx, ddelta, da, db, dc, length, each, T: tl.constexpr,
+    x, delta, steps, a, b, c, bias, direct, pulls, marks, first, last, kept, dx, ddelta, da, db, dc, dbias, ddirect,
+    length, each, T: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr,
     WIDTH: tl.constexpr, G: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """The gradients, from the last tile of a stretch to its first; stretches and states in the order of this walk.
 
-    first: the gradient of the state after each stretch, from what is later, or None; last: of that before it. marks,
-    and with it all but delta, a, c, dy: None where only states are wanted. dx, ddelta (batch, N, WIDTH), in any dtype;
-    float32: da (batch, stretches, S, WIDTH), db, dc (blocks, batch, N, G, S): the part of each K L channels.
+    steps, pulls: d and p, which the walk left. first: the gradient of the state after each stretch, from what is later,
+    or None; last: of that before it. marks, and with it all but steps, a, c, pulls: None where only states are wanted.
+    dx, ddelta (batch, N, WIDTH), in any dtype; float32: da (batch, stretches, S, WIDTH), dbias, ddirect (batch,
+    stretches, WIDTH), db, dc (blocks, batch, N, G, S): the part of each K L channels. EVEN: T divides the length.
     """
     batch, block, group, channel, within, slot = place(WIDTH, G, S, K, L)
     low = (tl.num_programs(1) - 1 - tl.program_id(1)) * each
     high = tl.minimum(low + each, length)
+    if marks is None:  # what the last one adds is of no interest
+        high = tl.where(low == 0, low, high)
     tiles = tl.cdiv(tl.maximum(high - low, 0), T)
     start = low + (tiles - 1) * T
     token = batch * tl.cast(length, tl.int64) + start
     shared = token * (G * S) + group * S + tl.arange(0, PAD)
-    delta += token * WIDTH + channel
-    dy += token * WIDTH + channel
+    steps += token * WIDTH + channel
+    pulls += token * WIDTH + channel
     c += shared
     if marks is not None:
         x += token * WIDTH + channel
         dx += token * WIDTH + channel
         ddelta += token * WIDTH + channel
+        if SOFTPLUS:
+            delta += token * WIDTH + channel
         b += shared
         batches = tl.num_programs(0) // (G * tl.cdiv(WIDTH // G, K * L))
         part = block * (batches * tl.cast(length, tl.int64) * (G * S))
         db += part + shared
         dc += part + shared
-    rates, later, passed, found = (), (), (), ()
+    rates, later, passed, found, biases, directs, to_bias, to_direct = (), (), (), (), (), (), (), ()
     for k in tl.static_range(K):
         rates = rates + (states_of(a, 0, k, channel, within, WIDTH, G, S, PAD, K, L) * LOG2E,)
         later = later + (states_of(first, slot, k, channel, within, WIDTH, G, S, PAD, K, L),)
         passed = passed + (tl.zeros([L], tl.float32),)
         found = found + (tl.zeros([PAD, L], tl.float32),)
+        biases = biases + (channel_of(bias, k, channel, within, WIDTH, G, K, L),)
+        directs = directs + (channel_of(direct, k, channel, within, WIDTH, G, K, L),)
+        to_bias = to_bias + (tl.zeros([L], tl.float32),)
+        to_direct = to_direct + (tl.zeros([L], tl.float32),)
     for _ in range(tiles):
-        steps, dys, reads, xs, writes, decays, states = (), (), (), (), (), (), ()
+        ds, ps, reads, xs, deltas, writes, decays, states = (), (), (), (), (), (), (), ()
         for u in tl.static_range(T):
-            inside = start + u < high
-            steps = steps + (channels_of(delta, u, inside, within, WIDTH, G, K, L),)
-            dys = dys + (channels_of(dy, u, inside, within, WIDTH, G, K, L),)
+            inside = EVEN or start + u < high
+            ds = ds + (channels_of(steps, u, inside, within, WIDTH, G, K, L),)
+            ps = ps + (channels_of(pulls, u, inside, within, WIDTH, G, K, L),)
             reads = reads + (shared_of(c, u, inside, G, S, PAD),)
             if marks is not None:
                 xs = xs + (channels_of(x, u, inside, within, WIDTH, G, K, L),)
                 writes = writes + (shared_of(b, u, inside, G, S, PAD),)
+                if SOFTPLUS:
+                    deltas = deltas + (channels_of(delta, u, inside, within, WIDTH, G, K, L),)
         if marks is not None:
             tile = (batch.to(tl.int64) * tl.cdiv(length, T) + start // T) * (WIDTH * S)
             for k in tl.static_range(K):
                 states = states + (states_of(marks, tile, k, channel, within, WIDTH, G, S, PAD, K, L),)
         for u in tl.static_range(T):
             for k in tl.static_range(K):
-                decays = decays + (tl.exp2(steps[u][k][None, :] * rates[k]),)
+                decays = decays + (tl.exp2(ds[u][k][None, :] * rates[k]),)
                 if marks is not None:
-                    push = (steps[u][k] * xs[u][k])[None, :] * writes[u][:, None]
+                    push = (ds[u][k] * xs[u][k])[None, :] * writes[u][:, None]
                     states = states + (decays[u * K + k] * states[u * K + k] + push,)
         for back in tl.static_range(1, T + 1):
-            inside = start + (T - back) < high
-            earlier, sums, totals = (), (), ()
+            inside = EVEN or start + (T - back) < high
+            earlier, sums, totals, bias_sums, direct_sums = (), (), (), (), ()
             for k in tl.static_range(K):
-                step = steps[T - back][k]
-                pull = later[k] + dys[T - back][k][None, :] * reads[T - back][:, None]
+                step, p = ds[T - back][k], ps[T - back][k]
+                pull = later[k] + p[None, :] * reads[T - back][:, None]
                 past = decays[(T - back) * K + k] * pull
                 earlier = earlier + (past,)
                 sums = sums + (passed[k] + step,)
@@ -272,10 +419,18 @@ def selective_pull(
                     totals = totals + (found[k] + past * step[None, :],)
                     mask = known(within, k, inside, WIDTH, G, K, L)
                     at = (T - back) * WIDTH + k * L
-                    tl.store(dx + at, step * pushed, mask=mask)
-                    tl.store(ddelta + at, moved * pushed + tl.sum(past * rates[k], 0) * LN2, mask=mask)
+                    to_x, to_step = step * pushed, moved * pushed + tl.sum(past * rates[k], 0) * LN2
+                    if direct is not None:
+                        to_x += directs[k] * p
+                        direct_sums = direct_sums + (to_direct[k] + moved * p,)
+                    if SOFTPLUS:  # sigmoid(v) = e^(v - softplus(v))
+                        to_step *= tl.exp2((deltas[T - back][k] + biases[k] - step) * LOG2E)
+                    if bias is not None:
+                        bias_sums = bias_sums + (to_bias[k] + tl.where(inside, to_step, 0.0),)
+                    tl.store(dx + at, to_x, mask=mask)
+                    tl.store(ddelta + at, to_step, mask=mask)
                     pull *= (step * moved)[None, :]
-                    read = states[(T + 1 - back) * K + k] * dys[T - back][k][None, :]
+                    read = states[(T + 1 - back) * K + k] * p[None, :]
                     if k == 0:
                         to_write, to_read = pull, read
                     else:
@@ -284,17 +439,23 @@ def selective_pull(
             later, passed = earlier, sums
             if marks is not None:
                 found = totals
+                if bias is not None:
+                    to_bias = bias_sums
+                if direct is not None:
+                    to_direct = direct_sums
                 mask = both(tl.arange(0, PAD) < S, inside)
                 tl.store(db + (T - back) * (G * S), tl.sum(to_write, 1), mask=mask)
                 tl.store(dc + (T - back) * (G * S), tl.sum(to_read, 1), mask=mask)
         start -= T
-        delta -= T * WIDTH
-        dy -= T * WIDTH
+        steps -= T * WIDTH
+        pulls -= T * WIDTH
         c -= T * G * S
         if marks is not None:
             x -= T * WIDTH
             dx -= T * WIDTH
             ddelta -= T * WIDTH
+            if SOFTPLUS:
+                delta -= T * WIDTH
             b -= T * G * S
             db -= T * G * S
             dc -= T * G * S
@@ -303,3 +464,5 @@ def selective_pull(
         keep_states(last, slot, k, later[k], channel, within, WIDTH, G, S, PAD, K, L)
         left = tl.exp2(passed[k][None, :] * rates[k])
         keep_states(kept, slot, k, left, channel, within, WIDTH, G, S, PAD, K, L)
+        keep_channel(dbias, k, to_bias[k], channel, within, WIDTH, G, K, L)
+        keep_channel(ddirect, k, to_direct[k], channel, within, WIDTH, G, K, L)

@@ -1,10 +1,10 @@
 """The kernels of the selective scan as an operator of PyTorch, and what they cannot run.
 
-    saccade::selective(x, delta, A, B, C, before, wide) -> (y, after, starts)
+    saccade::selective(x, delta, A, B, C, before, bias, D, z, softplus) -> (y, after, starts)
 
-x (batch, N, channels), delta alike, A (channels, S), B, C (batch, N, G, S), before and after (batch, channels, S); y in
-the dtype of x, or float32 if `wide`. starts, kept for the gradients: (batch, stretches, S, channels), the states before
-all stretches of the sequence; empty if there is one.
+x (batch, N, channels), delta, z and y alike, A (channels, S), B, C (batch, N, G, S), before and after (batch, channels,
+S), bias and D (channels,), any of these two and z None. starts, kept for the gradients: (batch, stretches, S,
+channels), the states before all stretches of the sequence; empty if there is one.
 """
 
 from __future__ import annotations
@@ -31,13 +31,36 @@ class Tile(NamedTuple):
 
 
 UNROLLED = 4  # tokens, of a walk
-AHEAD = 4  # tokens that are loaded before they are needed
+AHEAD = 8  # tokens from the load of delta, x and z to their use
+SHARED = 4  # the same for B and C, which come from a cache
 WALK = Tile(1, 32)  # a lane a channel
 MARKED = 4  # tokens between the states that gradients start from
 PULL = Tile(4, 8)  # four lanes a channel: fewer exchanges where sums over channels are formed
 STATES = 512  # of a program's channels together, at most
 LEAST = 128  # tokens that a stretch has
-PROGRAMS = 8  # a multiprocessor
+ENOUGH = 3  # programs a multiprocessor, with which a walk takes sequences whole rather than stretches twice
+PROGRAMS = 8  # a multiprocessor, where sequences are cut
+
+
+class Way(NamedTuple):
+    """How tokens are gone through: the tile of a program, and stretches."""
+
+    tile: Tile
+    count: int
+
+
+class Inputs(NamedTuple):
+    """Of the kernels; rates: A with its states first."""
+
+    x: Tensor
+    delta: Tensor
+    rates: Tensor
+    b: Tensor
+    c: Tensor
+    bias: Tensor | None
+    direct: Tensor | None
+    z: Tensor | None
+    softplus: bool
 
 
 class Shape(NamedTuple):
@@ -74,26 +97,47 @@ class Shape(NamedTuple):
         """Programs a group."""
         return triton.cdiv(self.channels, tile.blocks * tile.lanes)
 
-    def stretches(self, device: torch.device) -> int:
-        """Into how many the tokens are cut, to have programs for every multiprocessor."""
-        wanted = PROGRAMS * multiprocessors(device) // (self.batch * self.groups * self.blocks(self.fitted(WALK)))
-        return max(1, min(wanted, self.length // LEAST))
+    @property
+    def rows(self) -> int:
+        """Groups of all sequences."""
+        return self.batch * self.groups
 
-    def variant(self, x: Tensor, delta: Tensor, b: Tensor, c: Tensor, y: torch.dtype) -> tuple[Any, ...]:
+    def cut(self, tile: Tile, device: torch.device) -> Way:
+        """Tokens cut into as many stretches as make PROGRAMS a multiprocessor."""
+        wanted = PROGRAMS * multiprocessors(device) // (self.rows * self.blocks(tile))
+        return Way(tile, max(1, min(wanted, self.length // LEAST)))
+
+    def way(self, device: torch.device) -> Way:
+        """Of a walk."""
+        tile = self.fitted(WALK)
+        if self.rows * self.blocks(tile) >= ENOUGH * multiprocessors(device):
+            return Way(tile, 1)
+        return self.cut(tile, device)
+
+    def way_back(self, device: torch.device) -> Way:
+        """Of the gradients, which wait longer for each token, so that one program is not enough."""
+        return self.cut(self.fitted(PULL), device)
+
+    def variant(self, given: Inputs) -> tuple[Any, ...]:
         """What calls have in common that launch the same kernels, but for alignments."""
-        dtypes = *(z.dtype for z in (x, delta, b, c)), y
-        return Shape, x.device, dtypes, self.width, self.groups, self.states, self.stretches(x.device) == 1
+        kinds = tuple(t.dtype if isinstance(t, Tensor) else t for t in given)
+        (tile, count), back = self.way(given.x.device), self.way_back(given.x.device)
+        even = self.length % MARKED == 0, self.length % UNROLLED == 0
+        return given.x.device, kinds, self.width, self.groups, self.states, even, tile, count == 1, back.count == 1
 
-    def grid(self, tile: Tile, stretches: int) -> tuple[int, int]:
-        return self.batch * self.groups * self.blocks(tile), stretches
+    def grid(self, way: Way) -> tuple[int, int]:
+        return self.rows * self.blocks(way.tile), way.count
 
-    def sizes(self, stretches: int) -> tuple[int, int]:
+    def sizes(self, count: int) -> tuple[int, int]:
         """Tokens in all, and of a stretch."""
         step = math.lcm(MARKED, UNROLLED)
-        return self.length, triton.cdiv(triton.cdiv(self.length, step), stretches) * step
+        return self.length, triton.cdiv(triton.cdiv(self.length, step), count) * step
 
-    def constants(self, tile: Tile) -> dict[str, int]:
+    def constants(self, tile: Tile, tokens: int) -> dict[str, int]:
+        """Of a kernel that unrolls so many tokens."""
         return {
+            "T": tokens,
+            "EVEN": self.length % tokens == 0,
             "WIDTH": self.width,
             "G": self.groups,
             "S": self.states,
@@ -104,44 +148,71 @@ class Shape(NamedTuple):
         }
 
 
-def walk(shape: Shape, count: int, tokens: int, *given: Tensor | None) -> None:
+def walk(
+    shape: Shape,
+    way: Way,
+    tokens: int,
+    given: Inputs,
+    *,
+    first: Tensor | None,
+    last: Tensor | None = None,
+    kept: Tensor | None = None,
+    y: Tensor | None = None,
+    dy: Tensor | None = None,
+    steps: Tensor | None = None,
+    pulls: Tensor | None = None,
+    marks: Tensor | None = None,
+) -> None:
     """`selective_walk`, `tokens` of which are unrolled."""
-    tile = shape.fitted(WALK)
-    constants = {"T": tokens, "AHEAD": AHEAD} | shape.constants(tile)
-    selective_walk[shape.grid(tile, count)](*given, *shape.sizes(count), **constants)
-
-
-def pull(shape: Shape, count: int, *given: Tensor | None) -> None:
-    """`selective_pull`; where only states are wanted, no sums over channels, in the tiles of the walk."""
-    tile = shape.fitted(WALK if given[0] is None else PULL)
-    selective_pull[shape.grid(tile, count)](*given, *shape.sizes(count), T=MARKED, **shape.constants(tile))
+    c, direct, z = (None, None, None) if y is None else (given.c, given.direct, given.z)
+    selective_walk[shape.grid(way)](
+        given.x, given.delta, z, dy, given.rates, given.b, c, given.bias, direct, first, last, kept, y, steps, pulls,
+        marks, *shape.sizes(way.count), AHEAD=AHEAD, SHARED=SHARED, SOFTPLUS=given.softplus,
+        **shape.constants(way.tile, tokens),
+    )  # fmt: skip
 
 
 @operator("saccade::selective")
 def selective(
-    x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, before: Tensor, wide: bool = False
+    x: Tensor,
+    delta: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    before: Tensor,
+    bias: Tensor | None,
+    direct: Tensor | None,
+    z: Tensor | None,
+    softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shape = Shape.of(x, b)
-    count = shape.stretches(x.device)
-    gradients = trained(x, delta, a, b, c, before)
-    dtype = torch.float32 if wide else x.dtype
-    kind = shape.variant(x, delta, b, c, dtype), gradients
-    compile_abreast(kind, x.device, lambda: trial(gradients, x, delta, a, b, c, before, wide))
-    rates, before = turned(a), turned(before)
-    starts = states_before(shape, count, before, x, delta, rates, b)
-    y, ends = x.new_empty(x.shape, dtype=dtype), like_states(shape, count, x)
-    walk(shape, count, UNROLLED, x, delta, rates, b, c, starts, ends, None, y, None)
-    return y, turned(ends[:, -1]), starts if count > 1 else x.new_empty(0, dtype=torch.float32)
+    tensors = x, delta, a, b, c, before, bias, direct, z
+    shape, gradients = Shape.of(x, b), trained(*tensors)
+    given = Inputs(x, delta, turned(a), b, c, bias, direct, z, softplus)
+    compile_abreast((shape.variant(given), gradients), x.device, lambda: trial(gradients, *tensors, softplus))
+    way = shape.way(x.device)
+    starts = states_before(shape, way, turned(before), given)
+    y, ends = torch.empty_like(x), like_states(shape, way.count, x)
+    walk(shape, way, UNROLLED, given, first=starts, last=ends, y=y)
+    return y, turned(ends[:, -1]), starts if way.count > 1 else x.new_empty(0, dtype=torch.float32)
 
 
 @selective.register_fake
 def _(
-    x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, before: Tensor, wide: bool = False
+    x: Tensor,
+    delta: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    before: Tensor,
+    bias: Tensor | None,
+    direct: Tensor | None,
+    z: Tensor | None,
+    softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = Shape.of(x, b)
-    count = shape.stretches(x.device)
+    count = shape.way(x.device).count
     starts = like_states(shape, count, x) if count > 1 else x.new_empty(0, dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=torch.float32 if wide else x.dtype), torch.empty_like(before), starts
+    return torch.empty_like(x), torch.empty_like(before), starts
 
 
 @operator("saccade::selective_backward")
@@ -154,27 +225,45 @@ def selective_backward(
     b: Tensor,
     c: Tensor,
     before: Tensor,
+    bias: Tensor | None,
+    direct: Tensor | None,
+    z: Tensor | None,
+    softplus: bool,
     starts: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shape = Shape.of(x, b)
-    given = dy, dafter, x, delta, a, b, c, before, starts
-    compile_abreast((shape.variant(x, delta, b, c, dy.dtype), True), x.device, lambda: selective_backward(*given))
-    count = shape.stretches(x.device)
-    rates, pulled = turned(a), turned(dafter)
-    tiles = triton.cdiv(shape.length, MARKED)
-    marks = x.new_empty(shape.batch, tiles, shape.states, shape.width, dtype=torch.float32)
-    starts = starts if count > 1 else turned(before).unsqueeze(1)
-    walk(shape, count, MARKED, x, delta, rates, b, None, starts, None, None, None, marks)
-    if count > 1:
-        parts, kept = like_states(shape, count, x), like_states(shape, count, x)
-        pull(shape, count, None, delta, rates, None, c, dy, None, None, parts, kept, *[None] * 5)
-        pulled = joined(shape, count, parts, kept, pulled)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """In the order of the arguments of `selective`; empty for those that are None."""
+    shape, given = Shape.of(x, b), Inputs(x, delta, turned(a), b, c, bias, direct, z, softplus)
+    arguments = dy, dafter, x, delta, a, b, c, before, bias, direct, z, softplus, starts
+    compile_abreast((shape.variant(given), True), x.device, lambda: selective_backward(*arguments))
+    way, back = shape.way(x.device), shape.way_back(x.device)
+    starts = starts if way.count > 1 else turned(before).unsqueeze(1)
+
+    def single(*size: int) -> Tensor:
+        return x.new_empty(size, dtype=torch.float32)
+
+    marks = single(shape.batch, triton.cdiv(shape.length, MARKED), shape.states, shape.width)
+    steps = single(*x.shape) if softplus or bias is not None else None
+    dz, pulls = (None, None) if z is None else (torch.empty_like(z), single(*x.shape))
+    gated = None if z is None else dy
+    walk(shape, way, MARKED, given, first=starts, y=dz, dy=gated, steps=steps, pulls=pulls, marks=marks)
+    steps, pulls = delta if steps is None else steps, dy if pulls is None else pulls
+
+    pulled = pulled_after(shape, back, turned(dafter), given, steps, pulls)
     dx, ddelta = torch.empty_like(x), torch.empty_like(delta)
-    da, firsts = like_states(shape, count, x), like_states(shape, count, x)
-    db, dc = (x.new_empty(shape.blocks(shape.fitted(PULL)), *b.shape, dtype=torch.float32) for _ in range(2))
-    pull(shape, count, x, delta, rates, b, c, dy, marks, pulled, firsts, None, dx, ddelta, da, db, dc)
+    da, firsts = like_states(shape, back.count, x), like_states(shape, back.count, x)
+    db, dc = (single(shape.blocks(back.tile), *b.shape) for _ in range(2))
+    dbias, ddirect = (None if t is None else single(shape.batch, back.count, shape.width) for t in (bias, direct))
+    selective_pull[shape.grid(back)](
+        x, delta, steps, given.rates, b, c, bias, direct, pulls, marks, pulled, firsts, None, dx, ddelta, da, db, dc,
+        dbias, ddirect, *shape.sizes(back.count), SOFTPLUS=softplus, **shape.constants(back.tile, MARKED),
+    )  # fmt: skip
     db, dc = db.sum(0).to(b.dtype), dc.sum(0).to(c.dtype)
-    return dx, ddelta, turned(da.sum((0, 1))), db, dc, turned(firsts[:, -1])
+    dbias, ddirect = (
+        single(0) if t is None or parts is None else parts.sum((0, 1)).to(t.dtype)
+        for t, parts in ((bias, dbias), (direct, ddirect))
+    )
+    dz = single(0) if dz is None else dz
+    return dx, ddelta, turned(da.sum((0, 1))), db, dc, turned(firsts[:, -1]), dbias, ddirect, dz
 
 
 @selective_backward.register_fake
@@ -187,16 +276,21 @@ def _(
     b: Tensor,
     c: Tensor,
     before: Tensor,
+    bias: Tensor | None,
+    direct: Tensor | None,
+    z: Tensor | None,
+    softplus: bool,
     starts: Tensor,
 ) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(z) for z in (x, delta, a, b, c, before))
+    given = x, delta, a, b, c, before, bias, direct, z
+    return tuple(x.new_empty(0, dtype=torch.float32) if t is None else torch.empty_like(t) for t in given)
 
 
 def trial(gradients: bool, *given: Any) -> None:
     """All that a call launches, with results in the place of their gradients."""
     y, after, starts = selective(*given)
     if gradients:
-        selective_backward(y, after, *given[:-1], starts)
+        selective_backward(y, after, *given, starts)
 
 
 def turned(states: Tensor) -> Tensor:
@@ -208,15 +302,26 @@ def like_states(shape: Shape, count: int, x: Tensor) -> Tensor:
     return x.new_empty(shape.batch, count, shape.states, shape.width, dtype=torch.float32)
 
 
-def states_before(
-    shape: Shape, count: int, before: Tensor, x: Tensor, delta: Tensor, rates: Tensor, b: Tensor
-) -> Tensor:
-    """(batch, stretches, S, channels): the state before each; before and rates turned likewise."""
-    if count == 1:
+def states_before(shape: Shape, way: Way, before: Tensor, given: Inputs) -> Tensor:
+    """(batch, stretches, S, channels): the state before each; before turned likewise."""
+    if way.count == 1:
         return before
-    parts, kept = like_states(shape, count, x), like_states(shape, count, x)
-    walk(shape, count, UNROLLED, x, delta, rates, b, None, None, parts, kept, None, None)
-    return joined(shape, count, parts, kept, before)
+    parts, kept = (like_states(shape, way.count, before) for _ in range(2))
+    walk(shape, way, UNROLLED, given, first=None, last=parts, kept=kept)
+    return joined(shape, way.count, parts, kept, before)
+
+
+def pulled_after(shape: Shape, way: Way, after: Tensor, given: Inputs, steps: Tensor, pulls: Tensor) -> Tensor:
+    """The same for gradients: without sums over channels, so in the tile of a walk."""
+    if way.count == 1:
+        return after
+    parts, kept = (like_states(shape, way.count, after) for _ in range(2))
+    tile = shape.fitted(WALK)
+    selective_pull[shape.grid(Way(tile, way.count))](
+        None, None, steps, given.rates, None, given.c, None, None, pulls, None, None, parts, kept, *[None] * 7,
+        *shape.sizes(way.count), SOFTPLUS=False, **shape.constants(tile, MARKED),
+    )  # fmt: skip
+    return joined(shape, way.count, parts, kept, after)
 
 
 def joined(shape: Shape, count: int, parts: Tensor, kept: Tensor, before: Tensor) -> Tensor:
@@ -229,11 +334,14 @@ def joined(shape: Shape, count: int, parts: Tensor, kept: Tensor, before: Tensor
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:-1], output[2])
+    *tensors, ctx.softplus = inputs
+    ctx.save_for_backward(*tensors, output[2])
 
 
 def _gradients(ctx: Any, dy: Tensor, dafter: Tensor, _: Tensor) -> tuple[Any, ...]:
-    return *selective_backward(dy.contiguous(), dafter.contiguous(), *ctx.saved_tensors), None
+    *given, starts = ctx.saved_tensors
+    found = selective_backward(dy.contiguous(), dafter.contiguous(), *given, ctx.softplus, starts)
+    return *(None if t is None else dt for t, dt in zip(given, found, strict=True)), None
 
 
 selective.register_autograd(_gradients, setup_context=_save)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from saccade.scan.kernels.selective import softplus
 from saccade.scan.kernels.tiles import place
 
 TOGETHER = tl.constexpr(8)  # queries of one memory that registers have room for
@@ -320,17 +321,6 @@ def delta_step(
 
 
 @triton.jit
-def log1p(x):
-    """For x in [0, 1], as 2 atanh(x / (2 + x)): the logarithm of a GPU has no digits where x is small."""
-    s = x / (2.0 + x)
-    square = s * s
-    series = square * 0.0 + 1.0 / 15
-    for term in tl.static_range(6, -1, -1):
-        series = series * square + 1.0 / (2 * term + 1)
-    return 2.0 * s * series
-
-
-@triton.jit
 def selective_step(
     x, delta, bias, a, b, c, direct, z, before, after, y, old, grown, width, channels_a_group, stride_x, stride_delta,
     stride_z, stride_b, stride_c,
@@ -376,7 +366,7 @@ def selective_step(
     if z is not None:
         gate += tl.load(z + batch * stride_z + channel, mask=there, other=0.0).to(tl.float32)
     if SOFTPLUS:
-        step = tl.maximum(step, 0.0) + log1p(tl.exp(-tl.abs(step)))
+        step = softplus(step)
     way = step[:, None] * rate
     if before is not None:
         h *= tl.exp(way)
