@@ -179,13 +179,11 @@ class StateSpace:
         return TOKENS * (2 * forward + results if backward else forward)
 
     def ours(self, backend: str = "triton") -> Scan:
-        """Linear attention: queries C, keys B, values dt x, a decay a token and head. Heads before tokens, as views."""
+        """Linear attention: queries C, keys B, values x, their strength dt, a decay a token and head, all as views."""
 
         def call(c: Tensor, b: Tensor, x: Tensor, steps: Tensor, rates: Tensor) -> Tensor:
-            q, k = (z.transpose(1, 2).expand(-1, x.shape[2], -1, -1) for z in (c, b))
-            v = (x * steps.unsqueeze(-1)).to(x.dtype).transpose(1, 2)
-            decay = (steps * rates).transpose(1, 2)
-            o = linear_attention(q, k, v, log_decay=decay, backend=backend)
+            q, k, v, strength, decay = (z.transpose(1, 2) for z in (c, b, x, steps, steps * rates))
+            o = linear_attention(q, k, v, strength=strength, log_decay=decay, backend=backend)
             assert isinstance(o, Tensor)
             return o.transpose(1, 2)
 

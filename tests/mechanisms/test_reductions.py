@@ -29,8 +29,9 @@ def ssd(wrong=False):
         keep = (delta[:, :, t] * a).exp()[..., None, None]
         h = keep * h + b[:, :, t, :, None] * (delta[:, :, t, None] * x[:, :, t])[:, :, None]
         rows.append((c[:, :, t, None] @ h)[:, :, 0])
-    scaled = x if wrong else delta[..., None] * x
-    return linear_attention(c, b.expand(-1, H, -1, -1), scaled, log_decay=delta * a[:, None]), torch.stack(rows, 2)
+    strength = None if wrong else delta
+    y = linear_attention(c, b, x, strength=strength, log_decay=delta * a[:, None])
+    return y, torch.stack(rows, 2)
 
 
 def hgrn2(wrong=False):

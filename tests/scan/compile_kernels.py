@@ -28,15 +28,15 @@ def main(dtype: torch.dtype) -> None:
     steps(dtype)
     selective(dtype)
     delta(dtype)
-    for gate in range(3):
+    for gate, strong in ((0, False), (1, False), (1, True), (2, False)):
         for mass in (False, True):
-            q, k = (torch.zeros(1, 2, TOKENS, D, dtype=dtype) for _ in range(2))
+            q, k = (torch.zeros(1, 1 if strong else 2, TOKENS, D, dtype=dtype) for _ in range(2))
             v = torch.zeros(1, 2, TOKENS, DV, dtype=dtype)
             g = [None, torch.zeros(1, 2, TOKENS), torch.zeros(1, 2, TOKENS, D)][gate]
             cu = torch.tensor([0, 40, TOKENS], dtype=torch.int32) if mass else None
             memory = torch.zeros(1 + mass, 2, D, DV)
             sums = torch.zeros(1 + mass, 2, D) if mass else None
-            problem = Launch(q, k, v, g, cu, 0.5, mass)
+            problem = Launch(q, k, v, g, cu, 0.5, mass, g if strong else None)
             o, found, after, after_sums, starts, start_sums = problem.forward(memory, sums, dtype)
             given = (found, after, after_sums) if mass else (None, after, None)
             problem.backward(o, *given, memory, sums, starts, start_sums)

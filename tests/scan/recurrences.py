@@ -14,6 +14,13 @@ def draw(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+def draw_strength(heads, tokens, batch=2, seed=11):
+    """Of either sign, and some of them 0."""
+    found = draw(batch, heads, tokens, seed=seed)
+    found[:, :, 2::5] = 0.0
+    return found
+
+
 def draw_gate(kind, heads, tokens, dim, batch=2, seed=7):
     """Decays from hardly any to nearly all."""
     shape = {
@@ -52,6 +59,24 @@ def linear(q, k, v, g=None, memory=None):
         s = torch.einsum("bhd,bhde->bhde", g[:, :, t].exp(), s) + torch.einsum("bhd,bhe->bhde", k[:, :, t], v[:, :, t])
         rows.append(torch.einsum("bhd,bhde->bhe", q[:, :, t], s))
     return torch.stack(rows, 2), s
+
+
+def valued(recurrence):
+    """A recurrence of values with more heads than keys: head h of them goes with head h // (Hv // Hkv) of those."""
+
+    def call(q, k, v, *rest):
+        return recurrence(per_head(q, v.shape[1]), per_head(k, v.shape[1]), v, *rest)
+
+    return call
+
+
+def strong(recurrence):
+    """A recurrence whose last argument is how much each token writes: it is a factor of the key."""
+
+    def call(q, k, v, g, memory, strength):
+        return recurrence(q, k * strength.unsqueeze(-1), v, g, memory)
+
+    return call
 
 
 def delta(q, k, v, beta, g=None, memory=None):

@@ -15,7 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from recurrences import GATES, differentiate, draw, draw_gate, linear, per_head, verify
+from recurrences import (
+    GATES,
+    differentiate,
+    draw,
+    draw_gate,
+    draw_strength,
+    linear,
+    per_head,
+    strong,
+    valued,
+    verify,
+)
 
 from saccade.scan import kernels
 from saccade.scan.kernels import abreast, launch, ops, tiles
@@ -49,14 +60,12 @@ def inputs(heads=2, groups=1, tokens=TOKENS, dim=D, dv=DV, batch=1):
 
 
 def fast(**options):
-    """q, k, v, g, memory -> (o, last memory a query head)."""
+    """q, k, v, g, memory and, if any, strength -> (o, last memory a query head)."""
 
-    def call(q, k, v, g, memory):
-        state = None if memory is None else State(memory.float())
-        o, after = linear_attention(
-            q, k, v, log_decay=g, state=state, return_state=True, backend="triton", scale=SCALE, **options
-        )
-        return o, per_head(after.memory, q.shape[1])
+    def call(q, k, v, g, memory, strength=None):
+        given = {"log_decay": g, "strength": strength, "state": None if memory is None else State(memory.float())}
+        o, after = linear_attention(q, k, v, **given, return_state=True, backend="triton", scale=SCALE, **options)
+        return o, per_head(after.memory, o.shape[1])
 
     return call
 
@@ -119,6 +128,180 @@ def test_products_of_a_wide_state_are_apart(gate, monkeypatch):
     if gate != "none":
         given[3][:, :, 20:30] *= 50
     verify(fast(), plain(), given, terms=products(gate, TOKENS, 130) * 64, dtypes=WIDE)
+
+
+def strengths(given, positive=False):
+    """A problem with one more argument: how much each token writes."""
+    found = draw_strength(given[1].shape[1], given[1].shape[2], given[1].shape[0])
+    return [*given, found.abs() + 0.5 if positive else found]
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate_heads", ["key", "query"])
+def test_strengths(gate, gate_heads):
+    given = strengths(problem(gate, gate_heads, batch=2))
+    verify(fast(), strong(plain()), given, terms=products(gate, TOKENS, D), dtypes=WIDE)
+
+
+@pytest.mark.parametrize("gate", ["constant", "scalar"])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("steep", [False, True])
+def test_strengths_of_pairs_in_one_product(gate, count, steep, monkeypatch):
+    """Also of chunks whose pairs have an exponential each, and of gradients in stretches."""
+    monkeypatch.setattr(launch.Launch, "exact", False)
+    monkeypatch.setattr(launch.Launch, "stretches_back", count)
+    monkeypatch.setattr(launch.Launch, "stretches", count)
+    monkeypatch.setattr(launch, "ANCHORED", 32)
+    given = strengths(problem(gate, dim=5, dv=3, tokens=70))
+    if steep:
+        given[3] = given[3] * 50
+    verify(fast(), strong(plain()), given, terms=products(gate, 70, 5) * 64, dtypes=WIDE)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("normalizer", [Sum(eps=0.5), MeanShift()])
+@pytest.mark.parametrize("gate", ["none", "scalar"])
+def test_strengths_weigh_sums_of_keys(gate, normalizer, exact, monkeypatch):
+    """In all that a normalizer divides by: a token's number too."""
+    monkeypatch.setattr(launch.Launch, "exact", exact)
+    monkeypatch.setattr(launch, "ANCHORED", 16)
+    q, k, v, g, _ = problem(gate, dim=5, dv=3)
+    given = strengths([q.exp(), k.exp(), v, g, None], positive=True)
+
+    def call(backend):
+        def run(q, k, v, g, memory, strength):
+            options = {"log_decay": g, "strength": strength, "normalizer": normalizer, "backend": backend}
+            o, after = linear_attention(q, k, v, **options, return_state=True)
+            return o, after.memory
+
+        return run
+
+    verify(call("triton"), call("reference"), given, terms=TOKENS * 5 * 64, dtypes=WIDE)
+
+
+@pytest.mark.parametrize("gate", ["none", "scalar", "vector"])
+def test_packed_strengths(gate):
+    q, k, v, g, _ = problem(gate, tokens=40, dim=5, dv=3)
+    given = strengths([q, k, v, g, draw(4, 1, 5, 3, seed=9)])
+
+    def packed(q, k, v, g, memory, strength):
+        cu = torch.tensor([0, 3, 20, 21, 40], dtype=torch.int32)
+        options = {"log_decay": g, "strength": strength, "cu_seqlens": cu, "state": State(memory)}
+        o, after = linear_attention(q, k, v, **options, return_state=True)
+        return o, after.memory
+
+    def ours(*given):
+        return packed_with("triton", packed, *given)
+
+    def theirs(*given):
+        return packed_with("reference", packed, *given)
+
+    verify(ours, theirs, given, terms=products(gate, 40, 5), dtypes=WIDE)
+
+
+@pytest.mark.parametrize("gate", ["constant", "scalar"])
+def test_strengths_in_half_precision(gate):
+    given = strengths(problem(gate, tokens=33, dim=5, dv=3, memory=False))
+    verify(fast(), strong(plain()), given, terms=products(gate, 33, 5), dtypes=(torch.float16,))
+
+
+def test_small_strengths_of_large_values_in_half_precision(monkeypatch):
+    """The gradient of a key without its strength may be more than float16 holds."""
+    *given, strength = strengths(problem("scalar", tokens=33, dim=5, dv=3, memory=False))
+    given[2] = given[2] * 1e4
+
+    def gradient_is_finite():
+        return differentiate(fast(), [*given, strength * 1e-3], torch.float16)[1][1].isfinite().all()
+
+    assert gradient_is_finite()
+    token_gradients = launch.Launch.token_gradients
+    monkeypatch.setattr(
+        launch.Launch,
+        "token_gradients",
+        lambda self, cuts, anchors, dq, dk: token_gradients(self, cuts, anchors, dq, dk.half()),
+    )
+    assert not gradient_is_finite()
+
+
+@pytest.mark.parametrize(("lost", "found"), [(0, "output 0"), (1, "gradient 0"), (2, "gradient 2")])
+def test_a_walk_without_strengths_is_caught(lost, found, monkeypatch):
+    """For each of o, dq and dv, in that order."""
+    walk, strong_ones = launch.Launch.walk, itertools.count()
+
+    def forgetful(self, *given, strength=None, **options):
+        forgets = strength is not None and next(strong_ones) == lost
+        walk(self, *given, strength=None if forgets else strength, **options)
+
+    monkeypatch.setattr(launch.Launch, "walk", forgetful)
+    check_is_off(strengths(problem("scalar", dim=5, dv=3)), strong(plain()), found)
+
+
+def check_is_off(given, truth, found):
+    """One of the results, by its name, of all that `verify` compares."""
+    kind, at = found.split()
+    exact, ours = differentiate(truth, given, torch.float64), differentiate(fast(), given, torch.float32)
+    t, a = (results[kind == "gradient"][int(at)] for results in (exact, ours))
+    with pytest.raises(AssertionError, match=found):
+        assert_close(a, t, t.float(), terms=TOKENS * 5, name=found)
+
+
+def many_valued(gate, q_heads=2, tokens=TOKENS, dim=D, dv=DV, batch=1):
+    """Heads of values that share queries and keys, or keys alone, with strengths."""
+    shapes = ((q_heads, dim), (2, dim), (6, dv))
+    tensors = [draw(batch, h, tokens, d, seed=i) for i, (h, d) in enumerate(shapes)]
+    memory = draw(batch, 6, dim, dv, seed=9)
+    return [*tensors, draw_gate(gate, 6, tokens, dim, batch), memory, draw_strength(6, tokens, batch)]
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("q_heads", [2, 6])
+@pytest.mark.parametrize("exact", [True, False])
+def test_values_of_more_heads_than_keys(gate, q_heads, exact, monkeypatch):
+    monkeypatch.setattr(launch.Launch, "exact", exact)
+    monkeypatch.setattr(launch, "ANCHORED", 16)
+    given = many_valued(gate, q_heads, dim=5, dv=3, batch=2)
+    verify(fast(), valued(strong(plain())), given, terms=products(gate, TOKENS, 5) * 64, dtypes=WIDE)
+
+
+@pytest.mark.parametrize("q_heads", [2, 6])
+@pytest.mark.parametrize("count", [1, 3])
+def test_values_of_more_heads_in_stretches(q_heads, count, monkeypatch):
+    """With a normalizer, packed."""
+    monkeypatch.setattr(launch.Launch, "stretches", count)
+    monkeypatch.setattr(launch.Launch, "stretches_back", count)
+    q, k, v, g, _, strength = many_valued("scalar", q_heads, tokens=40, dim=5, dv=3)
+    memory = draw(3, 6, 5, 4, seed=9).exp()
+
+    def packed(q, k, v, g, memory, strength):
+        cu = torch.tensor([0, 3, 21, 40], dtype=torch.int32)
+        options = {"log_decay": g, "strength": strength, "cu_seqlens": cu, "state": State(memory)}
+        o, after = linear_attention(q.exp(), k.exp(), v, **options, normalizer="sum", return_state=True)
+        return o, after.memory
+
+    def ours(*given):
+        return packed_with("triton", packed, *given)
+
+    def theirs(*given):
+        return packed_with("reference", packed, *given)
+
+    verify(ours, theirs, [q, k, v, g, memory, strength.abs() + 0.5], terms=40 * 5, dtypes=WIDE)
+
+
+@pytest.mark.parametrize(("left_out", "found"), [(2, "gradient 0"), (3, "gradient 1"), (3, "gradient 5")])
+def test_a_head_without_its_share_is_caught(left_out, found, monkeypatch):
+    """Of the gradients of q and k, which heads share, and of the strength: what one head gives is left out."""
+    flows = launch.head_flows
+
+    class Forgetful:
+        def __getitem__(self, grid):
+            def run(*given, **options):
+                given[left_out].x[:, 1] = 0
+                flows[grid](*given, **options)
+
+            return run
+
+    monkeypatch.setattr(launch, "head_flows", Forgetful())
+    check_is_off(many_valued("scalar", dim=5, dv=3), valued(strong(plain())), found)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as the twin overflows
@@ -410,9 +593,14 @@ def test_operator_is_well_formed():
     q, k, v, g, memory = (x.float().requires_grad_() for x in problem("vector", dim=5, dv=3))
     sums, cu = draw(2, 1, 5, dtype=torch.float32), torch.tensor([0, 9, TOKENS], dtype=torch.int32)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    gates, strength = (x.float().requires_grad_() for x in (g.detach()[..., 0], draw_strength(1, TOKENS, 1)))
+    *tensors, before, factors = (x.float().requires_grad_() for x in many_valued("scalar", dim=5, dv=3))
+    shared = (*tensors, factors, before)
     for given in (
-        (q, k, v, None, memory, None, None, SCALE, False, False),
-        (q, k, v, g, memory.repeat(2, 1, 1, 1), sums, cu, SCALE, True, True),
+        (q, k, v, None, None, memory, None, None, SCALE, False, False),
+        (q, k, v, g, None, memory.repeat(2, 1, 1, 1), sums, cu, SCALE, True, True),
+        (q, k, v, gates, strength, memory, None, None, SCALE, False, False),
+        (*shared, None, None, SCALE, False, False),
     ):
         torch.library.opcheck(ops.linear_scan.overload, given, test_utils=checks)
 
@@ -492,9 +680,9 @@ def test_the_compiler_takes_every_variant(dtype):
     done = subprocess.run([sys.executable, script, dtype], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("compiled late: []") == 2
-    # Walks for o, dq, dk and dv and those before for two of them, without and with a normalizer, and for a decay a
-    # channel in both ways of splitting it, but for float32.
-    assert done.stdout.count("scan_walk") == 6 * 2 * (3 if dtype == "float32" else 4)
+    # Walks for o, dq, dk and dv and those before for two of them, without and with a normalizer, for a decay a token
+    # without and with strengths, and for a decay a channel in both ways of splitting it, but for float32.
+    assert done.stdout.count("scan_walk") == 6 * 2 * (4 if dtype == "float32" else 5)
 
 
 # On a GPU: the compiled kernels, in every dtype. Compilers of some versions are known to miscompile backward kernels
@@ -518,6 +706,32 @@ def test_compiled(gate, dim, dv, dtype):
     given = problem(gate, "query", heads=4, groups=2, tokens=301, dim=dim, dv=dv, batch=2)
     given[0], given[1] = given[0] / dim**0.5, given[1] / dim**0.5
     verify(on_gpu(fast()), on_gpu(plain()), given, terms=products(gate, 301, dim), dtypes=(dtype,))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(("dim", "dv"), [*WIDTHS, (128, 64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_compiled_strengths(gate, dim, dv, dtype):
+    for steep in (1, 50)[: 1 + (gate == "scalar")]:
+        given = strengths(problem(gate, "query", heads=4, groups=2, tokens=301, dim=dim, dv=dv, batch=2))
+        given[0], given[1] = given[0] / dim**0.5, given[1] / dim**0.5
+        if gate != "none":
+            given[3] = given[3] * steep
+        terms = products(gate, 301, dim)
+        verify(on_gpu(fast()), on_gpu(strong(plain())), given, terms=terms, dtypes=(dtype,))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("q_heads", [2, 6])
+@pytest.mark.parametrize(("dim", "dv"), [(128, 64), (64, 64), (20, 17), (256, 256)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_compiled_values_of_more_heads_than_keys(gate, q_heads, dim, dv, dtype):
+    given = many_valued(gate, q_heads, tokens=301, dim=dim, dv=dv, batch=2)
+    given[0], given[1] = given[0] / dim**0.5, given[1] / dim**0.5
+    ours, theirs = on_gpu(fast()), on_gpu(valued(strong(plain())))
+    verify(ours, theirs, given, terms=products(gate, 301, dim), dtypes=(dtype,))
 
 
 @pytest.mark.gpu

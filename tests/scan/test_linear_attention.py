@@ -9,7 +9,19 @@ import math
 
 import pytest
 import torch
-from recurrences import GATES, HEADS, differentiate, draw, draw_gate, linear, per_head, verify
+from recurrences import (
+    GATES,
+    HEADS,
+    differentiate,
+    draw,
+    draw_gate,
+    draw_strength,
+    linear,
+    per_head,
+    strong,
+    valued,
+    verify,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saccade.scan import chunks, decays, features, normalizers
@@ -36,12 +48,13 @@ def close(a, b, terms=100, scale=0.0):
 
 
 def fast(**options):
-    """q, k, v, g, memory -> (o, last memory a query head)."""
+    """q, k, v, g, memory and, if any, strength -> (o, last memory a query head)."""
 
-    def call(q, k, v, g, memory):
+    def call(q, k, v, g, memory, strength=None):
         state = None if memory is None else State(memory.to(torch.promote_types(memory.dtype, torch.float32)))
-        o, after = linear_attention(q, k, v, log_decay=g, state=state, return_state=True, **options)
-        return o, per_head(after.memory, q.shape[1])
+        given = {"log_decay": g, "strength": strength, "state": state}
+        o, after = linear_attention(q, k, v, **given, return_state=True, **options)
+        return o, per_head(after.memory, o.shape[1])
 
     return call
 
@@ -234,6 +247,170 @@ def test_gradcheck(gate, normalizer):
         return (o, state.memory) if state.transition is None else (o, state.memory, state.transition)
 
     assert torch.autograd.gradcheck(function, (q, k, v, *leaves), fast_mode=True)
+
+
+# How much a token writes.
+
+
+@pytest.mark.parametrize(("heads", "groups"), HEADS)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate_heads", ["key", "query"])
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_strengths_are_the_recurrence(heads, groups, gate, gate_heads, backend):
+    tokens, kept = 19, groups if gate_heads == "key" or gate == "none" else heads
+    g, memory = draw_gate(gate, kept, tokens, D), draw(2, kept, D, DV, seed=9)
+    given = [*inputs(heads, groups, tokens), g, memory, draw_strength(groups, tokens)]
+    verify(fast(chunk=8, backend=backend), strong(linear), given, terms=tokens * D)
+
+
+def late_strength(q, k, v, g, memory, strength):
+    """A twin whose strengths are those of the token before."""
+    return fast(chunk=8)(q, k, v, g, memory, strength.roll(1, -1))
+
+
+def unsigned(q, k, v, g, memory, strength):
+    """A twin that takes strengths for positive."""
+    return fast(chunk=8)(q, k, v, g, memory, strength.abs())
+
+
+def other_head(q, k, v, g, memory, strength):
+    """A twin that gives a token the strength of another head."""
+    return fast(chunk=8)(q, k, v, g, memory, strength.flip(1))
+
+
+@pytest.mark.parametrize("twin", [late_strength, unsigned, other_head])
+def test_wrong_strengths_are_caught(twin):
+    given = [*inputs(4, 2, 19), draw_gate("scalar", 2, 19, D), draw(2, 2, D, DV, seed=9), draw_strength(2, 19)]
+    with pytest.raises(AssertionError, match=r"output 0 in torch\.float64"):
+        verify(twin, strong(linear), given, terms=19 * D)
+
+
+TIMES = [2, 1, 0, 3, 1]
+
+
+@pytest.mark.parametrize("normalizer", [None, *POLICIES])
+@pytest.mark.parametrize("mode", ["global", "causal", "packed"])
+def test_a_strength_is_how_often_a_token_is_there(normalizer, mode):
+    """Once more is as one more, in all that a normalizer divides by."""
+    q, k, v = (x.exp() for x in inputs(4, 2, len(TIMES), batch=1))
+    options = {"normalizer": normalizer, "return_state": True, "causal": mode != "global"}
+    times = torch.tensor(TIMES)
+    cu = [None, None] if mode != "packed" else [torch.tensor([0, 2, n]).int() for n in (5, 7)]
+    if mode == "packed":
+        cu[1][1] = 3
+    many = [x.repeat_interleave(times, 2) for x in ((q, k, v) if mode != "global" else (k, v))]
+    whole, after = linear_attention(*(many if mode != "global" else [q, *many]), cu_seqlens=cu[1], **options)
+    o, left = linear_attention(q, k, v, strength=times.double().expand(1, 2, -1), cu_seqlens=cu[0], **options)
+    present = times > 0
+    last = torch.arange(5) if mode == "global" else times.cumsum(0) - 1
+    close(o[:, :, present], whole[:, :, last[present]])
+    close(left.memory, after.memory)
+
+
+def weighing_values_alone(q, k, v, strength, **options):
+    """A twin whose sums of keys know no strength."""
+    return linear_attention(q, k, v * strength.unsqueeze(-1), **options)
+
+
+def test_a_sum_of_keys_without_strengths_is_caught():
+    q, k, v = (x.exp() for x in inputs())
+    strength = draw_strength(2, 37).abs() + 1
+    whole = linear_attention(q, k * strength.unsqueeze(-1), v, normalizer="sum")
+    close(linear_attention(q, k, v, strength=strength, normalizer="sum"), whole)
+    with pytest.raises(AssertionError, match="max error"):
+        close(weighing_values_alone(q, k, v, strength, normalizer="sum"), whole)
+
+
+@pytest.mark.parametrize(("gate", "normalizer"), COUNTED)
+def test_strengths_go_with_their_tokens(gate, normalizer):
+    """Token by token, in two parts and in packed sequences as at once."""
+    tokens = 13
+    q, k, v = (x.exp() for x in inputs(4, 2, tokens, batch=1))
+    g, strength = draw_gate(gate, 4, tokens, D, batch=1), draw_strength(2, tokens, batch=1).abs() + 0.5
+
+    def part(start, stop, state=None, **options):
+        some = g if g is None or g.ndim == 1 else g[:, :, start:stop]
+        given = {"log_decay": some, "strength": strength[:, :, start:stop], "normalizer": normalizer, "chunk": 4}
+        tensors = (x[:, :, start:stop] for x in (q, k, v))
+        return linear_attention(*tensors, **given, state=state, return_state=True, **options)
+
+    whole, after = part(0, tokens)
+    (first, a), (second, b) = part(0, 6), part(6, tokens)
+    compare_states(a.compose(b), after, tokens * D)
+    packed, _ = part(0, tokens, cu_seqlens=torch.tensor([0, 6, tokens]).int())
+    assert torch.equal(packed, torch.cat([first, second], 2))
+    state, rows = None, []
+    for t in range(tokens):
+        o, state = part(t, t + 1, state)
+        rows.append(o)
+    shifted = normalizer == "mean_shift"
+    scale = cancelled(MeanShift(), q, k * strength.unsqueeze(-1), v) if shifted else 0.0
+    close(torch.cat(rows, 2), whole, tokens * D, scale)
+    compare_states(state, after, tokens * D)
+
+
+def test_strengths_of_logarithmic_features():
+    q, k, v = inputs(4, 2, 19)
+    strength = draw_strength(2, 19).abs()  # sums that cancel would lose digits either way
+    for causal in (True, False):
+        plain = linear_attention(q.exp(), k.exp(), v, strength=strength, normalizer=Clamp(), causal=causal)
+        o = linear_attention(q, k, v, strength=strength, feature_map="exp", normalizer=Clamp(), causal=causal, chunk=8)
+        close(o, plain, 19 * D)
+
+
+# More heads of values than of keys.
+
+
+def many_valued(q_heads=2, tokens=19, batch=2):
+    q, k, v = (draw(batch, h, tokens, d, seed=i) for i, (h, d) in enumerate(((q_heads, D), (2, D), (4, DV))))
+    return q, k, v
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("q_heads", [2, 4])
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_values_of_more_heads_than_keys(gate, q_heads, backend):
+    given = [*many_valued(q_heads), draw_gate(gate, 4, 19, D), draw(2, 4, D, DV, seed=9), draw_strength(4, 19)]
+    verify(fast(chunk=8, backend=backend), valued(strong(linear)), given, terms=19 * D)
+
+
+def alternating(q, k, v, g, memory, strength):
+    """A twin that gives head h of the values head h % Hkv of queries and keys."""
+    order = [0, 2, 1, 3]
+    o, last = fast(chunk=8)(q, k, v[:, order], g[:, order], memory[:, order], strength[:, order])
+    return o[:, order], last[:, order]
+
+
+def test_values_of_other_heads_are_caught():
+    given = [*many_valued(), draw_gate("scalar", 4, 19, D), draw(2, 4, D, DV, seed=9), draw_strength(4, 19)]
+    with pytest.raises(AssertionError, match=r"output 0 in torch\.float64"):
+        verify(alternating, valued(strong(linear)), given, terms=19 * D)
+
+
+@pytest.mark.parametrize("q_heads", [2, 4])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"normalizer": "mean_shift"},
+        {"normalizer": "sum", "feature_map": "exp"},
+        {"causal": False, "normalizer": "mean_shift"},
+        {"cu_seqlens": torch.tensor([0, 5, 19]).int(), "normalizer": "sum", "feature_map": "elu1"},
+    ],
+)
+def test_more_heads_of_values_are_heads_of_keys_repeated(q_heads, options):
+    q, k, v = many_valued(q_heads, batch=1)
+    few = linear_attention(q, k, v, return_state=True, chunk=8, **options)
+    many = linear_attention(per_head(q, 4), per_head(k, 4), v, return_state=True, chunk=8, **options)
+    assert torch.equal(few[0], many[0])
+    assert torch.equal(few[1].memory, many[1].memory)
+    last = [
+        linear_attention(*(x[:, :, :1] for x in y), normalizer="sum") for y in ((q, k, v), map(per_four, (q, k, v)))
+    ]
+    assert torch.equal(*last)
+
+
+def per_four(x):
+    return per_head(x, 4)
 
 
 # What a query reads from all keys at once.
@@ -693,6 +870,12 @@ ERRORS = [
     ({"log_decay": torch.zeros(2), "causal": False}, ValueError, "log_decay: got one with causal=False"),
     ({"log_decay": 0.5}, TypeError, "log_decay: got float"),
     ({"log_decay": torch.zeros(2).long()}, TypeError, "log_decay: got torch.int64"),
+    ({"v": draw(2, 3, 7, DV)}, ValueError, "v: got 3 heads beside q's 4 and k's 2; more than k's must be a multiple"),
+    ({"v": draw(2, 8, 7, DV)}, ValueError, "v: got 8 heads beside q's 4 and k's 2; .* q needs as many as k or as v"),
+    ({"v": draw(2, 4, 6, DV)}, ValueError, r"v: got \(heads, tokens\)"),
+    ({"strength": 0.5}, TypeError, "strength: got float; pass a floating-point tensor"),
+    ({"strength": torch.ones(2, 2, 7).long()}, TypeError, "strength: got torch.int64"),
+    ({"strength": torch.ones(2, 4, 7)}, ValueError, r"strength: got shape \(2, 4, 7\); pass .*\(2, 2, 7\)"),
     ({"log_decay": torch.zeros(3)}, ValueError, r"log_decay: got shape \(3,\); pass \(heads,\), \(2, heads, 7\)"),
     ({"log_decay": torch.zeros(2, 2, 7, 1)}, ValueError, r"log_decay: got shape \(2, 2, 7, 1\).* with 2 or 4 heads"),
     (

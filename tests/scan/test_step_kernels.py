@@ -141,6 +141,19 @@ def test_linear_is_the_recurrence(gate, gate_heads, memory):
 
 
 @pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("value", [0.0, -1.5])
+@pytest.mark.usefixtures("narrow")
+def test_strengths_are_factors_of_keys(gate, value):
+    def strong(q, k, v, g, memory):
+        return linear_step(q, k, v, g, memory, strength=torch.full_like(k[..., 0], value))
+
+    def plain(q, k, v, g, memory):
+        return linear_plain(q, k * value, v, g, memory)
+
+    verify(strong, plain, linear_problem(gate), torch.float32, terms=20)
+
+
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize(("beta_heads", "gate_heads"), PER_HEAD)
 @pytest.mark.parametrize("memory", [True, False])
 @pytest.mark.usefixtures("narrow")

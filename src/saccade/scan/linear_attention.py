@@ -26,6 +26,7 @@ def linear_attention(
     v: Tensor,
     *,
     log_decay: Tensor | None = None,
+    strength: Tensor | None = None,
     feature_map: str | Map | tuple[Map, Map] | LogFeatures | None = None,
     normalizer: str | Normalizer | None = None,
     causal: bool = True,
@@ -38,14 +39,18 @@ def linear_attention(
 ) -> Tensor | tuple[Tensor, State]:
     """Attention by a memory that every key is added to and every query reads.
 
-        S_t = exp(g_t) S_(t-1) + phi(k_t) v_t^T,   o_t = scale phi(q_t)^T S_t        (causal)
-        S = sum_j phi(k_j) v_j^T,                  o_i = scale phi(q_i)^T S          (not causal)
+        S_t = exp(g_t) S_(t-1) + s_t phi(k_t) v_t^T,   o_t = scale phi(q_t)^T S_t        (causal)
+        S = sum_j s_j phi(k_j) v_j^T,                  o_i = scale phi(q_i)^T S          (not causal)
 
     q (B, H, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv) -> o (B, H, N, Dv) in q's dtype; causal needs M = N. Query head
-    h reads key head h // (H // Hkv). arXiv 2006.16236 (no decay), 2307.08621 (constant), 2312.06635 (vector gate).
+    h reads key head h // (H // Hkv). arXiv 2006.16236 (no decay), 2307.08621 (constant), 2312.06635 (vector gate),
+    2405.21060 (Mamba-2: q = C, k = B, v = x, s = Delta, g = Delta A). v may have more heads than k, a multiple; then q
+    has as many as k or as v, every head of v its own memory, and Hkv below is the number of those.
 
     log_decay: g <= 0, down to -inf (forget everything); (heads,) constant, (B, heads, N), or (B, heads, N, F) with one
         decay a channel of phi(k); heads is Hkv or H, and H costs one memory a query head (default None: none).
+    strength: s (B, Hkv, M), of any sign: how much a token writes (default None: 1). It weighs all that the token adds,
+        also to the sum and the number of keys that a normalizer divides by: 2 is as the key twice, 0 as none.
     feature_map: phi: a callable, a pair (queries, keys), a `LogFeatures`, or a name from `features.FEATURE_MAPS`
         (default None: the identity). It sees float32, or float64 for float64.
     normalizer: a `Normalizer` or its name (default None: o as above).
@@ -75,7 +80,7 @@ def linear_attention(
     >>> o.flatten().tolist()
     [1.0, 2.0, 3.0]
     """
-    check_qkv(q, k, v)
+    _check_heads(q, k, v)
     positive("chunk", chunk)
     known("backend", backend, BACKENDS)
     phi, policy = feature_map_of(feature_map), normalizer_of(normalizer)
@@ -87,6 +92,8 @@ def linear_attention(
     if log_decay is not None and not causal:
         raise ValueError("log_decay: got one with causal=False; a decay needs an order in time, so drop one of the two")
     _check_policy(policy, phi, log_decay)
+    if strength is not None:
+        _check_strength(strength, (v.shape[0], v.shape[1], v.shape[2]))
     if cu_seqlens is not None:
         if q.shape[2] != k.shape[2]:
             raise ValueError(f"cu_seqlens: got q with {q.shape[2]} tokens and k with {k.shape[2]}; they share it")
@@ -96,24 +103,32 @@ def linear_attention(
     with full_precision(q):
         dtype, logs = q.dtype, isinstance(phi, LogFeatures)
         q, k = _featured(q, k, phi, cu_seqlens)
-        once = causal and cu_seqlens is None and step.takes(backend, v.shape[2], state, v, q, k, log_decay)
+        once = causal and cu_seqlens is None and step.takes(backend, v.shape[2], state, v, q, k, log_decay, strength)
         fast = once or kernels.takes(backend, v, kernels.reasons(v, k.shape[-1], causal))
+        if v.shape[1] > k.shape[1] and (once or logs or not fast):
+            q, k = (x.repeat_interleave(v.shape[1] // x.shape[1], 1) for x in (q, k))
         scan = None if once else kernels.scan if fast else _in_products(backend, chunk)
         # The kernels round values themselves.
         v = v if fast else v.to(working_dtype(v))
 
         def one(
-            q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: State | None, cu: Tensor | None = None
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            g: Tensor | None,
+            strength: Tensor | None,
+            state: State | None,
+            cu: Tensor | None = None,
         ) -> tuple[Tensor, State]:
             track = return_state and tracks
-            o, after = _dense(q, k, v, g, state, logs, policy, causal, scale, scan, track, cu)
+            o, after = _dense(q, k, v, g, strength, state, logs, policy, causal, scale, scan, track, cu)
             return o.to(dtype), after
 
         # The scale of logarithmic features runs on over the sequences, so those are taken one by one.
         if cu_seqlens is None or (fast and not logs):
-            o, after = one(q, k, v, log_decay, state, cu_seqlens)
+            o, after = one(q, k, v, log_decay, strength, state, cu_seqlens)
         else:
-            o, after = each_sequence(one, q, (k, v), (log_decay,), state, cu_seqlens)
+            o, after = each_sequence(one, q, (k, v), (log_decay, strength), state, cu_seqlens)
     return (o, after) if return_state else o
 
 
@@ -192,6 +207,27 @@ def check_log_decay(log_decay: Tensor, rows: tuple[int, int, int], groups: int, 
         f"log_decay: got shape {tuple(log_decay.shape)}; pass (heads,), ({batch}, heads, {tokens}) or "
         f"({batch}, heads, {tokens}, {features}) with {each} heads"
     )
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """`check_qkv`, but that v may have more heads than k."""
+    if not all(isinstance(x, Tensor) and x.ndim == 4 for x in (q, k, v)) or v.shape[1] <= k.shape[1]:
+        return check_qkv(q, k, v)
+    check_qkv(q[:, :1], k[:, :1], v[:, :1])
+    heads = q.shape[1], k.shape[1], v.shape[1]
+    if v.shape[1] % k.shape[1] or q.shape[1] not in heads[1:]:
+        raise ValueError(
+            f"v: got {heads[2]} heads beside q's {heads[0]} and k's {heads[1]}; more than k's must be a multiple of "
+            "them, and then q needs as many as k or as v"
+        )
+
+
+def _check_strength(strength: Tensor, shape: tuple[int, int, int]) -> None:
+    if not isinstance(strength, Tensor) or not strength.is_floating_point():
+        got = strength.dtype if isinstance(strength, Tensor) else type(strength).__name__
+        raise TypeError(f"strength: got {got}; pass a floating-point tensor, a factor a token")
+    if tuple(strength.shape) != shape:
+        raise ValueError(f"strength: got shape {tuple(strength.shape)}; pass one factor a key, {shape}")
 
 
 def initial_memory(state: State | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -273,9 +309,10 @@ def scan_token(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, memory: Tensor
 Scan = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Tensor, int], tuple[Tensor, Tensor]]
 SCANS: dict[str, Scan] = {"auto": scan_chunks, "reference": scan_tokens, "chunked": scan_chunks}
 BACKENDS = (*SCANS, "triton")
-# As `kernels.scan`: of q, k, v, g, memory, bounds of packed sequences, scale, whether to read the sum of keys too.
+# As `kernels.scan`: of q, k, v, g, strength, memory, bounds of packed sequences, scale, whether to read the sum of keys
+# too.
 Pass = Callable[
-    [Tensor, Tensor, Tensor, "Tensor | None", Tensor, "Tensor | None", float, bool],
+    [Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", Tensor, "Tensor | None", float, bool],
     "tuple[Tensor, Tensor | None, Tensor]",
 ]
 
@@ -284,18 +321,33 @@ def _in_products(backend: str, chunk: int) -> Pass:
     """A scan of plain tensors, in which the sum of keys is what values of 1 add up to."""
 
     def run(
-        q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, memory: Tensor, cu: Tensor | None, scale: float, mass: bool
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None,
+        strength: Tensor | None,
+        memory: Tensor,
+        cu: Tensor | None,
+        scale: float,
+        mass: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         q, k, g = q.to(v.dtype), k.to(v.dtype), None if g is None else g.to(v.dtype)
         q = q if scale == 1 else q * scale
         scan = scan_token if backend == "auto" and q.shape[2] == 1 else SCANS[backend]
+        written = _written(v, strength, mass)
+        o, memory = scan(q, k, written, g, memory, chunk)
         if not mass:
-            o, memory = scan(q, k, v, g, memory, chunk)
             return o, None, memory
-        o, memory = scan(q, k, torch.cat([v, torch.ones_like(v[..., :1])], -1), g, memory, chunk)
         return *o.split([v.shape[-1], 1], -1), memory
 
     return run
+
+
+def _written(v: Tensor, strength: Tensor | None, mass: bool) -> Tensor:
+    """What tokens write beside a key: values, with `mass` a 1 for the sum of keys, times their strength."""
+    if mass:
+        v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    return v if strength is None else v * strength.to(v.dtype).unsqueeze(-1)
 
 
 def _dense(
@@ -303,6 +355,7 @@ def _dense(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
+    strength: Tensor | None,
     state: State | None,
     logs: bool,
     policy: Normalizer | None,
@@ -316,7 +369,7 @@ def _dense(
 
     scan: None for the kernel of one token. track: the transition after the last token is wanted.
     """
-    (batch, heads), groups, features = q.shape[:2], k.shape[1], k.shape[-1]
+    batch, heads, groups, features = q.shape[0], max(q.shape[1], v.shape[1]), v.shape[1], k.shape[-1]
     real, sequences = working_dtype(v), batch if cu is None else cu.shape[0] - 1
     scale = 1.0 if scale is None else scale
     if not logs and state is not None and state.shift is not None:
@@ -360,6 +413,7 @@ def _dense(
             # One more channel, which every key writes and no query reads, sums up the values.
             q, k = F.pad(q, (0, 1)), F.pad(k, (0, 1), value=1.0)
         if scan is None:
+            k = k if strength is None else k * strength.unsqueeze(-1)
             old = cast("Tensor | None", past) if adds else None
             ratio = step.Ratio.of(policy if undo is None or (policy is not None and policy.scale_free) else None)
             divided = ratio.kind > 0
@@ -370,11 +424,11 @@ def _dense(
                 return o, State(memory, past, shift)
         else:
             begin = cast(Tensor, given)
-            o, found, memory = scan(q, k, v, g, begin[:, :, : k.shape[3]], cu, scale, mass)
+            o, found, memory = scan(q, k, v, g, strength, begin[:, :, : k.shape[3]], cu, scale, mass)
             if counts and not together:
                 ones = torch.ones_like(v[..., :1])
                 every = ones.repeat_interleave(kept // groups, 1)
-                read, counted, last = scan(every, ones, v, g, begin[:, :, features:], cu, 1.0, True)
+                read, counted, last = scan(every, ones, v, g, strength, begin[:, :, features:], cu, 1.0, True)
                 total = torch.cat([read, cast(Tensor, counted)], -1)
                 memory = torch.cat([memory, last], 2)
         if together:
@@ -382,18 +436,17 @@ def _dense(
         after = State(memory, past, shift)
     else:
         q, k = q.to(real), k.to(real)
-        if mass:
-            v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-        memory = k.mT @ v
+        written = _written(v, strength, mass)
+        memory = k.mT @ written
         if counts:
-            memory = torch.cat([memory, v.sum(2, keepdim=True)], 2)
+            memory = torch.cat([memory, written.sum(2, keepdim=True)], 2)
         after = State(memory, None, shift)
         if state is not None:
             after = State(cast(Tensor, given), state.transition, state.shift).compose(after)
         after = after if track else after.untracked()
         q = q if scale == 1 else q * scale
         o = grouped(q.unflatten(1, (groups, -1)), after.memory[:, :, None, :features]).flatten(1, 2)
-        o, found = o.split([v.shape[-1] - 1, 1], -1) if mass else (o, None)
+        o, found = o.split([v.shape[-1], 1], -1) if mass else (o, None)
         total = after.memory[:, :, features:] if counts else None
     if undo is not None and (policy is None or not policy.scale_free):
         o, found = o * undo.exp(), None if found is None else found * undo.exp()

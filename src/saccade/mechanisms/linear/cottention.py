@@ -70,10 +70,11 @@ class Cottention(Attention):
         seen = places if self.causal else places[-1:]
         divisor = seen ** self.m.to(wide).sigmoid()[:, None]  # (Hkv, N or 1)
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
-        if self.norm_at == "key":
-            v = v / divisor[..., None]
+        share = divisor.reciprocal().expand(*k.shape[:3]) if self.norm_at == "key" else None
         before = None if state is None else state.memory
-        found = linear_attention(q, k, v, feature_map="unit", causal=self.causal, state=before, return_state=True)
+        found = linear_attention(
+            q, k, v, strength=share, feature_map="unit", causal=self.causal, state=before, return_state=True
+        )
         o, memory = cast(tuple[Tensor, State], found)
         if self.norm_at == "query":
             o = o / divisor.repeat_interleave(self.dims.group, 0)[..., None]

@@ -320,7 +320,7 @@ class DSF(Mixer):
         delta = F.softplus(s6.step(x))
         decay = (-delta[:, :, 0] * s6.rate[0, 0].exp())[:, None]
         q, k = s6.read(x)[:, None], s6.write(x)[:, None]
-        exact = cast(Tensor, linear_attention(q, k, (delta * x)[:, None], log_decay=decay))
+        exact = cast(Tensor, linear_attention(q, k, x[:, None], strength=delta[:, None, :, 0], log_decay=decay))
         off = apart(layer.run(x)[0], exact[:, 0])
         return Finding(off < 200 * torch.finfo(x.dtype).eps, f"largest difference {off:.1e} of the output")
 

@@ -43,8 +43,8 @@ class Way(nn.Module):
         u, write, read = nn.functional.silu(self.conv(before.mT).mT).split(self.sizes, 2)
         u = u.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, N, P)
         delta = nn.functional.softplus(steps + self.bias).mT  # (B, H, N)
-        q, k = (t[:, None].expand(-1, self.heads, -1, -1) for t in (read, write))
-        y = linear_attention(q, k, (u * delta[..., None]).to(u.dtype), log_decay=-self.log_rate.exp()[:, None] * delta)
+        q, k = read[:, None], write[:, None]
+        y = linear_attention(q, k, u, strength=delta, log_decay=-self.log_rate.exp()[:, None] * delta)
         assert isinstance(y, Tensor)
         return (y + self.direct[:, None, None] * u).transpose(1, 2).flatten(2)
 

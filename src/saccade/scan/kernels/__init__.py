@@ -91,6 +91,7 @@ def scan(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
+    strength: Tensor | None,
     memory: Tensor,
     cu_seqlens: Tensor | None,
     scale: float,
@@ -98,14 +99,17 @@ def scan(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """What queries read (B, H, N, Dv), the mass (B, H, N, 1) that they read with it or None, and the last memory.
 
-    q and k are taken in the dtype of v; where they come in another, or with mass, what they read is float32. g: None,
-    (1, heads, 1), (B, heads, N) or (B, heads, N, D). memory (sequences, heads, D, Dv), float32, with mass one column
-    more, the sum of keys.
+    v may have more heads than k, and then q as many as k or as v. q and k are taken in the dtype of v; where they come
+    in another, or with mass, what they read is float32. g: None, (1, heads, 1), (B, heads, N) or (B, heads, N, D).
+    strength: (B, heads of v, N) or None. memory (sequences, heads, D, Dv), float32, with mass one column more, the sum
+    of keys.
     """
     make_ready()
     from saccade.scan.kernels import ops
 
     wide = mass or q.dtype != v.dtype
+    if strength is not None and (g is None or g.ndim == 4):  # no factor a token is there that it could go into
+        k, strength = k.repeat_interleave(v.shape[1] // k.shape[1], 1) * strength.unsqueeze(-1), None
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q.to(v.dtype), k.to(v.dtype), v))
     if g is not None:
         g = g if g.dtype != torch.float64 else g.float()
@@ -113,10 +117,14 @@ def scan(
             g = g.expand(q.shape[0], -1, q.shape[2])
         elif g.stride(3) != 1:
             g = g.contiguous()
+    if strength is not None:
+        strength = strength if strength.dtype != torch.float64 else strength.float()
     sums = None
     if mass:
         memory, sums = memory[..., :-1], memory[..., -1].contiguous()
-    o, found, memory, sums, _, _ = ops.linear_scan(q, k, v, g, memory.contiguous(), sums, cu_seqlens, scale, mass, wide)
+    o, found, memory, sums, _, _ = ops.linear_scan(
+        q, k, v, g, strength, memory.contiguous(), sums, cu_seqlens, scale, mass, wide
+    )
     if not mass:
         return o, None, memory
     return o, found.unsqueeze(-1), torch.cat([memory, sums.unsqueeze(-1)], -1)

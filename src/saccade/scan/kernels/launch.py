@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.scan.kernels.flows import channel_flows, token_flows
+from saccade.scan.kernels.flows import channel_flows, head_flows, token_flows
 from saccade.scan.kernels.join import join_stretches
 from saccade.scan.kernels.prepare import prepare_sums, prepare_tokens
 from saccade.scan.kernels.tiles import Bounds, Cuts, Heads, States
@@ -21,6 +21,7 @@ LEAST_CHUNKS = 8  # that a stretch has: all but the last of a sequence are read 
 ANCHORED = 256  # tokens between the states that the gradient of a gate starts from; a chunk where digits are to be kept
 NARROW = 32  # channels of a chunk that one warp holds
 MIXED_WARPS = 8  # of walks over harmful chunks: half of what 4 keep in local memory, compiled in two thirds of the time
+ROWS = 16  # tokens of which one program adds up what heads that share a key give to its gradient
 JOINED = 1024  # entries of a state that one program carries from stretch to stretch
 
 
@@ -54,8 +55,8 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def state_heads(k: Tensor, g: Tensor | None) -> int:
-    return k.shape[1] if g is None else g.shape[1]
+def state_heads(v: Tensor, g: Tensor | None) -> int:
+    return v.shape[1] if g is None else g.shape[1]
 
 
 @lru_cache
@@ -90,7 +91,10 @@ class Anchors(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem. g: (B, heads, N) or (B, heads, N, D), or None; cu: bounds of packed sequences, int32, or None."""
+    """One problem. g: (B, heads, N) or (B, heads, N, D), or None; cu: bounds of packed sequences, int32, or None.
+
+    v may have more heads than k, and then q as many as k or as v.
+    """
 
     q: Tensor
     k: Tensor
@@ -108,14 +112,19 @@ class Problem:
         return Sizes.of(self.q.shape[3], self.v.shape[3], self.q.dtype, self.gate)
 
     @property
+    def heads(self) -> int:
+        """Of what is read."""
+        return max(self.q.shape[1], self.v.shape[1])
+
+    @property
     def memories(self) -> int:
         """How many a sequence has."""
-        return state_heads(self.k, self.g)
+        return state_heads(self.v, self.g)
 
     @property
     def fan(self) -> int:
-        """Query heads that share a memory."""
-        return self.q.shape[1] // self.memories
+        """Heads that read one memory."""
+        return self.heads // self.memories
 
     @property
     def sequences(self) -> int:
@@ -159,6 +168,7 @@ class Problem:
         (_, _, length, d), g = self.q.shape, self.g
         return (
             type(self), self.q.device, self.q.dtype, d, self.v.shape[3], self.k.shape[1] == self.memories, self.fan,
+            *(self.heads // x.shape[1] for x in (self.q, self.k, self.v)),
             length % self.sizes.chunk == 0, self.gate, None if g is None else g.dtype, self.cu is None, self.scale == 1,
         )  # fmt: skip
 
@@ -173,8 +183,8 @@ class Problem:
         q, k, g = self.q, self.k, self.g
         if g is None or self.exact:
             return Prepared(q, k, q, k, g, None)
-        chunk, (batch, heads, length, d) = self.sizes.chunk, q.shape
-        kept = g.shape[1]
+        chunk, (batch, _, length, d) = self.sizes.chunk, q.shape
+        heads, kept = self.heads, g.shape[1]
         parts = triton.cdiv(d, 2 * NARROW)
         grid = (self.chunks, kept)
         if self.gate == 1:
@@ -196,9 +206,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Launch(Problem):
-    """Linear attention, in which each query head walks by itself. mass: also what it reads of the sum of keys."""
+    """Linear attention, in which each query head walks by itself. mass: also what it reads of the sum of keys.
+
+    strength (B, Hkv, N): factors of what tokens write, under a decay a token; None for 1.
+    """
 
     mass: bool
+    strength: Tensor | None = None
 
     @property
     def stretches(self) -> int:
@@ -213,7 +227,7 @@ class Launch(Problem):
     @property
     def _wanted(self) -> int:
         programs = multiprocessors(self.q.device) * (2 if self.paired else 1)
-        return programs // (self.sequences * self.q.shape[1] * triton.cdiv(self.v.shape[3], self.sizes.tile.values))
+        return programs // (self.sequences * self.heads * triton.cdiv(self.v.shape[3], self.sizes.tile.values))
 
     @property
     def paired(self) -> bool:
@@ -257,7 +271,9 @@ class Launch(Problem):
 
     @property
     def variant(self) -> tuple[Any, ...]:
-        return (*super().variant, self.mass, self.whole, self.narrow, self.stretches == 1, self.stretches_back == 1)
+        given = None if self.strength is None else self.strength.dtype
+        cut = self.stretches == 1, self.stretches_back == 1
+        return (*super().variant, self.mass, given, self.whole, self.narrow, *cut)
 
     def trial(self, memory: Tensor, memory_sums: Tensor | None, dtype: torch.dtype, gradients: bool) -> None:
         """All that a call launches, with results in the place of their gradients."""
@@ -279,13 +295,14 @@ class Launch(Problem):
         before, before_sums = self.each_head(memory), self.each_head(memory_sums)
         count = self.stretches
         starts, start_sums = self.starts(made, made.keys, v, before, before_sums, None, cuts, count, False)
-        o = q.new_empty(*q.shape[:3], v.shape[3], dtype=dtype)
-        mass = self.single(*q.shape[:2], q.shape[2] if self.mass else 0)
-        after = self.single(self.sequences, q.shape[1], q.shape[3], v.shape[3])
+        batch, _, length, d = q.shape
+        o = q.new_empty(batch, self.heads, length, v.shape[3], dtype=dtype)
+        mass = self.single(batch, self.heads, length if self.mass else 0)
+        after = self.single(self.sequences, self.heads, d, v.shape[3])
         after_sums = self.single(*after.shape[:3]) if self.mass else self.single(0)
         self.walk(
             (made.reads, made.keys, v), made, self.gate, cuts, count, o=o, mass=mass, first=starts,
-            first_row=start_sums, last=after, last_row=after_sums, column=self.mass,
+            first_row=start_sums, last=after, last_row=after_sums, column=self.mass, strength=self.strength,
         )  # fmt: skip
         if self.fan > 1:
             after, after_sums = (x[:, :: self.fan].contiguous() if x.ndim > 1 else x for x in (after, after_sums))
@@ -296,11 +313,10 @@ class Launch(Problem):
     def backward(
         self, do: Tensor, dmass: Tensor | None, dafter: Tensor, dafter_sums: Tensor | None, memory: Tensor,
         memory_sums: Tensor | None, starts: Tensor, start_sums: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
-        """Gradients of q, k, v, g, and of memory and sums before the first token."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """Gradients of q, k, v, g, of memory and sums before the first token, and of the strength."""
         q, k, v, g = self.q, self.k, self.v, self.g
-        batch, heads, _, d = q.shape
-        dv_width = v.shape[3]
+        heads, (batch, _, _, d), dv_width = self.heads, q.shape, v.shape[3]
         do = do.to(q.dtype)  # which every walk would do by itself
         cuts = self.cuts
         made = self.prepared(cuts)
@@ -312,17 +328,21 @@ class Launch(Problem):
         ends, end_sums = self.starts(made, made.reads, do, ends, end_sums, dmass, cuts, count, True)
         across = 0 if g is None else 1 if self.gate == 1 else 3
 
-        # Of each query head its own; those that share a key are added up afterwards, in float32 and in order.
-        whole = heads == k.shape[1]
+        # Of each head its own; those that heads share are added up afterwards, in float32 and in order. Under a decay a
+        # token what that takes is reading them, so they are as narrow as factors are.
+        parts = self.kind if self.gate == 1 else torch.float32
+        done = [x.shape[1] == heads for x in (q, k, v)]
+        done[1] = done[1] and self.strength is None
         dq, dk, dv = (
-            x.new_empty(batch, heads, *x.shape[2:], dtype=x.dtype if whole or x is q else torch.float32)
-            for x in (q, k, v)
+            x.new_empty(batch, heads, *x.shape[2:], dtype=x.dtype if whole else torch.float32 if x is v else parts)
+            for x, whole in zip((q, k, v), done, strict=True)
         )
         dreads, dkeys = (dq, dk) if self.gate < 2 else (torch.empty_like(x, dtype=self.kind) for x in (dq, dk))
         anchors = None if g is None else self.anchors(dv_width, d)
         self.walk(
             (do, v, made.keys), made, across, cuts, count, o=dreads, first=starts.mT, first_row=start_sums, a_row=dmass,
-            row=self.mass, anchors=anchors, last=None if anchors is None else anchors.states[anchors.ends :],
+            row=self.mass, anchors=anchors, strength=self.strength,
+            last=None if anchors is None else anchors.states[anchors.ends :],
             last_row=None if anchors is None or anchors.rows is None else anchors.rows[anchors.ends :],
         )  # fmt: skip
         before = self.single(self.sequences, heads, d, dv_width)
@@ -331,23 +351,62 @@ class Launch(Problem):
             (v, do, made.reads), made, across, cuts, count, True, o=dkeys, first=ends.mT, first_row=end_sums,
             b_row=dmass, row=self.mass, anchors=anchors, last=before.mT, last_row=before_sums,
         )  # fmt: skip
-        self.walk((made.keys, made.reads, do), made, self.gate, cuts, count, True, o=dv, first=ends)
-        dg = None
-        if g is not None and anchors is not None:
-            dg = self.gate_gradient(made, cuts, anchors, (dreads, dkeys), (dq, dk))
-            dg = shared(dg, g.shape[1]).to(g.dtype)
-        dk, dv = (shared(x, k.shape[1]).to(q.dtype) for x in (dk, dv))
+        self.walk(
+            (made.keys, made.reads, do), made, self.gate, cuts, count, True, o=dv, first=ends, strength=self.strength
+        )
+        dg = dstrength = None
+        if anchors is not None and self.gate == 1:
+            dq, dk, dg, dstrength = self.token_gradients(cuts, anchors, dq, dk)
+        elif anchors is not None:
+            dg = self.channel_gradient(made, cuts, anchors, (dreads, dkeys), (dq, dk))
+        dq, dk, dv = (shared(x, y.shape[1]).to(q.dtype) for x, y in ((dq, q), (dk, k), (dv, v)))
+        dg, dstrength = (
+            None if x is None or y is None else shared(x, y.shape[1]).to(y.dtype)
+            for x, y in ((dg, g), (dstrength, self.strength))
+        )
         states = heads // self.fan
-        return dq, dk, dv, dg, shared(before, states), None if before_sums is None else shared(before_sums, states)
+        before, before_sums = shared(before, states), None if before_sums is None else shared(before_sums, states)
+        return dq, dk, dv, dg, before, before_sums, dstrength
 
     def anchors(self, k: int, v: int) -> Anchors:
         """Room for them, for states of (k, v) channels."""
-        heads, ends = self.q.shape[1], self.chunks // self.every + self.sequences + 1
+        heads, ends = self.heads, self.chunks // self.every + self.sequences + 1
         count = ends + self.sequences
         rows, past = self.single(count, heads, v) if self.mass else None, self.single(count, heads, v)
         return Anchors(self.single(count, heads, k, v), rows, past, ends)
 
-    def gate_gradient(
+    def token_gradients(
+        self, cuts: Cuts, anchors: Anchors, dq: Tensor, dk: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Of q, k, a gate a token and the strength; dq, dk a head, and dk without the strength.
+
+        Those of q and k are added up over the heads that share them.
+        """
+        batch, heads, length, d = dq.shape
+        groups = self.k.shape[1]
+        whole = self.q.shape[1] == heads
+        dq_all = None if whole else self.q.new_empty(batch, groups, length, d)
+        dk_all = None if groups == heads and self.strength is None else self.k.new_empty(batch, groups, length, d)
+        flow, dg = (self.single(batch, heads, length) for _ in range(2))
+        dstrength = None if self.strength is None else self.single(batch, heads, length)
+
+        def of(*tensors: Tensor | None) -> list[Heads | None]:
+            return [None if x is None else Heads.of(x, heads) for x in tensors]
+
+        width = padded(d)
+        head_flows[(batch * triton.cdiv(length, ROWS), groups)](
+            *of(self.q, self.k, dq, dk, self.strength, dq_all, dk_all, dstrength, flow), length, heads // groups, V=d,
+            BV=width, ROWS=ROWS, num_warps=8,
+        )  # fmt: skip
+        chunk, every = self.sizes.chunk, self.every
+        spans = triton.cdiv(length, chunk * every)
+        token_flows[(self.sequences * spans, heads)](
+            *of(flow), anchors.past, *of(dg), cuts, spans, anchors.ends, V=d, C=chunk, BV=width, EVERY=every,
+            num_warps=1,
+        )  # fmt: skip
+        return dq if dq_all is None else dq_all, dk if dk_all is None else dk_all, dg, dstrength
+
+    def channel_gradient(
         self,
         made: Prepared,
         cuts: Cuts,
@@ -355,26 +414,21 @@ class Launch(Problem):
         prepared: tuple[Tensor, Tensor],
         grads: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """dg a query head; for a decay a channel, the gradients of q and k are made from those of prepared tokens."""
-        batch, heads, length, d = self.q.shape
-        spans = triton.cdiv(length, self.sizes.chunk * self.every)
-        constants = {"V": d, "C": self.sizes.chunk, "EVERY": self.every}
+        """dg a head for a decay a channel; the gradients of q and k are made from those of prepared tokens."""
+        heads, (batch, _, length, d) = self.heads, self.q.shape
+        chunk, every = self.sizes.chunk, self.every
+        spans = triton.cdiv(length, chunk * every)
 
         def of(*tensors: Tensor | None) -> list[Heads | None]:
             return [None if x is None else Heads.of(x, heads) for x in tensors]
 
-        dg = self.single(batch, heads, length, *[d] * (self.gate - 1))
-        if self.gate == 1:
-            token_flows[(self.sequences * spans, heads)](
-                *of(self.q, self.k, *grads), anchors.past, *of(dg), cuts, spans, anchors.ends, BV=64, **constants
-            )
-        else:
-            width = NARROW // 2  # of twice as many arrays
-            channel_flows[(self.sequences * spans * triton.cdiv(d, width), heads)](
-                *of(self.q, self.k, made.reads, made.keys, *prepared, made.gates), made.bounds, anchors.past,
-                *of(*grads, dg), cuts, spans, anchors.ends, BV=width, MADE=made.bounds is not None, num_warps=1,
-                **constants,
-            )  # fmt: skip
+        dg = self.single(batch, heads, length, d)
+        width = NARROW // 2  # of twice as many arrays
+        channel_flows[(self.sequences * spans * triton.cdiv(d, width), heads)](
+            *of(self.q, self.k, made.reads, made.keys, *prepared, made.gates), made.bounds, anchors.past,
+            *of(*grads, dg), cuts, spans, anchors.ends, V=d, C=chunk, BV=width, EVERY=every,
+            MADE=made.bounds is not None, num_warps=1,
+        )  # fmt: skip
         return dg
 
     def each_head(self, x: Tensor | None) -> Tensor | None:
@@ -385,7 +439,7 @@ class Launch(Problem):
         """The same for what belongs to a state once, not to every query head: zeros for the others."""
         if x is None or self.fan == 1:
             return None if x is None else x.contiguous()
-        wide = x.new_zeros(x.shape[0], self.q.shape[1], *x.shape[2:])
+        wide = x.new_zeros(x.shape[0], self.heads, *x.shape[2:])
         wide[:, :: self.fan] = x
         return wide
 
@@ -397,7 +451,7 @@ class Launch(Problem):
 
         More are walked over twice: for what each adds and keeps first, which then is joined.
         """
-        heads = self.q.shape[1]
+        heads = self.heads
         if count == 1:
             return before, before_sums
         d, dv = b.shape[3], y.shape[3]
@@ -406,7 +460,7 @@ class Launch(Problem):
         left = self.single(*parts.shape[:3])
         self.walk(
             (None, b, y), made, self.gate, cuts, count, reverse, last=parts, last_row=part_sums, left=left, b_row=m,
-            column=self.mass,
+            column=self.mass, strength=None if reverse else self.strength,
         )  # fmt: skip
         for each, start, columns in ((parts, before, dv), (part_sums, before_sums, 1))[: 1 + self.mass]:
             join_stretches[(triton.cdiv(d * columns, JOINED), heads, self.sequences)](
@@ -435,10 +489,11 @@ class Launch(Problem):
         column: bool = False,
         row: bool = False,
         anchors: Anchors | None = None,
+        strength: Tensor | None = None,
     ) -> None:
         """`scan_walk` over all sequences and heads; what it is given and writes, see there."""
         a, b, y = streams
-        heads, (k, v) = self.q.shape[1], (b.shape[3], y.shape[3])
+        heads, (k, v) = self.heads, (b.shape[3], y.shape[3])
         chunk, tile = self.sizes.chunk, self.tile(k, v, gate, reverse, anchors is not None)
         states, rows, past, ends = (None, None, None, 0) if anchors is None else anchors
 
@@ -448,8 +503,8 @@ class Launch(Problem):
         for split in ["none"] if self.exact else ["made"] if gate < 2 else ["made", "mixed"]:
             warps = max(tile.warps, MIXED_WARPS) if split == "mixed" else tile.warps
             scan_walk[(triton.cdiv(v, tile.values) * self.sequences * stretches, heads)](
-                of(a), of(b), of(y), *(of(made.raw(x)) for x in streams), of(made.gates), made.bounds, of(a_row),
-                of(b_row), None if first is None else States.of(first), first_row,
+                of(a), of(b), of(y), *(of(made.raw(x)) for x in streams), of(made.gates), made.bounds, of(strength),
+                of(a_row), of(b_row), None if first is None else States.of(first), first_row,
                 None if last is None else States.of(last), last_row, left, of(o), of(mass), states, rows, past, cuts,
                 self.scale, stretches, ends, K=k, V=v, C=chunk, BK=padded(k), BV=tile.values, GATE=gate,
                 REVERSE=reverse, READ=a is not None, MASS=column, ROW=row, UNIT=self.scale == 1, EVERY=self.every,

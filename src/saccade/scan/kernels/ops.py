@@ -1,9 +1,11 @@
 """The kernels as an operator of PyTorch: opaque to compilers, traceable by its shapes, differentiable by formula.
 
-    saccade::linear_scan(q, k, v, g, memory, sums, cu, scale, mass, wide) -> (o, mass, memory, sums, starts, start_sums)
+    saccade::linear_scan(q, k, v, g, strength, memory, sums, cu, scale, mass, wide)
+        -> (o, mass, memory, sums, starts, start_sums)
 
-memory, sums: float32, before the first token and after the last; sums of keys only with mass. cu: bounds of packed
-sequences, int32, or None. wide: o in float32. The last two are kept for the gradients and have none. Empty: unused.
+strength: only under a decay a token, or None. memory, sums: float32, before the first token and after the last; sums
+of keys only with mass. cu: bounds of packed sequences, int32, or None. wide: o in float32. The last two are kept for
+the gradients and have none. Empty: unused.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ def linear_scan(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
+    strength: Tensor | None,
     memory: Tensor,
     sums: Tensor | None,
     cu: Tensor | None,
@@ -31,8 +34,8 @@ def linear_scan(
     mass: bool,
     wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    launch, dtype = Launch(q, k, v, g, cu, scale, mass), torch.float32 if wide else q.dtype
-    gradients = trained(q, k, v, g, memory, sums)
+    launch, dtype = Launch(q, k, v, g, cu, scale, mass, strength), torch.float32 if wide else q.dtype
+    gradients = trained(q, k, v, g, strength, memory, sums)
     compile_abreast((launch.variant, gradients), q.device, lambda: launch.trial(memory, sums, dtype, gradients))
     return launch.forward(memory, sums, dtype)
 
@@ -43,6 +46,7 @@ def _(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
+    strength: Tensor | None,
     memory: Tensor,
     sums: Tensor | None,
     cu: Tensor | None,
@@ -50,8 +54,8 @@ def _(
     mass: bool,
     wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    launch = Launch(q, k, v, g, cu, scale, mass)
-    (batch, heads, n, d), dv, kept = q.shape, v.shape[3], state_heads(k, g)
+    launch = Launch(q, k, v, g, cu, scale, mass, strength)
+    (batch, _, n, d), heads, dv, kept = q.shape, launch.heads, v.shape[3], state_heads(v, g)
 
     def single(*shape: int) -> Tensor:
         return q.new_empty(shape, dtype=torch.float32)
@@ -77,6 +81,7 @@ def _backward(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
+    strength: Tensor | None,
     memory: Tensor,
     sums: Tensor | None,
     cu: Tensor | None,
@@ -84,14 +89,14 @@ def _backward(
     start_sums: Tensor,
     scale: float,
     mass: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    launch = Launch(q, k, v, g, cu, scale, mass)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    launch = Launch(q, k, v, g, cu, scale, mass, strength)
     given = do, dmass, dafter, dafter_sums, memory, sums, starts, start_sums
     compile_abreast((launch.variant, True), q.device, lambda: launch.backward(*given))
     found = launch.backward(*given)
-    dq, dk, dv, dg, dbefore, dbefore_sums = found
-    dg, dbefore_sums = (q.new_empty(0, dtype=torch.float32) if x is None else x for x in (dg, dbefore_sums))
-    return dq, dk, dv, dg, dbefore, dbefore_sums
+    dq, dk, dv, dg, dbefore, *more = found
+    dg, dbefore_sums, dstrength = (q.new_empty(0, dtype=torch.float32) if x is None else x for x in (dg, *more))
+    return dq, dk, dv, dg, dbefore, dbefore_sums, dstrength
 
 
 @_backward.register_fake
@@ -104,6 +109,7 @@ def _(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
+    strength: Tensor | None,
     memory: Tensor,
     sums: Tensor | None,
     cu: Tensor | None,
@@ -111,30 +117,35 @@ def _(
     start_sums: Tensor,
     scale: float,
     mass: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dg, dsums = (q.new_empty(0, dtype=torch.float32) if x is None else torch.empty_like(x) for x in (g, sums))
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dg, memory.new_empty(memory.shape), dsums
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dg, *more = (
+        q.new_empty(0, dtype=torch.float32) if x is None else x.new_empty(x.shape) for x in (g, sums, strength)
+    )
+    dsums, dstrength = more
+    dq, dk, dv, dmemory = (x.new_empty(x.shape) for x in (q, k, v, memory))
+    return dq, dk, dv, dg, dmemory, dsums, dstrength
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, g, memory, sums, cu, ctx.scale, ctx.mass, _ = inputs
-    ctx.save_for_backward(q, k, v, g, memory, sums, cu, *output[-2:])
+    q, k, v, g, strength, memory, sums, cu, ctx.scale, ctx.mass, _ = inputs
+    ctx.save_for_backward(q, k, v, g, strength, memory, sums, cu, *output[-2:])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(
     ctx: Any, do: Tensor | None, dmass: Tensor | None, dmemory: Tensor | None, dsums: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
-    q, k, v, g, memory, sums, cu, starts, start_sums = ctx.saved_tensors
-    (*rows, _), mass = q.shape, ctx.mass
+    q, k, v, g, strength, memory, sums, cu, starts, start_sums = ctx.saved_tensors
+    rows, mass = (q.shape[0], max(q.shape[1], v.shape[1]), q.shape[2]), ctx.mass
     do = q.new_zeros(*rows, v.shape[3]) if do is None else do if do.stride(3) == 1 else do.contiguous()
     dmemory = _filled(dmemory, memory.shape, q)
-    dmass, dsums = (_filled(dmass, tuple(rows), q), _filled(dsums, sums.shape, q)) if mass else (None, None)
+    dmass, dsums = (_filled(dmass, rows, q), _filled(dsums, sums.shape, q)) if mass else (None, None)
     grads = _backward(
-        do, dmass, dmemory, dsums, q, k, v, g, memory, sums, cu, starts, start_sums, ctx.scale, mass
-    )  # fmt: skip
-    dq, dk, dv, dg, dbefore, dbefore_sums = grads
-    return dq, dk, dv, None if g is None else dg, dbefore, dbefore_sums if mass else None, *[None] * 4
+        do, dmass, dmemory, dsums, q, k, v, g, strength, memory, sums, cu, starts, start_sums, ctx.scale, mass
+    )
+    dq, dk, dv, dg, dbefore, dbefore_sums, dstrength = grads
+    dg, dstrength = None if g is None else dg, None if strength is None else dstrength
+    return dq, dk, dv, dg, dstrength, dbefore, dbefore_sums if mass else None, *[None] * 4
 
 
 def _filled(x: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def _linear_results(
     least: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Where the results go."""
-    (batch, count, _, features), dv, kept = q.shape, v.shape[3], state_heads(k, g)
+    (batch, count, _, features), dv, kept = q.shape, v.shape[3], state_heads(v, g)
     o = q.new_empty(batch, count, 1, dv + (mass and not ratio), dtype=torch.float32 if wide else v.dtype)
     if mass:
         room = q.new_empty(batch, kept, dv + 1, up_to(features, EVEN), dtype=torch.float32)

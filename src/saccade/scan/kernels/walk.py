@@ -111,11 +111,13 @@ def at_once(
 
 @triton.jit
 def by_tokens(
-    a, b, y, wide, state, total, below, left, g, batch, head, start, end, a_more, b_more, scale, C: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, READ: tl.constexpr, MASS: tl.constexpr,
+    a, b, y, wide, state, total, below, left, g, strength, batch, head, start, end, a_more, b_more, scale,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, READ: tl.constexpr, MASS: tl.constexpr,
     ROW: tl.constexpr, SPLIT: tl.constexpr, STEEP: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A chunk under a decay a token: as `at_once`, from g, or if SPLIT is "made" from its sums G. wide: y in float32.
+
+    strength: factors of y, backwards of what is read; None for 1.
 
     What is left of a token at the end L of the chunk goes into the state, and pairs share one product with it:
 
@@ -141,6 +143,10 @@ def by_tokens(
         to_end = tl.exp(whole - gates)
     lost = tl.exp(whole)
     rest = from_start if REVERSE else to_end
+    if strength is not None:
+        strengths = read_row(strength, batch, head, start, rows, inside)
+        if not REVERSE:
+            rest *= strengths
     wide *= rest[:, None]
     late = wide.to(KIND)
     if not STEEP:
@@ -151,10 +157,16 @@ def by_tokens(
         acc, scores, found = met(a, b, state, total, below, a_more, b_more, MASS, ROW, KIND, PRECISION)
         if STEEP:
             reads = to_end if REVERSE else from_start
-            scores *= between(gates, rows, REVERSE) if SPLIT == "none" else between_sums(gates, rows, REVERSE)
-            acc = add_pairs(acc * reads[:, None], scores, y, BK, KIND, PRECISION)
         else:
             reads = tl.exp(-gates if REVERSE else gates - whole)
+        if strength is not None and REVERSE:
+            reads *= strengths
+        if STEEP:
+            scores *= between(gates, rows, REVERSE) if SPLIT == "none" else between_sums(gates, rows, REVERSE)
+            if strength is not None:
+                scores *= strengths[:, None] if REVERSE else strengths[None, :]
+            acc = add_pairs(acc * reads[:, None], scores, y, BK, KIND, PRECISION)
+        else:
             order = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
             scores = tl.where(order, scores, 0.0)
             acc = add_pairs(acc, scores, late, BK, KIND, PRECISION) * reads[:, None]
@@ -250,8 +262,8 @@ def by_levels(
 
 @alike("stretches", "ends")
 def scan_walk(
-    a, b, y, raw_a, raw_b, raw_y, g, bounds, a_row, b_row, first, first_row, last, last_row, kept, o, mass, anchors,
-    anchor_rows, past, cuts, scale, stretches, ends,
+    a, b, y, raw_a, raw_b, raw_y, g, bounds, strength, a_row, b_row, first, first_row, last, last_row, kept, o, mass,
+    anchors, anchor_rows, past, cuts, scale, stretches, ends,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
     REVERSE: tl.constexpr, READ: tl.constexpr, MASS: tl.constexpr, ROW: tl.constexpr, UNIT: tl.constexpr,
     EVERY: tl.constexpr, SPLIT: tl.constexpr, LEVELS: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
@@ -263,6 +275,7 @@ def scan_walk(
     READ: write o; otherwise only what the stretch adds (`last`) and keeps (`kept`).
     MASS: the state has a column for y = 1, or b_row (B, H, N): first_row, last_row (.., H, K); mass (B, H, N) is what a
     reads of it. ROW: a and b have one more channel, a_row and b_row, 1 where None; the state a row (.., H, V).
+    strength (B, H, N), or None for 1: under GATE 1 factors of y, backwards of o.
     anchors (.., H, K, V), or None: a walk forward leaves its state in number (first chunk + chunk) // EVERY + sequence
     every EVERY chunks; one backwards, whose state is the gradient of that, finds those after the last chunk from number
     `ends` on, and leaves sums over K of state times gradient in `past` (.., H, V). UNIT: scale is 1.
@@ -378,9 +391,9 @@ def scan_walk(
 
                 if GATE == 1:
                     acc, scores, found, state, total, below, left = by_tokens(
-                        a_s, bs, written, wide, state, total, below, left, g, batch, head, start, end, a_more, b_more,
-                        scale, C, BK, BV, REVERSE, READ, MASS, ROW, SPLIT, form == 1 or SPLIT == "none", KIND,
-                        PRECISION,
+                        a_s, bs, written, wide, state, total, below, left, g, strength, batch, head, start, end,
+                        a_more, b_more, scale, C, BK, BV, REVERSE, READ, MASS, ROW, SPLIT,
+                        form == 1 or SPLIT == "none", KIND, PRECISION,
                     )  # fmt: skip
 
                 if GATE >= 2:
