@@ -90,13 +90,13 @@ def states_of(
 
 @triton.jit
 def keep_states(
-    x, at, k: tl.constexpr, tile, channel, within,
+    x, at, k: tl.constexpr, tile, channel, within, inside,
     WIDTH: tl.constexpr, G: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """The reverse of `states_of`."""
+    """The reverse of `states_of`, if inside."""
     if x is not None:
         state = tl.arange(0, PAD)
-        mask = (state < S)[:, None] & exist(within, k, WIDTH, G, K, L)[None, :]
+        mask = (state < S)[:, None] & known(within, k, inside, WIDTH, G, K, L)[None, :]
         tl.store(x + at + state[:, None] * WIDTH + (channel + k * L)[None, :], tile, mask=mask)
 
 
@@ -203,7 +203,8 @@ def vectors_of(b, c, u: tl.constexpr, inside, G: tl.constexpr, S: tl.constexpr, 
 @counted
 def selective_walk(
     x, delta, z, dy, a, b, c, bias, direct, first, last, kept, y, steps, pulls, marks, length, each,
-    T: tl.constexpr, AHEAD: tl.constexpr, SHARED: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr,
+    T: tl.constexpr, EVERY: tl.constexpr, AHEAD: tl.constexpr, SHARED: tl.constexpr, EVEN: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
     WIDTH: tl.constexpr, G: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """One batch entry, K L channels of one of G groups and one stretch of the tokens, `each` but for the last.
@@ -212,11 +213,12 @@ def selective_walk(
     WIDTH), first (batch, stretches, S, WIDTH): before each stretch, or None; last likewise: after each; kept like last,
     what is left of a stretch's start at its end. y, and c, z, direct with it: None where only states are wanted.
 
-    For gradients: marks (batch, tiles of T, S, WIDTH): the states before each tile; steps, float32 like x: d, or None
-    where that is delta; and where there is a gate, dy of its results: then y is dz, and pulls, float32, dy silu(z).
+    For gradients: marks (batch, tiles of EVERY, S, WIDTH): the states before each tile; steps, float32 like x: d, or
+    None where that is delta; and where there is a gate, dy of its results: then y is dz, and pulls, float32, dy
+    silu(z).
 
-    T tokens are unrolled; what a token needs is loaded AHEAD tokens before, and what all channels of a group share, and
-    so comes from a cache, SHARED tokens before: multiples of T. EVEN: T divides the length, and nothing needs a mask.
+    T tokens are unrolled; what a token needs is loaded AHEAD tokens before, and what all channels of a group share
+    SHARED tokens before: multiples of T, as T is of EVERY. EVEN: T divides the length, and nothing needs a mask.
     """
     batch, _, group, channel, within, slot = place(WIDTH, G, S, K, L)
     low = tl.program_id(1) * each
@@ -251,10 +253,7 @@ def selective_walk(
         ahead = ahead + (inputs_of(x, delta, z, dy, u, low + u < high, within, WIDTH, G, K, L),)
     for u in tl.static_range(SHARED):
         shared = shared + (vectors_of(b, c, u, low + u < high, G, S, PAD),)
-    far, near = (
-        AHEAD,
-        SHARED,
-    )  # tokens from what is used to what is loaded: of whole tiles the last one again, at the end
+    far, near = AHEAD, SHARED  # from what is used to what is loaded; at the end the last whole tile is loaded again
     if EVEN:
         far, near = tl.minimum(AHEAD, high - low - T), tl.minimum(SHARED, high - low - T)
     x += far * WIDTH
@@ -267,12 +266,12 @@ def selective_walk(
     if y is not None:
         c += near * (G * S)
     for start in range(low, high, T):
-        if marks is not None:
-            tile = (batch.to(tl.int64) * tl.cdiv(length, T) + start // T) * (WIDTH * S)
-            for k in tl.static_range(K):
-                keep_states(marks, tile, k, h[k], channel, within, WIDTH, G, S, PAD, K, L)
         for u in tl.static_range(T):
             inside = EVEN or start + u < high
+            if marks is not None and u % EVERY == 0:
+                tile = (batch.to(tl.int64) * tl.cdiv(length, EVERY) + (start + u) // EVERY) * (WIDTH * S)
+                for k in tl.static_range(K):
+                    keep_states(marks, tile, k, h[k], channel, within, inside, WIDTH, G, S, PAD, K, L)
             known_far, known_near = EVEN or start + u + AHEAD < high, EVEN or start + u + SHARED < high
             ahead = ahead + (inputs_of(x, delta, z, dy, u, known_far, within, WIDTH, G, K, L),)
             shared = shared + (vectors_of(b, c, u, known_near, G, S, PAD),)
@@ -319,9 +318,9 @@ def selective_walk(
             y += T * WIDTH
             c += nearer * (G * S)
     for k in tl.static_range(K):
-        keep_states(last, slot, k, h[k], channel, within, WIDTH, G, S, PAD, K, L)
+        keep_states(last, slot, k, h[k], channel, within, True, WIDTH, G, S, PAD, K, L)
         left = tl.exp2(passed[k][None, :] * rates[k])
-        keep_states(kept, slot, k, left, channel, within, WIDTH, G, S, PAD, K, L)
+        keep_states(kept, slot, k, left, channel, within, True, WIDTH, G, S, PAD, K, L)
 
 
 @triton.jit
@@ -460,9 +459,9 @@ def selective_pull(
             db -= T * G * S
             dc -= T * G * S
     for k in tl.static_range(K):
-        keep_states(da, slot, k, found[k], channel, within, WIDTH, G, S, PAD, K, L)
-        keep_states(last, slot, k, later[k], channel, within, WIDTH, G, S, PAD, K, L)
+        keep_states(da, slot, k, found[k], channel, within, True, WIDTH, G, S, PAD, K, L)
+        keep_states(last, slot, k, later[k], channel, within, True, WIDTH, G, S, PAD, K, L)
         left = tl.exp2(passed[k][None, :] * rates[k])
-        keep_states(kept, slot, k, left, channel, within, WIDTH, G, S, PAD, K, L)
+        keep_states(kept, slot, k, left, channel, within, True, WIDTH, G, S, PAD, K, L)
         keep_channel(dbias, k, to_bias[k], channel, within, WIDTH, G, K, L)
         keep_channel(ddirect, k, to_direct[k], channel, within, WIDTH, G, K, L)

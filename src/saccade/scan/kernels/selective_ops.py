@@ -9,7 +9,6 @@ channels), the states before all stretches of the sequence; empty if there is on
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -30,16 +29,23 @@ class Tile(NamedTuple):
     lanes: int
 
 
-UNROLLED = 4  # tokens, of a walk
+class Cut(NamedTuple):
+    """With `enough` programs a multiprocessor sequences are taken whole; else they are cut until there are `wanted`."""
+
+    enough: int
+    wanted: int
+
+
+UNROLLED = 8  # tokens, of a walk
 AHEAD = 8  # tokens from the load of delta, x and z to their use
-SHARED = 4  # the same for B and C, which come from a cache
+SHARED = 8  # the same for B and C
 WALK = Tile(1, 32)  # a lane a channel
 MARKED = 4  # tokens between the states that gradients start from
 PULL = Tile(4, 8)  # four lanes a channel: fewer exchanges where sums over channels are formed
 STATES = 512  # of a program's channels together, at most
 LEAST = 128  # tokens that a stretch has
-ENOUGH = 3  # programs a multiprocessor, with which a walk takes sequences whole rather than stretches twice
-PROGRAMS = 8  # a multiprocessor, where sequences are cut
+WALKED = Cut(3, 12)  # a stretch is walked twice
+PULLED = Cut(7, 16)  # which waits longer for each token
 
 
 class Way(NamedTuple):
@@ -102,21 +108,19 @@ class Shape(NamedTuple):
         """Groups of all sequences."""
         return self.batch * self.groups
 
-    def cut(self, tile: Tile, device: torch.device) -> Way:
-        """Tokens cut into as many stretches as make PROGRAMS a multiprocessor."""
-        wanted = PROGRAMS * multiprocessors(device) // (self.rows * self.blocks(tile))
-        return Way(tile, max(1, min(wanted, self.length // LEAST)))
-
     def way(self, device: torch.device) -> Way:
         """Of a walk."""
-        tile = self.fitted(WALK)
-        if self.rows * self.blocks(tile) >= ENOUGH * multiprocessors(device):
-            return Way(tile, 1)
-        return self.cut(tile, device)
+        return self._way(self.fitted(WALK), WALKED, device)
 
     def way_back(self, device: torch.device) -> Way:
-        """Of the gradients, which wait longer for each token, so that one program is not enough."""
-        return self.cut(self.fitted(PULL), device)
+        """Of the gradients."""
+        return self._way(self.fitted(PULL), PULLED, device)
+
+    def _way(self, tile: Tile, cut: Cut, device: torch.device) -> Way:
+        programs, count = self.rows * self.blocks(tile), multiprocessors(device)
+        if programs >= cut.enough * count:
+            return Way(tile, 1)
+        return Way(tile, max(1, min(cut.wanted * count // programs, self.length // LEAST)))
 
     def variant(self, given: Inputs) -> tuple[Any, ...]:
         """What calls have in common that launch the same kernels, but for alignments."""
@@ -130,8 +134,7 @@ class Shape(NamedTuple):
 
     def sizes(self, count: int) -> tuple[int, int]:
         """Tokens in all, and of a stretch."""
-        step = math.lcm(MARKED, UNROLLED)
-        return self.length, triton.cdiv(triton.cdiv(self.length, step), count) * step
+        return self.length, triton.cdiv(triton.cdiv(self.length, UNROLLED), count) * UNROLLED
 
     def constants(self, tile: Tile, tokens: int) -> dict[str, int]:
         """Of a kernel that unrolls so many tokens."""
@@ -151,7 +154,6 @@ class Shape(NamedTuple):
 def walk(
     shape: Shape,
     way: Way,
-    tokens: int,
     given: Inputs,
     *,
     first: Tensor | None,
@@ -163,12 +165,12 @@ def walk(
     pulls: Tensor | None = None,
     marks: Tensor | None = None,
 ) -> None:
-    """`selective_walk`, `tokens` of which are unrolled."""
+    """`selective_walk`."""
     c, direct, z = (None, None, None) if y is None else (given.c, given.direct, given.z)
     selective_walk[shape.grid(way)](
         given.x, given.delta, z, dy, given.rates, given.b, c, given.bias, direct, first, last, kept, y, steps, pulls,
-        marks, *shape.sizes(way.count), AHEAD=AHEAD, SHARED=SHARED, SOFTPLUS=given.softplus,
-        **shape.constants(way.tile, tokens),
+        marks, *shape.sizes(way.count), EVERY=MARKED, AHEAD=AHEAD, SHARED=SHARED, SOFTPLUS=given.softplus,
+        **shape.constants(way.tile, UNROLLED),
     )  # fmt: skip
 
 
@@ -192,7 +194,7 @@ def selective(
     way = shape.way(x.device)
     starts = states_before(shape, way, turned(before), given)
     y, ends = torch.empty_like(x), like_states(shape, way.count, x)
-    walk(shape, way, UNROLLED, given, first=starts, last=ends, y=y)
+    walk(shape, way, given, first=starts, last=ends, y=y)
     return y, turned(ends[:, -1]), starts if way.count > 1 else x.new_empty(0, dtype=torch.float32)
 
 
@@ -245,7 +247,7 @@ def selective_backward(
     steps = single(*x.shape) if softplus or bias is not None else None
     dz, pulls = (None, None) if z is None else (torch.empty_like(z), single(*x.shape))
     gated = None if z is None else dy
-    walk(shape, way, MARKED, given, first=starts, y=dz, dy=gated, steps=steps, pulls=pulls, marks=marks)
+    walk(shape, way, given, first=starts, y=dz, dy=gated, steps=steps, pulls=pulls, marks=marks)
     steps, pulls = delta if steps is None else steps, dy if pulls is None else pulls
 
     pulled = pulled_after(shape, back, turned(dafter), given, steps, pulls)
@@ -307,7 +309,7 @@ def states_before(shape: Shape, way: Way, before: Tensor, given: Inputs) -> Tens
     if way.count == 1:
         return before
     parts, kept = (like_states(shape, way.count, before) for _ in range(2))
-    walk(shape, way, UNROLLED, given, first=None, last=parts, kept=kept)
+    walk(shape, way, given, first=None, last=parts, kept=kept)
     return joined(shape, way.count, parts, kept, before)
 
 
