@@ -1,5 +1,6 @@
 """Kernels are compiled side by side: their frontends one after another, all else at once."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -70,20 +71,21 @@ def compiled_of(given: list, device: torch.device | None = None) -> list[str]:
 
 
 def frontends_in_turn() -> None:
-    compiler = Compiler(3)
+    compiler = Compiler(4)
     given = [
+        compiler.kernel("middle", {"pairs": ("*fp32", ("i32", "constexpr")), "x": "*fp32"}, warps=1),
         compiler.kernel("light", arguments(2)),
         compiler.kernel("known", arguments(9), cached=True, together=False),
         compiler.kernel("heavy", arguments(3), warps=8),
-        compiler.kernel("middle", {"pairs": ("*fp32", ("i32", "constexpr")), "x": "*fp32"}),
+        compiler.kernel("late", arguments(2)),
     ]
     with threads(4):
-        assert compiled_of(given) == ["light", "known", "heavy", "middle"]
+        assert compiled_of(given) == ["middle", "light", "known", "heavy", "late"]
     assert compiler.most == 1
-    assert [name for what, name in compiler.log if what == "enters"] == ["heavy", "middle", "light"]
+    assert [name for what, name in compiler.log if what == "enters"] == ["heavy", "middle", "late", "light"]
 
 
-def test_frontends_go_one_after_another_and_the_heaviest_first():
+def test_frontends_go_one_after_another_the_heaviest_first_and_of_equals_the_last():
     frontends_in_turn()
 
 
@@ -284,6 +286,29 @@ def test_arguments_are_counted_in_tuples_too():
     assert passed(()) == 0
 
 
+def collected() -> list[bool]:
+    """Whether garbage is collected inside, and behind a failure."""
+    found = []
+
+    def fail() -> None:
+        with abreast.uncollected():
+            found.append(gc.isenabled())
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    return [*found, gc.isenabled()]
+
+
+def test_garbage_waits_while_kernels_are_compiled():
+    assert collected() == [False, True]
+    gc.disable()
+    try:
+        assert collected() == [False, False]
+    finally:
+        gc.enable()
+
+
 SCRIPT = """
 import threading
 import torch
@@ -323,5 +348,5 @@ def test_triton_shows_what_it_compiles(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     most, kernels, weight = map(int, done.stdout.split())
     assert most == 1
-    assert kernels == 2
+    assert kernels == 3
     assert weight > 0

@@ -357,14 +357,16 @@ def test_programs_of_wide_states_share_no_multiprocessor(batch, tokens, cut, mon
             assert found.tile(256, 256, gate, reverse, anchored) == Tile(64 if anchored else 128, 8, 2)
 
 
-@pytest.mark.parametrize("cut", [1, 3])
-def test_harmful_chunks_beside_harmless_ones(cut, monkeypatch):
-    """Some stretches have one, some none, some no chunk at all; with a normalizer, and packed."""
+EMPTY = torch.Tensor.new_empty
+
+
+def strong_beside_weak(gate, cut, monkeypatch):
+    """Some stretches have a harmful chunk, some none, some no chunk at all; with a normalizer, and packed."""
     monkeypatch.setattr(launch.Launch, "exact", False)
     monkeypatch.setattr(launch.Launch, "stretches", cut)
     monkeypatch.setattr(launch, "ANCHORED", 16)
     ends = [0, 53, 60, 100]
-    q, k, v, g, _ = problem("vector", tokens=100, dim=5, dv=3)
+    q, k, v, g, _ = problem(gate, tokens=100, dim=5, dv=3)
     g[:, :, 20:24] *= 100
     memory = draw(3, 1, 5, 4, seed=9).exp()
 
@@ -381,7 +383,28 @@ def test_harmful_chunks_beside_harmless_ones(cut, monkeypatch):
     def theirs(*given):
         return packed_with("reference", packed, *given)
 
-    verify(ours, theirs, [q, k, v, g, memory], terms=products("vector", 100, 5) * 64, dtypes=WIDE)
+    verify(ours, theirs, [q, k, v, g, memory], terms=products(gate, 100, 5) * 64, dtypes=WIDE)
+
+
+@pytest.mark.parametrize("gate", ["scalar", "vector"])
+@pytest.mark.parametrize("cut", [1, 3])
+def test_harmful_chunks_beside_harmless_ones(gate, cut, monkeypatch):
+    strong_beside_weak(gate, cut, monkeypatch)
+
+
+@pytest.mark.parametrize("gate", ["scalar", "vector"])
+def test_stretches_that_no_kernel_walks_over_are_told(gate, monkeypatch):
+    """A twin that launches the kernel of harmless ones alone; memory that is not written to is no number here."""
+    monkeypatch.setattr(launch.Launch, "splits", lambda self, gate, read: ["made"])
+    monkeypatch.setattr(torch.Tensor, "new_empty", unwritten)
+    with pytest.raises(AssertionError, match=r"output 0 in torch\.float32"):
+        strong_beside_weak(gate, 3, monkeypatch)
+
+
+def unwritten(x, *shape, **options):
+    """In place of `Tensor.new_empty`."""
+    found = EMPTY(x, *shape, **options)
+    return found.fill_(torch.nan) if found.is_floating_point() else found
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -680,9 +703,10 @@ def test_the_compiler_takes_every_variant(dtype):
     done = subprocess.run([sys.executable, script, dtype], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("compiled late: []") == 2
-    # Walks for o, dq, dk and dv and those before for two of them, without and with a normalizer, for a decay a token
-    # without and with strengths, and for a decay a channel in both ways of splitting it, but for float32.
-    assert done.stdout.count("scan_walk") == 6 * 2 * (4 if dtype == "float32" else 5)
+    # Walks for o, dq, dk and dv and those before for two of them, without and with a normalizer, under no decay, one a
+    # token without and with strengths, and one a channel; but for float32 those four in both ways of splitting a decay,
+    # and the two likewise for one a channel.
+    assert done.stdout.count("scan_walk") == 2 * (4 * 6 if dtype == "float32" else 6 + 10 + 10 + 12)
 
 
 # On a GPU: the compiled kernels, in every dtype. Compilers of some versions are known to miscompile backward kernels

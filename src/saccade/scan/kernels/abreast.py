@@ -13,6 +13,7 @@ needs besides is made beside it: its launcher, which is C, and, before the first
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 from collections.abc import Callable, Hashable, Iterator
@@ -32,6 +33,8 @@ from triton.runtime import driver
 from saccade.scan.kernels import interpreted
 from saccade.scan.kernels.ready import begun
 
+FEW = 4  # warps: with fewer, each thread has more code instead
+UNCHECKED = {"sanitize_overflow": False}  # checks of integers: a sixth of the frontend's time, then left out
 _compiling: ContextVar[bool] = ContextVar("compiling", default=False)
 _known: set[Hashable] = set()
 
@@ -44,9 +47,8 @@ class Launched:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         if _compiling.get():
-            return partial(self.function.warmup, grid=grid)
-        launch: Callable[..., Any] = self.function[grid]
-        return launch
+            return partial(self.function.warmup, grid=grid, **UNCHECKED)
+        return partial(self.function[grid], **UNCHECKED)
 
 
 def alike(*counts: str) -> Callable[[Any], Launched]:
@@ -68,7 +70,7 @@ class Kernel:
         enclosed = inspect.getclosurevars(compiled).nonlocals if inspect.isfunction(compiled) else {}
         self.source: Any = enclosed.get("src")
         self.signature = tuple(getattr(self.source, "signature", {}).values())
-        self.weight = passed(self.signature) * getattr(enclosed.get("options"), "num_warps", 1)
+        self.weight = passed(self.signature) * max(FEW, getattr(enclosed.get("options"), "num_warps", 1))
 
     def compile(self) -> Any:
         """What Triton makes of it."""
@@ -98,8 +100,9 @@ def passed(signature: Any) -> int:
 class Abreast(Executor):
     """Compiles kernels side by side from `start` on, the heaviest first, and loads them.
 
-    How long one will take is not known; the more arguments and warps it has, the longer, by and large. device: onto
-    which they are loaded, or None, if they are not.
+    How long one will take is not known; the more arguments and warps it has, the longer, by and large, and of equals
+    those that a call launches last, in strong decays and backwards. device: onto which they are loaded, or None, if
+    they are not.
     """
 
     def __init__(self, device: torch.device | None) -> None:
@@ -119,7 +122,7 @@ class Abreast(Executor):
         turn, launchers = Event(), dict[str, Future[None]]()
         turn.set()
         try:
-            for kernel in sorted(self.kernels, key=lambda kernel: -kernel.weight):
+            for _, kernel in sorted(enumerate(self.kernels), key=lambda each: (each[1].weight, each[0]), reverse=True):
                 arguments = str(kernel.signature)
                 if self.device is not None and kernel.source is not None and arguments not in launchers:
                     launchers[arguments] = self.threads.submit(build_launcher, kernel.source)
@@ -156,12 +159,24 @@ def build_launcher(source: Any) -> None:
 
 
 @contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage is collected, which goes through all that PyTorch has loaded, for every few kernels once."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
 def compiling(device: torch.device | None = None) -> Iterator[None]:
     """No kernel is launched; those that would be are compiled by the end, side by side.
 
     device: onto which they are loaded.
     """
-    with Abreast(device) as executor, triton.AsyncCompileMode(executor):
+    with uncollected(), Abreast(device) as executor, triton.AsyncCompileMode(executor):
         if not interpreted():
             for thread in begun():
                 thread.join()

@@ -192,8 +192,8 @@ class Problem:
             prepare_sums[grid](Heads.of(g, kept), Heads.of(sums, kept), cuts, C=chunk, num_warps=1)
             return Prepared(q, k, q, k, sums, None)
         reads, keys = (q.new_empty(batch, n, length, d, dtype=self.kind) for n in (heads, kept))
-        harmful = q.new_empty(*grid, parts, dtype=torch.int32)
-        bounds = Bounds(self.single(*grid, 2, d), harmful, kept, d, parts, heads // kept)
+        harmful = q.new_empty(kept, -(-self.chunks * parts // 16) * 16, dtype=torch.int32)
+        bounds = Bounds(self.single(*grid, 2, d), harmful, harmful.shape[1], kept, d, parts, heads // kept)
         prepare_tokens[(*grid, parts)](
             Heads.of(g, kept), Heads.of(q, heads), Heads.of(k, kept), Heads.of(reads, heads), Heads.of(keys, kept),
             bounds, cuts, self.fan, D=d, C=chunk, BD=2 * NARROW, num_warps=2,
@@ -500,17 +500,25 @@ class Launch(Problem):
         def of(x: Tensor | None) -> Heads | None:
             return None if x is None else Heads.of(x, heads)
 
-        for split in ["none"] if self.exact else ["made"] if gate < 2 else ["made", "mixed"]:
-            warps = max(tile.warps, MIXED_WARPS) if split == "mixed" else tile.warps
+        given = (
+            of(a), of(b), of(y), *(of(made.raw(x)) for x in streams), of(made.gates), made.bounds, of(strength),
+            of(a_row), of(b_row), None if first is None else States.of(first), first_row,
+            None if last is None else States.of(last), last_row, left, of(o), of(mass), states, rows, past, cuts,
+            self.scale, stretches, ends,
+        )  # fmt: skip
+        for split in self.splits(gate, a is not None):
+            warps = max(tile.warps, MIXED_WARPS) if split == "mixed" and gate > 1 else tile.warps
             scan_walk[(triton.cdiv(v, tile.values) * self.sequences * stretches, heads)](
-                of(a), of(b), of(y), *(of(made.raw(x)) for x in streams), of(made.gates), made.bounds, of(strength),
-                of(a_row), of(b_row), None if first is None else States.of(first), first_row,
-                None if last is None else States.of(last), last_row, left, of(o), of(mass), states, rows, past, cuts,
-                self.scale, stretches, ends, K=k, V=v, C=chunk, BK=padded(k), BV=tile.values, GATE=gate,
-                REVERSE=reverse, READ=a is not None, MASS=column, ROW=row, UNIT=self.scale == 1, EVERY=self.every,
-                SPLIT=split, LEVELS=chunk.bit_length() - 1, num_warps=warps, num_stages=tile.stages,
-                **self.products,
+                *given, K=k, V=v, C=chunk, BK=padded(k), BV=tile.values, GATE=gate, REVERSE=reverse, READ=a is not None,
+                MASS=column, ROW=row, UNIT=self.scale == 1, EVERY=self.every, SPLIT=split,
+                LEVELS=chunk.bit_length() - 1, num_warps=warps, num_stages=tile.stages, **self.products,
             )  # fmt: skip
+
+    def splits(self, gate: int, read: bool) -> list[str]:
+        """The kernels of a walk, see `scan_walk`; what is not read has no pairs, which a decay a token spares."""
+        if self.exact:
+            return ["none"]
+        return ["made", "mixed"] if gate > 1 or (gate == 1 and read) else ["made"]
 
 
 def shared(x: Tensor, heads: int) -> Tensor:

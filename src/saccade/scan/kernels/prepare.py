@@ -46,9 +46,9 @@ def prepare_tokens(g, q, k, reads, keys, bounds, cuts, fan, D: tl.constexpr, C: 
         qs = read(q, batch, each, start, rows, inside, channel, D).to(tl.float32)
         write(reads, batch, each, start, rows, inside, channel, qs * factor, D)
     if start < end:
-        at = slot.to(tl.int64) * bounds.heads + head
-        tl.store(bounds.harmful + at * tl.num_programs(2) + tile, tl.where(harmless, 0, 1))
-        at = bounds.decay + at * (2 * D) + channel
+        at = head.to(tl.int64) * bounds.stride_h + slot * bounds.parts + tile
+        tl.store(bounds.harmful + at, tl.where(harmless, 0, 1))
+        at = bounds.decay + (slot.to(tl.int64) * bounds.heads + head) * (2 * D) + channel
         tl.store(at, tl.exp(early), mask=channel < D)
         tl.store(at + D, tl.exp(late), mask=channel < D)
 

@@ -25,8 +25,8 @@ from saccade.scan.kernels.tiles import (
     apart,
     between,
     between_sums,
-    finite,
     place,
+    powers,
     prefix,
     read,
     read_across,
@@ -113,9 +113,9 @@ def at_once(
 def by_tokens(
     a, b, y, wide, state, total, below, left, g, strength, batch, head, start, end, a_more, b_more, scale,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, READ: tl.constexpr, MASS: tl.constexpr,
-    ROW: tl.constexpr, SPLIT: tl.constexpr, STEEP: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+    ROW: tl.constexpr, SPLIT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A chunk under a decay a token: as `at_once`, from g, or if SPLIT is "made" from its sums G. wide: y in float32.
+    """A chunk under a decay a token: as `at_once`, from g, or its sums G unless SPLIT is "none". wide: y in float32.
 
     strength: factors of y, backwards of what is read; None for 1.
 
@@ -123,9 +123,10 @@ def by_tokens(
 
         y_j' = exp(G_L - G_j) y_j,     o_i = exp(G_i - G_L) (a_i . exp(G_L) state + sum over pairs of (a_i . b_j) y_j')
 
-    backwards with exp(G_j) and exp(-G_i). One factor grows, by what the chunk decays by. STEEP: by too much, so that
-    each pair has an exponential of its own.
+    backwards with exp(G_j) and exp(-G_i). One factor grows, by what the chunk decays by. Unless SPLIT is "made" that
+    may be too much, and each pair has an exponential of its own.
     """
+    STEEP: tl.constexpr = SPLIT != "made"
     rows = tl.arange(0, C)
     inside = start + rows < end
     acc = tl.zeros([C, BV], tl.float32)
@@ -199,65 +200,238 @@ def around_middle(bounds, slot, head, channel, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def by_levels(
-    a, b, y, state, total, below, left, g, batch, head, start, inside, column, a_more, b_more, scale, K: tl.constexpr,
-    V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr,
-    READ: tl.constexpr, MASS: tl.constexpr, ROW: tl.constexpr, LEVELS: tl.constexpr, KIND: tl.constexpr,
-    PRECISION: tl.constexpr,
+def key_levels(
+    a, b, g, batch, head, start, inside, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, REVERSE: tl.constexpr,
+    READ: tl.constexpr, LEVELS: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A chunk under a decay a channel, however strong: as `at_once`, from g in place of bounds."""
+    """Under a decay a summed channel: a from the start of a chunk, b to its end, scores, and what it leaves (BK,).
+
+    Backwards a from its end and b to its start: those are the middles of a block of two chunks for tokens in its second
+    half and in its first.
+    """
     rows = tl.arange(0, C)
     row = tl.arange(0, BK)
     i = rows[:, None]
     j = rows[None, :]
     order = i <= j if REVERSE else i >= j
+    LATE: tl.constexpr = 0 if REVERSE else C
+    EARLY: tl.constexpr = C if REVERSE else 0
+    scores = tl.zeros([C, C], tl.float32)
+    reads = a
+    keys = b
+    across = powers(read_across(g, batch, head, start, rows, inside, row, K).to(tl.float32))
+    if READ:
+        gates = powers(read(g, batch, head, start, rows, inside, row, K).to(tl.float32))
+        for level in range(LEVELS + 2):
+            size = 1 << level
+            away = tl.exp2(summed(towards_middle(i + LATE, j + LATE, size), gates, KIND, PRECISION))
+            back = tl.exp2(summed_across(across, towards_middle(j + EARLY, i + EARLY, size), KIND, PRECISION))
+            reads = (a.to(tl.float32) * away).to(KIND)
+            keys = (b.to(tl.float32) * back).to(KIND)
+            met = tl.dot(reads, keys, input_precision=PRECISION)
+            scores += tl.where(order & apart(rows, size), met, 0.0)
+    else:
+        back = tl.exp2(summed_across(across, towards_middle(j + EARLY, i + EARLY, 2 * C), KIND, PRECISION))
+        keys = (b.to(tl.float32) * back).to(KIND)
+    return reads, keys, scores, tl.exp2(tl.sum(across, 1))
+
+
+@triton.jit
+def value_levels(
+    scores, y, g, batch, head, start, inside, column, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
+    REVERSE: tl.constexpr, LEVELS: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Under a decay a kept channel: what scores (C, C) read of y (C, BV), y at the end of a chunk, what is left of its
+    start at each token, (C, BV), and at its end, (BV,).
+
+    Backwards start and end change places: they are the middles of blocks of two and of four chunks for the tokens in
+    the second.
+    """
+    rows = tl.arange(0, C)
+    i = rows[:, None]
+    j = rows[None, :]
+    order = i <= j if REVERSE else i >= j
+    gates = powers(read(g, batch, head, start, rows, inside, column, V).to(tl.float32))
+    wide = y.to(tl.float32)
+    acc = tl.zeros([C, BV], tl.float32)
+    before = acc
+    away = acc
+    for level in range(LEVELS + 3):
+        size = 1 << level
+        before = away
+        away = tl.exp2(summed(towards_middle(i + C, j + C, size), gates, KIND, PRECISION))
+        some = tl.where(order & apart(rows, size), scores, 0.0).to(KIND)
+        acc += tl.dot(some, (wide * away).to(KIND), input_precision=PRECISION) * away
+    lost = tl.exp2(tl.sum(gates, 0))
+    if REVERSE:
+        return acc, (wide * before).to(KIND), away, lost
+    else:
+        return acc, (wide * away).to(KIND), before, lost
+
+
+@triton.jit
+def by_levels(
+    a, b, y, raw_a, raw_b, raw_y, state, total, below, left, g, bounds, batch, head, start, slot, inside, column,
+    a_more, b_more, scale, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    GATE: tl.constexpr, REVERSE: tl.constexpr, READ: tl.constexpr, MASS: tl.constexpr, ROW: tl.constexpr,
+    SPLIT: tl.constexpr, LEVELS: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A chunk under a decay a channel, however strong: as `at_once`, from g and raw tokens.
+
+    If SPLIT is "mixed", a chunk that bears it is taken as `at_once` would: in the same code, which is long to compile.
+    """
+    rows = tl.arange(0, C)
+    order = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
     acc = tl.zeros([C, BV], tl.float32)
     scores = tl.zeros([C, C], tl.float32)
     found = tl.zeros([C], tl.float32)
     if GATE == 2:
-        across = finite(read_across(g, batch, head, start, rows, inside, row, K).to(tl.float32))
+        enter = tl.full([BK], 1.0, tl.float32)  # what is left of the state where it is read, of that where it is added
+        lost = enter  # to, and of all at the end
+        leave = enter
+        reads = a
+        keys = b
+        if SPLIT == "none":
+            reads, keys, scores, lost = key_levels(
+                a, b, g, batch, head, start, inside, K, C, BK, REVERSE, READ, LEVELS, KIND, PRECISION
+            )
+        elif any_harmful(bounds, slot, slot + 1, head) == 0:
+            enter, leave = around_middle(bounds, slot, head, tl.arange(0, BK), REVERSE)
+            if READ:
+                scores = tl.where(order, tl.dot(a, b, input_precision=PRECISION), 0.0)
+        else:
+            if READ:
+                reads = read(raw_a, batch, head, start, rows, inside, tl.arange(0, BK), K).to(KIND)
+            keys = read_across(raw_b, batch, head, start, rows, inside, tl.arange(0, BK), K).to(KIND)
+            reads, keys, scores, lost = key_levels(
+                reads, keys, g, batch, head, start, inside, K, C, BK, REVERSE, READ, LEVELS, KIND, PRECISION
+            )
+        state *= enter[:, None]
+        total *= enter
         if READ:
-            gates = finite(read(g, batch, head, start, rows, inside, row, K).to(tl.float32))
-            wide = a.to(tl.float32)
-            for level in range(LEVELS):
-                h = 1 << level
-                away = tl.exp(summed(towards_middle(i, j, h), gates, KIND, PRECISION))
-                back = tl.exp(summed_across(across, towards_middle(j, i, h), KIND, PRECISION))
-                met = tl.dot((wide * away).to(KIND), (b.to(tl.float32) * back).to(KIND), input_precision=PRECISION)
-                scores += tl.where(order & apart(rows, h), met, 0.0)
-            scores += tl.where(i == j, tl.dot(a, b, input_precision=PRECISION), 0.0)
-            reads = (wide * tl.exp(summed(i < j if REVERSE else i >= j, gates, KIND, PRECISION))).to(KIND)
             acc = tl.dot(reads, state.to(KIND), input_precision=PRECISION)
+            acc = tl.dot(scores.to(KIND), y, acc, input_precision=PRECISION)
             if MASS:
                 found = tl.sum(reads.to(tl.float32) * total[None, :], 1)
-            acc = tl.dot(scores.to(KIND), y, acc, input_precision=PRECISION)
-        keys = b.to(tl.float32) * tl.exp(summed_across(across, i <= j if REVERSE else i > j, KIND, PRECISION))
-        lost = tl.exp(tl.sum(across, 1))
-        left *= lost
+        left *= enter * lost * leave
         if MASS:
-            total = total * lost + tl.sum(keys * b_more[None, :], 1) * (scale if REVERSE else 1.0)
-        state = tl.dot(keys.to(KIND), y, state * lost[:, None], input_precision=PRECISION)
+            total = total * lost + tl.sum(keys.to(tl.float32) * b_more[None, :], 1) * (scale if REVERSE else 1.0)
+            total *= leave
+        state = tl.dot(keys, y, state * lost[:, None], input_precision=PRECISION) * leave[:, None]
     else:
-        gates = finite(read(g, batch, head, start, rows, inside, column, V).to(tl.float32))
-        wide = y.to(tl.float32)
+        enter = tl.full([BV], 1.0, tl.float32)
+        lost = enter
+        leave = enter
+        values = y
+        kept = tl.full([C, BV], 1.0, tl.float32)  # of the state at each token
         scores = tl.dot(a, b, input_precision=PRECISION)
-        acc = tl.dot(a, state.to(KIND), input_precision=PRECISION)
         if ROW:
-            acc += a_more[:, None] * below[None, :]
             scores += a_more[:, None] * b_more[None, :]
-        acc *= tl.exp(summed(i < j if REVERSE else i >= j, gates, KIND, PRECISION))
-        for level in range(LEVELS):
-            h = 1 << level
-            away = tl.exp(summed(towards_middle(i, j, h), gates, KIND, PRECISION))
-            some = tl.where(order & apart(rows, h), scores, 0.0).to(KIND)
-            acc += tl.dot(some, (wide * away).to(KIND), input_precision=PRECISION) * away
-        acc += tl.sum(tl.where(i == j, scores, 0.0), 1)[:, None] * wide
-        values = wide * tl.exp(summed(i >= j if REVERSE else i < j, gates, KIND, PRECISION))
-        lost = tl.exp(tl.sum(gates, 0))
+        if SPLIT == "none":
+            acc, values, kept, lost = value_levels(
+                scores, y, g, batch, head, start, inside, column, V, C, BV, REVERSE, LEVELS, KIND, PRECISION
+            )
+        elif any_harmful(bounds, slot, slot + 1, head) == 0:
+            enter, leave = around_middle(bounds, slot, head, column, REVERSE)
+            acc = tl.dot(tl.where(order, scores, 0.0).to(KIND), y, input_precision=PRECISION)
+        else:
+            raw = read(raw_y, batch, head, start, rows, inside, column, V).to(tl.float32)
+            acc, values, kept, lost = value_levels(
+                scores, (raw * (scale if REVERSE else 1.0)).to(KIND), g, batch, head, start, inside, column, V, C, BV,
+                REVERSE, LEVELS, KIND, PRECISION,
+            )  # fmt: skip
+        state *= enter[None, :]
+        below *= enter
+        from_state = tl.dot(a, state.to(KIND), input_precision=PRECISION)
         if ROW:
-            below = below * lost + tl.sum(values * b_more[:, None], 0)
-        state = tl.dot(b, values.to(KIND), state * lost[None, :], input_precision=PRECISION)
+            from_state += a_more[:, None] * below[None, :]
+            below = (below * lost + tl.sum(values.to(tl.float32) * b_more[:, None], 0)) * leave
+        acc += from_state * kept
+        state = tl.dot(b, values, state * lost[None, :], input_precision=PRECISION) * leave[None, :]
     return acc, scores, found, state, total, below, left
+
+
+@triton.jit
+def through_chunk(
+    a, b, y, raw_a, raw_b, raw_y, g, bounds, strength, a_row, b_row, o, mass, state, total, below, left, batch, head,
+    start, end, slot, tile, scale,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    GATE: tl.constexpr, REVERSE: tl.constexpr, READ: tl.constexpr, MASS: tl.constexpr, ROW: tl.constexpr,
+    UNIT: tl.constexpr, SPLIT: tl.constexpr, LEVELS: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The chunk number `slot`, from token `start` on, of `scan_walk`: o and mass are written, the rest is returned.
+
+    A function of its own because Triton's frontend goes through the body of a loop twice, through that of a loop within
+    one four times, and through a function once.
+    """
+    row = tl.arange(0, BK)
+    column = tile * BV + tl.arange(0, BV)
+    rows = tl.arange(0, C)
+    tokens = start + rows
+    inside = tokens < end
+    bs = read_across(b, batch, head, start, rows, inside, row, K).to(KIND)
+    ys = read(y, batch, head, start, rows, inside, column, V).to(KIND)
+    a_more = inside.to(tl.float32)
+    b_more = a_more
+    if a_row is not None:
+        a_more = read_row(a_row, batch, head, start, rows, inside)
+    if b_row is not None:
+        b_more = read_row(b_row, batch, head, start, rows, inside)
+    if READ:
+        a_s = read(a, batch, head, start, rows, inside, row, K).to(KIND)
+    else:
+        a_s = tl.zeros([C, BK], KIND)
+    acc = tl.zeros([C, BV], tl.float32)
+    scores = tl.zeros([C, C], tl.float32)
+    found = tl.zeros([C], tl.float32)
+    wide = ys.to(tl.float32)
+    if REVERSE and not UNIT:
+        wide *= scale
+    written = ys if UNIT or not REVERSE else wide.to(KIND)
+
+    if GATE == 0:
+        if READ:
+            acc, scores, found = met(a_s, bs, state, total, below, a_more, b_more, MASS, ROW, KIND, PRECISION)
+            order = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
+            scores = tl.where(order, scores, 0.0)
+            acc = add_pairs(acc, scores, written, BK, KIND, PRECISION)
+        if MASS:
+            total += tl.sum(bs.to(tl.float32) * b_more[None, :], 1) * (scale if REVERSE else 1.0)
+        if ROW:
+            below += tl.sum(wide * b_more[:, None], 0)
+        state = tl.dot(bs, written, state, input_precision=PRECISION)
+
+    if GATE == 1:
+        acc, scores, found, state, total, below, left = by_tokens(
+            a_s, bs, written, wide, state, total, below, left, g, strength, batch, head, start, end, a_more, b_more,
+            scale, C, BK, BV, REVERSE, READ, MASS, ROW, SPLIT, KIND, PRECISION,
+        )  # fmt: skip
+
+    if GATE >= 2:
+        if SPLIT == "made":
+            acc, scores, found, state, total, below, left = at_once(
+                a_s, bs, written, state, total, below, left, bounds, slot, head, column, a_more, b_more, scale, C, BK,
+                BV, GATE, REVERSE, READ, MASS, ROW, KIND, PRECISION,
+            )  # fmt: skip
+        else:
+            acc, scores, found, state, total, below, left = by_levels(
+                a_s, bs, written, raw_a, raw_b, raw_y, state, total, below, left, g, bounds, batch, head, start, slot,
+                inside, column, a_more, b_more, scale, K, V, C, BK, BV, GATE, REVERSE, READ, MASS, ROW, SPLIT, LEVELS,
+                KIND, PRECISION,
+            )  # fmt: skip
+
+    if READ:
+        if not REVERSE and not UNIT:
+            acc *= scale
+        # The mask of ys would be carried along from its load, which is ahead. Under a decay a channel that
+        # costs less than another.
+        here = inside if GATE >= 2 else rows < end - start
+        write(o, batch, head, start, rows, here, column, acc, V)
+        if MASS:
+            read_mass = (found + tl.sum(scores, 1)) * scale
+            first_tile = tokens < tl.where(tile == 0, end, 0)
+            tl.store(place(mass, batch, head, start) + rows, read_mass, mask=first_tile)
+    return state, total, below, left
 
 
 @alike("stretches", "ends")
@@ -282,7 +456,8 @@ def scan_walk(
     SPLIT: "made": `prepare` has put the decays between token and middle of the chunk into a and b, or into y, and left
     `bounds`; stretches with a chunk that bears no such factors are left to "mixed", which takes the pairs of such
     chunks by levels (see `tiles`) from raw_a, raw_b or raw_y; "none": all.
-    For GATE 1 "made": g is the sums of g, see `by_tokens`.
+    Likewise for GATE 1, where g is the sums of g unless SPLIT is "none", and "mixed" as `by_tokens` says. They are two
+    kernels because those compile side by side, and because no branch in a loop lets its loads be ahead.
     """
     TILES: tl.constexpr = (V + BV - 1) // BV
     tile = tl.program_id(0) % TILES
@@ -297,19 +472,23 @@ def scan_walk(
     each = tl.cdiv(tl.cdiv(chunks, stretches), EVERY) * EVERY
     low = (stretches - 1 - stretch if REVERSE else stretch) * each
     high = tl.minimum(low + each, chunks)
-    rows = tl.arange(0, C)
-    i = rows[:, None]
-    j = rows[None, :]
-    pairs = i <= j if REVERSE else i >= j
     if not READ:  # what the last one adds is of no interest
         high = tl.where(stretch == stretches - 1, low, high)
+    closes = stretch == stretches - 1
     limit = K
     width = V
-    if GATE >= 2 and SPLIT != "none":
-        mine = any_harmful(bounds, first_chunk + low, first_chunk + high, head) == (SPLIT == "mixed")
+    if SPLIT != "none" and (GATE >= 2 or (GATE == 1 and READ)):
+        if GATE == 1:
+            strong = any_steep(g, batch, head, begin, end, low, high, C)
+        else:
+            strong = any_harmful(bounds, first_chunk + low, first_chunk + high, head)
+        mine = strong == (SPLIT == "mixed")
         high = tl.where(mine, high, low)
-        limit = tl.where(mine, K, 0)
-        width = tl.where(mine, V, 0)
+        if GATE >= 2 or SPLIT == "mixed":
+            limit = tl.where(mine, K, 0)
+            width = tl.where(mine, V, 0)
+        else:  # what runs nearly always keeps masks that are known when it is compiled
+            closes = closes & mine
     exists = (row < limit)[:, None] & (column < width)[None, :]
     exists_column = column < width
     once = row < tl.where(tile == 0, limit, 0)  # what is the same in every tile of columns is written by one
@@ -327,118 +506,35 @@ def scan_walk(
         if ROW:
             below += tl.load(first_row + at * V + column, mask=exists_column, other=0.0)
 
-    # Under a decay a token one of two loops runs: no branch within one lets loads be ahead.
-    FORMS: tl.constexpr = 2 if GATE == 1 and SPLIT == "made" and READ else 1
-    if FORMS == 2:
-        steep = any_steep(g, batch, head, begin, end, low, high, C)
     GROUP: tl.constexpr = 1 << 30 if anchors is None else EVERY
     groups = tl.cdiv(high - low, GROUP)
-    for form in tl.static_range(FORMS):
-        for group in range(tl.where(form == steep, groups, 0) if FORMS == 2 else groups):
-            lowest = low + (groups - 1 - group if REVERSE else group) * GROUP
-            highest = tl.minimum(lowest + GROUP, high)
-            if anchors is not None:
-                bound = highest if REVERSE else lowest
-                slot = tl.where(bound == chunks, ends + seq, (first_chunk + bound) // EVERY + seq)
-                slot = slot.to(tl.int64) * heads + head
-                anchor = anchors + slot * (K * V) + (row[:, None] * V + column[None, :])
-                if REVERSE:
-                    flows = tl.sum(state * tl.load(anchor, mask=exists, other=0.0), 0)
-                    if ROW:
-                        flows += below * tl.load(anchor_rows + slot * V + column, mask=exists_column, other=0.0)
-                    tl.store(past + slot * V + column, flows, mask=exists_column)
-                else:
-                    tl.store(anchor, state, mask=exists)
-                    if ROW:
-                        tl.store(anchor_rows + slot * V + column, below, mask=exists_column)
-            for step in range(highest - lowest):
-                chunk = highest - 1 - step if REVERSE else lowest + step
-                start = begin + chunk * C
-                tokens = start + rows
-                inside = tokens < end
-                bs = read_across(b, batch, head, start, rows, inside, row, K).to(KIND)
-                ys = read(y, batch, head, start, rows, inside, column, V).to(KIND)
-                a_more = inside.to(tl.float32)
-                b_more = a_more
-                if a_row is not None:
-                    a_more = read_row(a_row, batch, head, start, rows, inside)
-                if b_row is not None:
-                    b_more = read_row(b_row, batch, head, start, rows, inside)
-                if READ:
-                    a_s = read(a, batch, head, start, rows, inside, row, K).to(KIND)
-                else:
-                    a_s = tl.zeros([C, BK], KIND)
-                acc = tl.zeros([C, BV], tl.float32)
-                scores = tl.zeros([C, C], tl.float32)
-                found = tl.zeros([C], tl.float32)
-                wide = ys.to(tl.float32)
-                if REVERSE and not UNIT:
-                    wide *= scale
-                written = ys if UNIT or not REVERSE else wide.to(KIND)
-
-                if GATE == 0:
-                    if READ:
-                        acc, scores, found = met(
-                            a_s, bs, state, total, below, a_more, b_more, MASS, ROW, KIND, PRECISION
-                        )
-                        scores = tl.where(pairs, scores, 0.0)
-                        acc = add_pairs(acc, scores, written, BK, KIND, PRECISION)
-                    if MASS:
-                        total += tl.sum(bs.to(tl.float32) * b_more[None, :], 1) * (scale if REVERSE else 1.0)
-                    if ROW:
-                        below += tl.sum(wide * b_more[:, None], 0)
-                    state = tl.dot(bs, written, state, input_precision=PRECISION)
-
-                if GATE == 1:
-                    acc, scores, found, state, total, below, left = by_tokens(
-                        a_s, bs, written, wide, state, total, below, left, g, strength, batch, head, start, end,
-                        a_more, b_more, scale, C, BK, BV, REVERSE, READ, MASS, ROW, SPLIT,
-                        form == 1 or SPLIT == "none", KIND, PRECISION,
-                    )  # fmt: skip
-
-                if GATE >= 2:
-                    if SPLIT == "made":
-                        acc, scores, found, state, total, below, left = at_once(
-                            a_s, bs, written, state, total, below, left, bounds, first_chunk + chunk, head, column,
-                            a_more, b_more, scale, C, BK, BV, GATE, REVERSE, READ, MASS, ROW, KIND, PRECISION,
-                        )  # fmt: skip
-                    elif SPLIT == "none":
-                        acc, scores, found, state, total, below, left = by_levels(
-                            a_s, bs, written, state, total, below, left, g, batch, head, start, inside, column, a_more,
-                            b_more, scale, K, V, C, BK, BV, GATE, REVERSE, READ, MASS, ROW, LEVELS, KIND, PRECISION,
-                        )  # fmt: skip
-                    elif any_harmful(bounds, first_chunk + chunk, first_chunk + chunk + 1, head) == 0:
-                        acc, scores, found, state, total, below, left = at_once(
-                            a_s, bs, written, state, total, below, left, bounds, first_chunk + chunk, head, column,
-                            a_more, b_more, scale, C, BK, BV, GATE, REVERSE, READ, MASS, ROW, KIND, PRECISION,
-                        )  # fmt: skip
-                    else:
-                        if GATE == 2:
-                            bs = read_across(raw_b, batch, head, start, rows, inside, row, K).to(KIND)
-                            if READ:
-                                a_s = read(raw_a, batch, head, start, rows, inside, row, K).to(KIND)
-                        else:
-                            wide = read(raw_y, batch, head, start, rows, inside, column, V).to(tl.float32)
-                            written = (wide * (scale if REVERSE else 1.0)).to(KIND)
-                        acc, scores, found, state, total, below, left = by_levels(
-                            a_s, bs, written, state, total, below, left, g, batch, head, start, inside, column, a_more,
-                            b_more, scale, K, V, C, BK, BV, GATE, REVERSE, READ, MASS, ROW, LEVELS, KIND, PRECISION,
-                        )  # fmt: skip
-
-                if READ:
-                    if not REVERSE and not UNIT:
-                        acc *= scale
-                    # The mask of ys would be carried along from its load, which is ahead. Under a decay a channel that
-                    # costs less than another.
-                    here = inside if GATE >= 2 else rows < end - start
-                    write(o, batch, head, start, rows, here, column, acc, V)
-                    if MASS:
-                        read_mass = (found + tl.sum(scores, 1)) * scale
-                        first_tile = tokens < tl.where(tile == 0, end, 0)
-                        tl.store(place(mass, batch, head, start) + rows, read_mass, mask=first_tile)
+    for group in range(groups):
+        lowest = low + (groups - 1 - group if REVERSE else group) * GROUP
+        highest = tl.minimum(lowest + GROUP, high)
+        if anchors is not None:
+            bound = highest if REVERSE else lowest
+            slot = tl.where(bound == chunks, ends + seq, (first_chunk + bound) // EVERY + seq)
+            slot = slot.to(tl.int64) * heads + head
+            anchor = anchors + slot * (K * V) + (row[:, None] * V + column[None, :])
+            if REVERSE:
+                flows = tl.sum(state * tl.load(anchor, mask=exists, other=0.0), 0)
+                if ROW:
+                    flows += below * tl.load(anchor_rows + slot * V + column, mask=exists_column, other=0.0)
+                tl.store(past + slot * V + column, flows, mask=exists_column)
+            else:
+                tl.store(anchor, state, mask=exists)
+                if ROW:
+                    tl.store(anchor_rows + slot * V + column, below, mask=exists_column)
+        for step in range(highest - lowest):
+            chunk = highest - 1 - step if REVERSE else lowest + step
+            state, total, below, left = through_chunk(
+                a, b, y, raw_a, raw_b, raw_y, g, bounds, strength, a_row, b_row, o, mass, state, total, below, left,
+                batch, head, begin + chunk * C, end, first_chunk + chunk, tile, scale, K, V, C, BK, BV, GATE, REVERSE,
+                READ, MASS, ROW, UNIT, SPLIT, LEVELS, KIND, PRECISION,
+            )  # fmt: skip
 
     if last is not None:
-        if (not READ) or (stretch == stretches - 1):  # the first is known when this is compiled, the second not
+        if (not READ) or closes:  # the first is known when this is compiled, the second not
             at = ((seq if READ else entry) * heads + head).to(tl.int64)
             where_state = row[:, None] * last.stride_k + column[None, :] * last.stride_v
             tl.store(last.x + at * (K * V) + where_state, state, mask=exists)
