@@ -44,7 +44,7 @@ MARKED = 4  # tokens between the states that gradients start from
 PULL = Tile(4, 8)  # four lanes a channel: fewer exchanges where sums over channels are formed
 STATES = 512  # of a program's channels together, at most
 LEAST = 128  # tokens that a stretch has
-WALKED = Cut(3, 12)  # a stretch is walked twice
+WALKED = Cut(3, 16)  # a stretch is walked twice
 PULLED = Cut(7, 16)  # which waits longer for each token
 
 

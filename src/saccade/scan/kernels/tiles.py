@@ -23,7 +23,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
 SAFE = tl.constexpr(60.0)  # of decay, as an exponent: what one factor of a pair may grow by
 
 
@@ -209,48 +208,44 @@ def between_sums(sums, rows, UPPER: tl.constexpr):
 
 
 @triton.jit
-def apart(rows, size):
-    """(C, C): pairs that meet in the middle of a block of `size` tokens, in either order; 1: tokens and themselves."""
+def apart(rows, h):
+    """(C, C): pairs that meet at the level h, in either order."""
     differ = rows[:, None] ^ rows[None, :]
-    return (differ >= size >> 1) & (differ < size)
+    return (differ >= h) & (differ < 2 * h)
 
 
 @triton.jit
-def powers(g):
-    """Decays as powers of two, whose exponentials are one instruction, without infinities: 0 times one is NaN."""
-    return tl.where(g < -1e4, -1e4, g) * LOG2E
+def finite(g):
+    """g without infinities, which 0 * g would make NaN."""
+    return tl.where(g < -1e4, -1e4, g)
 
 
 @triton.jit
 def summed(chosen, g, KIND: tl.constexpr, PRECISION: tl.constexpr):
     """Sums of finite g over chosen tokens: (C, C), (C, channels) -> (C, channels)."""
-    if tl.bfloat16 == KIND:  # 11 bits: the exponential of a sum S is off by S / 4096, where factors have 8 bits
-        return tl.dot(chosen.to(tl.float16), g.to(tl.float16))
-    elif PRECISION == "ieee":
-        return tl.dot(chosen.to(tl.float32), g, input_precision=PRECISION)
+    chosen = chosen.to(tl.float32).to(KIND)
+    if PRECISION == "ieee":
+        return tl.dot(chosen, g, input_precision=PRECISION)
     else:  # as the sum of two numbers that a product takes exactly, or nearly
-        chosen = chosen.to(tl.float32)
-        high = g.to(tl.bfloat16).to(tl.float32)
-        low = tl.dot(chosen, g - high, input_precision=PRECISION)
-        return tl.dot(chosen, high, low, input_precision=PRECISION)
+        high = g.to(tl.bfloat16)
+        low = (g - high.to(tl.float32)).to(KIND)
+        return tl.dot(chosen, high.to(KIND), tl.dot(chosen, low, input_precision=PRECISION), input_precision=PRECISION)
 
 
 @triton.jit
 def summed_across(g, chosen, KIND: tl.constexpr, PRECISION: tl.constexpr):
     """The same across: (channels, C), (C, C) -> (channels, C)."""
-    if tl.bfloat16 == KIND:
-        return tl.dot(g.to(tl.float16), chosen.to(tl.float16))
-    elif PRECISION == "ieee":
-        return tl.dot(g, chosen.to(tl.float32), input_precision=PRECISION)
+    chosen = chosen.to(tl.float32).to(KIND)
+    if PRECISION == "ieee":
+        return tl.dot(g, chosen, input_precision=PRECISION)
     else:
-        chosen = chosen.to(tl.float32)
-        high = g.to(tl.bfloat16).to(tl.float32)
-        low = tl.dot(g - high, chosen, input_precision=PRECISION)
-        return tl.dot(high, chosen, low, input_precision=PRECISION)
+        high = g.to(tl.bfloat16)
+        low = (g - high.to(tl.float32)).to(KIND)
+        return tl.dot(high.to(KIND), chosen, tl.dot(low, chosen, input_precision=PRECISION), input_precision=PRECISION)
 
 
 @triton.jit
-def towards_middle(at, other, size):
-    """Whether token `other` lies between token `at` and the middle of its block of `size`, the later end included."""
-    middle = (at | (size - 1)) - (size >> 1)
+def towards_middle(at, other, h):
+    """Whether token `other` lies between token `at` and the middle of its block of 2 h, the later end included."""
+    middle = (at | (2 * h - 1)) - h
     return (other > tl.minimum(at, middle)) & (other <= tl.maximum(at, middle))

@@ -25,8 +25,8 @@ from saccade.scan.kernels.tiles import (
     apart,
     between,
     between_sums,
+    finite,
     place,
-    powers,
     prefix,
     read,
     read_across,
@@ -200,154 +200,64 @@ def around_middle(bounds, slot, head, channel, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def key_levels(
-    a, b, g, batch, head, start, inside, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, REVERSE: tl.constexpr,
-    READ: tl.constexpr, LEVELS: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+def by_levels(
+    a, b, y, state, total, below, left, g, batch, head, start, inside, column, a_more, b_more, scale, K: tl.constexpr,
+    V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr,
+    READ: tl.constexpr, MASS: tl.constexpr, ROW: tl.constexpr, LEVELS: tl.constexpr, KIND: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Under a decay a summed channel: a from the start of a chunk, b to its end, scores, and what it leaves (BK,).
-
-    Backwards a from its end and b to its start: those are the middles of a block of two chunks for tokens in its second
-    half and in its first.
-    """
+    """A chunk under a decay a channel, however strong: as `at_once`, from g in place of bounds."""
     rows = tl.arange(0, C)
     row = tl.arange(0, BK)
     i = rows[:, None]
     j = rows[None, :]
     order = i <= j if REVERSE else i >= j
-    LATE: tl.constexpr = 0 if REVERSE else C
-    EARLY: tl.constexpr = C if REVERSE else 0
-    scores = tl.zeros([C, C], tl.float32)
-    reads = a
-    keys = b
-    across = powers(read_across(g, batch, head, start, rows, inside, row, K).to(tl.float32))
-    if READ:
-        gates = powers(read(g, batch, head, start, rows, inside, row, K).to(tl.float32))
-        for level in range(LEVELS + 2):
-            size = 1 << level
-            away = tl.exp2(summed(towards_middle(i + LATE, j + LATE, size), gates, KIND, PRECISION))
-            back = tl.exp2(summed_across(across, towards_middle(j + EARLY, i + EARLY, size), KIND, PRECISION))
-            reads = (a.to(tl.float32) * away).to(KIND)
-            keys = (b.to(tl.float32) * back).to(KIND)
-            met = tl.dot(reads, keys, input_precision=PRECISION)
-            scores += tl.where(order & apart(rows, size), met, 0.0)
-    else:
-        back = tl.exp2(summed_across(across, towards_middle(j + EARLY, i + EARLY, 2 * C), KIND, PRECISION))
-        keys = (b.to(tl.float32) * back).to(KIND)
-    return reads, keys, scores, tl.exp2(tl.sum(across, 1))
-
-
-@triton.jit
-def value_levels(
-    scores, y, g, batch, head, start, inside, column, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
-    REVERSE: tl.constexpr, LEVELS: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Under a decay a kept channel: what scores (C, C) read of y (C, BV), y at the end of a chunk, what is left of its
-    start at each token, (C, BV), and at its end, (BV,).
-
-    Backwards start and end change places: they are the middles of blocks of two and of four chunks for the tokens in
-    the second.
-    """
-    rows = tl.arange(0, C)
-    i = rows[:, None]
-    j = rows[None, :]
-    order = i <= j if REVERSE else i >= j
-    gates = powers(read(g, batch, head, start, rows, inside, column, V).to(tl.float32))
-    wide = y.to(tl.float32)
-    acc = tl.zeros([C, BV], tl.float32)
-    before = acc
-    away = acc
-    for level in range(LEVELS + 3):
-        size = 1 << level
-        before = away
-        away = tl.exp2(summed(towards_middle(i + C, j + C, size), gates, KIND, PRECISION))
-        some = tl.where(order & apart(rows, size), scores, 0.0).to(KIND)
-        acc += tl.dot(some, (wide * away).to(KIND), input_precision=PRECISION) * away
-    lost = tl.exp2(tl.sum(gates, 0))
-    if REVERSE:
-        return acc, (wide * before).to(KIND), away, lost
-    else:
-        return acc, (wide * away).to(KIND), before, lost
-
-
-@triton.jit
-def by_levels(
-    a, b, y, raw_a, raw_b, raw_y, state, total, below, left, g, bounds, batch, head, start, slot, inside, column,
-    a_more, b_more, scale, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    GATE: tl.constexpr, REVERSE: tl.constexpr, READ: tl.constexpr, MASS: tl.constexpr, ROW: tl.constexpr,
-    SPLIT: tl.constexpr, LEVELS: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A chunk under a decay a channel, however strong: as `at_once`, from g and raw tokens.
-
-    If SPLIT is "mixed", a chunk that bears it is taken as `at_once` would: in the same code, which is long to compile.
-    """
-    rows = tl.arange(0, C)
-    order = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
     acc = tl.zeros([C, BV], tl.float32)
     scores = tl.zeros([C, C], tl.float32)
     found = tl.zeros([C], tl.float32)
     if GATE == 2:
-        enter = tl.full([BK], 1.0, tl.float32)  # what is left of the state where it is read, of that where it is added
-        lost = enter  # to, and of all at the end
-        leave = enter
-        reads = a
-        keys = b
-        if SPLIT == "none":
-            reads, keys, scores, lost = key_levels(
-                a, b, g, batch, head, start, inside, K, C, BK, REVERSE, READ, LEVELS, KIND, PRECISION
-            )
-        elif any_harmful(bounds, slot, slot + 1, head) == 0:
-            enter, leave = around_middle(bounds, slot, head, tl.arange(0, BK), REVERSE)
-            if READ:
-                scores = tl.where(order, tl.dot(a, b, input_precision=PRECISION), 0.0)
-        else:
-            if READ:
-                reads = read(raw_a, batch, head, start, rows, inside, tl.arange(0, BK), K).to(KIND)
-            keys = read_across(raw_b, batch, head, start, rows, inside, tl.arange(0, BK), K).to(KIND)
-            reads, keys, scores, lost = key_levels(
-                reads, keys, g, batch, head, start, inside, K, C, BK, REVERSE, READ, LEVELS, KIND, PRECISION
-            )
-        state *= enter[:, None]
-        total *= enter
+        across = finite(read_across(g, batch, head, start, rows, inside, row, K).to(tl.float32))
         if READ:
+            gates = finite(read(g, batch, head, start, rows, inside, row, K).to(tl.float32))
+            wide = a.to(tl.float32)
+            for level in range(LEVELS):
+                h = 1 << level
+                away = tl.exp(summed(towards_middle(i, j, h), gates, KIND, PRECISION))
+                back = tl.exp(summed_across(across, towards_middle(j, i, h), KIND, PRECISION))
+                met = tl.dot((wide * away).to(KIND), (b.to(tl.float32) * back).to(KIND), input_precision=PRECISION)
+                scores += tl.where(order & apart(rows, h), met, 0.0)
+            scores += tl.where(i == j, tl.dot(a, b, input_precision=PRECISION), 0.0)
+            reads = (wide * tl.exp(summed(i < j if REVERSE else i >= j, gates, KIND, PRECISION))).to(KIND)
             acc = tl.dot(reads, state.to(KIND), input_precision=PRECISION)
-            acc = tl.dot(scores.to(KIND), y, acc, input_precision=PRECISION)
             if MASS:
                 found = tl.sum(reads.to(tl.float32) * total[None, :], 1)
-        left *= enter * lost * leave
+            acc = tl.dot(scores.to(KIND), y, acc, input_precision=PRECISION)
+        keys = b.to(tl.float32) * tl.exp(summed_across(across, i <= j if REVERSE else i > j, KIND, PRECISION))
+        lost = tl.exp(tl.sum(across, 1))
+        left *= lost
         if MASS:
-            total = total * lost + tl.sum(keys.to(tl.float32) * b_more[None, :], 1) * (scale if REVERSE else 1.0)
-            total *= leave
-        state = tl.dot(keys, y, state * lost[:, None], input_precision=PRECISION) * leave[:, None]
+            total = total * lost + tl.sum(keys * b_more[None, :], 1) * (scale if REVERSE else 1.0)
+        state = tl.dot(keys.to(KIND), y, state * lost[:, None], input_precision=PRECISION)
     else:
-        enter = tl.full([BV], 1.0, tl.float32)
-        lost = enter
-        leave = enter
-        values = y
-        kept = tl.full([C, BV], 1.0, tl.float32)  # of the state at each token
+        gates = finite(read(g, batch, head, start, rows, inside, column, V).to(tl.float32))
+        wide = y.to(tl.float32)
         scores = tl.dot(a, b, input_precision=PRECISION)
+        acc = tl.dot(a, state.to(KIND), input_precision=PRECISION)
         if ROW:
+            acc += a_more[:, None] * below[None, :]
             scores += a_more[:, None] * b_more[None, :]
-        if SPLIT == "none":
-            acc, values, kept, lost = value_levels(
-                scores, y, g, batch, head, start, inside, column, V, C, BV, REVERSE, LEVELS, KIND, PRECISION
-            )
-        elif any_harmful(bounds, slot, slot + 1, head) == 0:
-            enter, leave = around_middle(bounds, slot, head, column, REVERSE)
-            acc = tl.dot(tl.where(order, scores, 0.0).to(KIND), y, input_precision=PRECISION)
-        else:
-            raw = read(raw_y, batch, head, start, rows, inside, column, V).to(tl.float32)
-            acc, values, kept, lost = value_levels(
-                scores, (raw * (scale if REVERSE else 1.0)).to(KIND), g, batch, head, start, inside, column, V, C, BV,
-                REVERSE, LEVELS, KIND, PRECISION,
-            )  # fmt: skip
-        state *= enter[None, :]
-        below *= enter
-        from_state = tl.dot(a, state.to(KIND), input_precision=PRECISION)
+        acc *= tl.exp(summed(i < j if REVERSE else i >= j, gates, KIND, PRECISION))
+        for level in range(LEVELS):
+            h = 1 << level
+            away = tl.exp(summed(towards_middle(i, j, h), gates, KIND, PRECISION))
+            some = tl.where(order & apart(rows, h), scores, 0.0).to(KIND)
+            acc += tl.dot(some, (wide * away).to(KIND), input_precision=PRECISION) * away
+        acc += tl.sum(tl.where(i == j, scores, 0.0), 1)[:, None] * wide
+        values = wide * tl.exp(summed(i >= j if REVERSE else i < j, gates, KIND, PRECISION))
+        lost = tl.exp(tl.sum(gates, 0))
         if ROW:
-            from_state += a_more[:, None] * below[None, :]
-            below = (below * lost + tl.sum(values.to(tl.float32) * b_more[:, None], 0)) * leave
-        acc += from_state * kept
-        state = tl.dot(b, values, state * lost[None, :], input_precision=PRECISION) * leave[None, :]
+            below = below * lost + tl.sum(values * b_more[:, None], 0)
+        state = tl.dot(b, values.to(KIND), state * lost[None, :], input_precision=PRECISION)
     return acc, scores, found, state, total, below, left
 
 
@@ -413,11 +323,27 @@ def through_chunk(
                 a_s, bs, written, state, total, below, left, bounds, slot, head, column, a_more, b_more, scale, C, BK,
                 BV, GATE, REVERSE, READ, MASS, ROW, KIND, PRECISION,
             )  # fmt: skip
-        else:
+        elif SPLIT == "none":
             acc, scores, found, state, total, below, left = by_levels(
-                a_s, bs, written, raw_a, raw_b, raw_y, state, total, below, left, g, bounds, batch, head, start, slot,
-                inside, column, a_more, b_more, scale, K, V, C, BK, BV, GATE, REVERSE, READ, MASS, ROW, SPLIT, LEVELS,
-                KIND, PRECISION,
+                a_s, bs, written, state, total, below, left, g, batch, head, start, inside, column, a_more, b_more,
+                scale, K, V, C, BK, BV, GATE, REVERSE, READ, MASS, ROW, LEVELS, KIND, PRECISION,
+            )  # fmt: skip
+        elif any_harmful(bounds, slot, slot + 1, head) == 0:
+            acc, scores, found, state, total, below, left = at_once(
+                a_s, bs, written, state, total, below, left, bounds, slot, head, column, a_more, b_more, scale, C, BK,
+                BV, GATE, REVERSE, READ, MASS, ROW, KIND, PRECISION,
+            )  # fmt: skip
+        else:
+            if GATE == 2:
+                bs = read_across(raw_b, batch, head, start, rows, inside, row, K).to(KIND)
+                if READ:
+                    a_s = read(raw_a, batch, head, start, rows, inside, row, K).to(KIND)
+            else:
+                wide = read(raw_y, batch, head, start, rows, inside, column, V).to(tl.float32)
+                written = (wide * (scale if REVERSE else 1.0)).to(KIND)
+            acc, scores, found, state, total, below, left = by_levels(
+                a_s, bs, written, state, total, below, left, g, batch, head, start, inside, column, a_more, b_more,
+                scale, K, V, C, BK, BV, GATE, REVERSE, READ, MASS, ROW, LEVELS, KIND, PRECISION,
             )  # fmt: skip
 
     if READ:
