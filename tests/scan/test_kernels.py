@@ -722,14 +722,29 @@ def on_gpu(call):
     return run
 
 
+def rated(gate, dim, dv):
+    """Problems of which some chunks decay by more than one product bears, and of which none does."""
+    for rate in (1.0, 0.02)[: 1 + (gate in ("scalar", "vector"))]:
+        given = problem(gate, "query", heads=4, groups=2, tokens=301, dim=dim, dv=dv, batch=2)
+        given[0], given[1] = given[0] / dim**0.5, given[1] / dim**0.5
+        if gate != "none":
+            given[3] = given[3] * rate
+        yield given
+
+
+def test_gates_of_either_rate_are_met():
+    for slow, given in enumerate(rated("scalar", 16, 16)):
+        decays = given[3].float().unfold(2, 64, 64).sum(3)
+        assert bool((decays < -tiles.SAFE.value).any()) == (not slow)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize(("dim", "dv"), WIDTHS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_compiled(gate, dim, dv, dtype):
-    given = problem(gate, "query", heads=4, groups=2, tokens=301, dim=dim, dv=dv, batch=2)
-    given[0], given[1] = given[0] / dim**0.5, given[1] / dim**0.5
-    verify(on_gpu(fast()), on_gpu(plain()), given, terms=products(gate, 301, dim), dtypes=(dtype,))
+    for given in rated(gate, dim, dv):
+        verify(on_gpu(fast()), on_gpu(plain()), given, terms=products(gate, 301, dim), dtypes=(dtype,))
 
 
 @pytest.mark.gpu
@@ -737,11 +752,7 @@ def test_compiled(gate, dim, dv, dtype):
 @pytest.mark.parametrize(("dim", "dv"), [*WIDTHS, (128, 64)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_compiled_strengths(gate, dim, dv, dtype):
-    for steep in (1, 50)[: 1 + (gate == "scalar")]:
-        given = strengths(problem(gate, "query", heads=4, groups=2, tokens=301, dim=dim, dv=dv, batch=2))
-        given[0], given[1] = given[0] / dim**0.5, given[1] / dim**0.5
-        if gate != "none":
-            given[3] = given[3] * steep
+    for given in map(strengths, rated(gate, dim, dv)):
         terms = products(gate, 301, dim)
         verify(on_gpu(fast()), on_gpu(strong(plain())), given, terms=terms, dtypes=(dtype,))
 
