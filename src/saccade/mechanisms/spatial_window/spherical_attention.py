@@ -172,10 +172,14 @@ class SphericalAttention(Attention):
     def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (height, width), wide = self.grid, torch.float64
         if self.nodes == "equiangular":  # exact for the cosines of all frequencies that the nodes tell apart
-            order = torch.arange(height, dtype=wide)
-            colatitudes = order * (torch.pi / (height - 1))
-            moments = torch.where(order % 2 == 0, 2 / (1 - order**2), 0.0)
-            w = torch.linalg.solve(torch.cos(order[:, None] * colatitudes), moments)
+            order, ends, step = torch.arange(height), torch.ones(height, dtype=wide), torch.pi / (height - 1)
+            ends[[0, -1]] = 0.5
+            moments = torch.where(order % 2 == 0, 2 / (1 - order.to(wide) ** 2), 0.0)
+            # With both ends counted half, cosines are orthogonal over the nodes: nothing is solved, which at the poles,
+            # whose weights are small, would cost digits.
+            turns = torch.outer(order, order) % (2 * height - 2)
+            w = 2 / (height - 1) * ends * (torch.cos(turns.to(wide) * step) @ (ends * moments))
+            colatitudes = order.to(wide) * step
         else:  # the nodes are the eigenvalues of the recurrence of Legendre polynomials
             order = torch.arange(1, height, dtype=wide)
             beta = order / (4 * order**2 - 1).sqrt()
