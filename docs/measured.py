@@ -84,7 +84,8 @@ def _protocol(rows: Sequence[Row]) -> str:
 def chart(rows: Iterable[Row]) -> str:
     """An SVG in the page's own ink: bytes of the state, logarithmic, against the mean accuracy of the tests.
 
-    A dot a mechanism and width, larger for wider models; dense attention and windows are dashed lines.
+    A dot a mechanism and width, larger for wider models, and named once, at the widest; dense attention and windows are
+    dashed lines. Those of other parameters have no name here, and the table has.
     """
     plotted = [row for row in rows if row["state_bytes"]]
     if not plotted:
@@ -97,7 +98,6 @@ def chart(rows: Iterable[Row]) -> str:
     def point(row: Row) -> tuple[float, float]:
         return x.at(row["state_bytes"]), round(bottom + row["accuracy"] * (TOP - bottom), 1)
 
-    several = len({row["key"]["width"] for row in plotted}) > 1
     dots = [row for row in plotted if row["family"] != "reference"]
     ends, lines = [], []
     for width in sorted({row["key"]["width"] for row in plotted}):
@@ -112,9 +112,15 @@ def chart(rows: Iterable[Row]) -> str:
             lines.append([(LEFT, at[1]), (right, at[1])])
             ends.append((row, "dense"))
     named = [(row, row["contestant"]) for row in dots] + ends
-    texts = [f"{name} · {row['key']['width']}" if several else name for row, name in named]
+    widest = {name: max(row["key"]["width"] for row, other in named if other == name) for _, name in named}
+    # Drawn first, those without a name lie below the others.
+    named.sort(key=lambda each: each[0]["key"]["width"] == widest[each[1]] and "(" not in each[1])
     points = [point(row) for row, _ in named]
-    labels = place_labels(points, texts, (LEFT, TOP, right, bottom))
+    bare = sum(row["key"]["width"] < widest[name] or "(" in name for row, name in named)
+    near = [(x - 4, y - 4, x + 4, y + 4) for x, y in points[:bare]]
+    labels = [None] * bare + place_labels(
+        points[bare:], [name for _, name in named[bare:]], (LEFT, TOP, right, bottom), near
+    )
     parts = [_axes(x, bottom)]
     parts += [
         f'<polyline fill="none" points="{_joined(line)}" stroke="{HUES["reference"]}" stroke-dasharray="5 4"/>'
@@ -122,18 +128,19 @@ def chart(rows: Iterable[Row]) -> str:
     ]
     parts += [_trail(dots, name, point) for name in dict.fromkeys(row["contestant"] for row in dots)]
     for (row, _), (at_x, at_y), label in zip(named, points, labels, strict=True):
-        if label.leader:
+        if label and label.leader:
             x1, y1, x2, y2 = label.leader
             parts.append(f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="currentColor" opacity="0.4"/>')
         radius, hue = round(math.sqrt(row["key"]["width"]) / 2.6, 1), HUES.get(row["family"], "currentColor")
         told = f"<title>{html.escape(_told(row))}</title>"
-        parts.append(
-            f'<circle cx="{at_x}" cy="{at_y}" r="{radius}" fill="{hue}">{told}</circle>'
-            f'<text x="{label.x}" y="{label.y + 3.5}" text-anchor="{label.anchor}">{html.escape(label.text)}</text>'
-        )
-    style = "width:100%;height:auto;font-size:10px;font-family:sans-serif"
+        parts.append(f'<circle cx="{at_x}" cy="{at_y}" r="{radius}" fill="{hue}">{told}</circle>')
+        if label:
+            parts.append(
+                f'<text x="{label.x}" y="{label.y + 3.5}" text-anchor="{label.anchor}">{html.escape(label.text)}</text>'
+            )
+    style = "width:100%;height:auto;font-size:11px;font-family:sans-serif"
     legend = " ".join(f'<span style="color:{HUES[name]}">●</span> {name}' for name in ("linear", "recurrent"))
-    told = f"Mean accuracy of the tests. {legend}; dashed: dense attention, and windows of so many keys."
+    told = f"Mean accuracy of the tests. {legend}; dashed: dense attention, and windows of so many keys. Larger: wider."
     return (
         f'<figure class="measured"><svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" style="{style}" '
         f'aria-label="accuracy against bytes of the state" fill="currentColor">{"".join(parts)}</svg>'

@@ -618,13 +618,22 @@ def test_the_page_shows_the_best_and_what_failed(measured, trained, small):
     assert page.count("<svg") == 1
     assert "<title>gla, width 32: 75.0%, 4 KiB</title>" in page
     assert "25.0%" not in page
-    assert "gla · 32</text>" in page
-    assert page.count("dense ·") == 2
+    assert ">gla</text>" in page
+    assert page.count("<title>dense, width") == 2
+    assert page.count(">dense</text>") == 1  # at the widest
     assert "late after 50%" in page
     assert "<li><code>rat</code>: E: &lt;no&gt;</li>" in page
     assert 'href="gallery/gla.html"' in page
     assert "A CPU; 2026-01-02 to 2026-01-03." in page
     assert "currentColor" in page
+
+
+def test_other_parameters_have_a_dot_and_no_name(measured, trained, small):
+    rows = [row for row in rows_of_recall(trained, small) if row["contestant"] == "gla" and "accuracy" in row]
+    drawn = measured.chart([*rows, *({**row, "contestant": "gla (kind=other)"} for row in rows)])
+    assert drawn.count("<circle") == 2 * len(rows)
+    assert drawn.count("<title>gla (kind=other), width") == len(rows)
+    assert "(kind=other)</text>" not in drawn
 
 
 def test_the_page_without_rows_says_how_to_get_them(measured, tmp_path):
