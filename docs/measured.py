@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from saccade.bench import units
-from saccade.bench.charts import POWERS, Axis, place_labels
+from saccade.bench.charts import POWERS, Axis, Label, place_labels
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "training"))
@@ -113,14 +113,13 @@ def chart(rows: Iterable[Row]) -> str:
             ends.append((row, "dense"))
     named = [(row, row["contestant"]) for row in dots] + ends
     widest = {name: max(row["key"]["width"] for row, other in named if other == name) for _, name in named}
-    # Drawn first, those without a name lie below the others.
-    named.sort(key=lambda each: each[0]["key"]["width"] == widest[each[1]] and "(" not in each[1])
+    shown = [(row, name) for row, name in named if row["key"]["width"] == widest[name] and "(" not in name]
+    bare = [each for each in named if each not in shown]
+    named = bare + shown  # those without a name lie below the others
     points = [point(row) for row, _ in named]
-    bare = sum(row["key"]["width"] < widest[name] or "(" in name for row, name in named)
-    near = [(x - 4, y - 4, x + 4, y + 4) for x, y in points[:bare]]
-    labels = [None] * bare + place_labels(
-        points[bare:], [name for _, name in named[bare:]], (LEFT, TOP, right, bottom), near
-    )
+    near = [(x - 4, y - 4, x + 4, y + 4) for x, y in points[: len(bare)]]
+    labels: list[Label | None] = [None] * len(bare)
+    labels += place_labels(points[len(bare) :], [name for _, name in shown], (LEFT, TOP, right, bottom), near)
     parts = [_axes(x, bottom)]
     parts += [
         f'<polyline fill="none" points="{_joined(line)}" stroke="{HUES["reference"]}" stroke-dasharray="5 4"/>'

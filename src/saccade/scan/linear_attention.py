@@ -50,7 +50,9 @@ def linear_attention(
     log_decay: g <= 0, down to -inf (forget everything); (heads,) constant, (B, heads, N), or (B, heads, N, F) with one
         decay a channel of phi(k); heads is Hkv or H, and H costs one memory a query head (default None: none).
     strength: s (B, Hkv, M), of any sign: how much a token writes (default None: 1). It weighs all that the token adds,
-        also to the sum and the number of keys that a normalizer divides by: 2 is as the key twice, 0 as none.
+        also to the sum and the number of keys that a normalizer divides by: 2 is as the key twice, 0 as none. "triton"
+        takes it up inside under a constant decay or one a token; otherwise it multiplies the keys beforehand, a head of
+        v each.
     feature_map: phi: a callable, a pair (queries, keys), a `LogFeatures`, or a name from `features.FEATURE_MAPS`
         (default None: the identity). It sees float32, or float64 for float64.
     normalizer: a `Normalizer` or its name (default None: o as above).

@@ -167,7 +167,7 @@ class Problem:
         """What calls have in common that launch the same kernels: all that is told the compiler, but for alignments."""
         (_, _, length, d), g = self.q.shape, self.g
         return (
-            type(self), self.q.device, self.q.dtype, d, self.v.shape[3], self.k.shape[1] == self.memories, self.fan,
+            type(self), self.q.device, self.q.dtype, d, self.v.shape[3], self.fan,
             *(self.heads // x.shape[1] for x in (self.q, self.k, self.v)),
             length % self.sizes.chunk == 0, self.gate, None if g is None else g.dtype, self.cu is None, self.scale == 1,
         )  # fmt: skip
@@ -390,19 +390,16 @@ class Launch(Problem):
         flow, dg = (self.single(batch, heads, length) for _ in range(2))
         dstrength = None if self.strength is None else self.single(batch, heads, length)
 
-        def of(*tensors: Tensor | None) -> list[Heads | None]:
-            return [None if x is None else Heads.of(x, heads) for x in tensors]
-
         width = padded(d)
         head_flows[(batch * triton.cdiv(length, ROWS), groups)](
-            *of(self.q, self.k, dq, dk, self.strength, dq_all, dk_all, dstrength, flow), length, heads // groups, V=d,
-            BV=width, ROWS=ROWS, num_warps=8,
+            *self.of(self.q, self.k, dq, dk, self.strength, dq_all, dk_all, dstrength, flow), length, heads // groups,
+            V=d, BV=width, ROWS=ROWS, num_warps=8,
         )  # fmt: skip
         chunk, every = self.sizes.chunk, self.every
         spans = triton.cdiv(length, chunk * every)
         token_flows[(self.sequences * spans, heads)](
-            *of(flow), anchors.past, *of(dg), cuts, spans, anchors.ends, V=d, C=chunk, BV=width, EVERY=every,
-            num_warps=1,
+            *self.of(flow), anchors.past, *self.of(dg), cuts, spans, anchors.ends, V=d, C=chunk, BV=width,
+            EVERY=every, num_warps=1,
         )  # fmt: skip
         return dq if dq_all is None else dq_all, dk if dk_all is None else dk_all, dg, dstrength
 
@@ -419,17 +416,18 @@ class Launch(Problem):
         chunk, every = self.sizes.chunk, self.every
         spans = triton.cdiv(length, chunk * every)
 
-        def of(*tensors: Tensor | None) -> list[Heads | None]:
-            return [None if x is None else Heads.of(x, heads) for x in tensors]
-
         dg = self.single(batch, heads, length, d)
         width = NARROW // 2  # of twice as many arrays
         channel_flows[(self.sequences * spans * triton.cdiv(d, width), heads)](
-            *of(self.q, self.k, made.reads, made.keys, *prepared, made.gates), made.bounds, anchors.past,
-            *of(*grads, dg), cuts, spans, anchors.ends, V=d, C=chunk, BV=width, EVERY=every,
+            *self.of(self.q, self.k, made.reads, made.keys, *prepared, made.gates), made.bounds, anchors.past,
+            *self.of(*grads, dg), cuts, spans, anchors.ends, V=d, C=chunk, BV=width, EVERY=every,
             MADE=made.bounds is not None, num_warps=1,
         )  # fmt: skip
         return dg
+
+    def of(self, *tensors: Tensor | None) -> list[Heads | None]:
+        """For programs of a head each."""
+        return [None if x is None else Heads.of(x, self.heads) for x in tensors]
 
     def each_head(self, x: Tensor | None) -> Tensor | None:
         """(sequences, heads, ...) -> (sequences, H, ...), contiguous."""
@@ -496,15 +494,11 @@ class Launch(Problem):
         heads, (k, v) = self.heads, (b.shape[3], y.shape[3])
         chunk, tile = self.sizes.chunk, self.tile(k, v, gate, reverse, anchors is not None)
         states, rows, past, ends = (None, None, None, 0) if anchors is None else anchors
-
-        def of(x: Tensor | None) -> Heads | None:
-            return None if x is None else Heads.of(x, heads)
-
+        raw = (made.raw(x) for x in streams)
         given = (
-            of(a), of(b), of(y), *(of(made.raw(x)) for x in streams), of(made.gates), made.bounds, of(strength),
-            of(a_row), of(b_row), None if first is None else States.of(first), first_row,
-            None if last is None else States.of(last), last_row, left, of(o), of(mass), states, rows, past, cuts,
-            self.scale, stretches, ends,
+            *self.of(*streams, *raw, made.gates), made.bounds, *self.of(strength, a_row, b_row),
+            None if first is None else States.of(first), first_row, None if last is None else States.of(last), last_row,
+            left, *self.of(o, mass), states, rows, past, cuts, self.scale, stretches, ends,
         )  # fmt: skip
         for split in self.splits(gate, a is not None):
             warps = max(tile.warps, MIXED_WARPS) if split == "mixed" and gate > 1 else tile.warps

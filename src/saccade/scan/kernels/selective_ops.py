@@ -36,9 +36,9 @@ class Cut(NamedTuple):
     wanted: int
 
 
-UNROLLED = 8  # tokens, of a walk
-AHEAD = 8  # tokens from the load of delta, x and z to their use
-SHARED = 8  # the same for B and C
+UNROLLED = 8  # tokens, of a walk; a multiple of MARKED
+AHEAD = 8  # tokens from the load of delta, x and z to their use; a multiple of UNROLLED
+SHARED = 8  # the same for B and C; likewise
 WALK = Tile(1, 32)  # a lane a channel
 MARKED = 4  # tokens between the states that gradients start from
 PULL = Tile(4, 8)  # four lanes a channel: fewer exchanges where sums over channels are formed
