@@ -70,6 +70,11 @@ def fast(**options):
     return call
 
 
+def positive(call):
+    """With queries and keys whose products a normalizer may add up."""
+    return lambda q, k, v, g, memory: call(q.exp(), k.exp(), v, g, memory)
+
+
 def plain(normalizer=None):
     """The same, token by token; memories have a last column and row where the normalizer has."""
 
@@ -119,6 +124,16 @@ def test_one_product_for_all_pairs_of_a_chunk(gate, monkeypatch):
     if gate in ("scalar", "vector"):
         given[3][:, :, 20:30] *= 50
         verify(fast(), plain(), given, terms=products(gate, 70, 5) * 64, dtypes=WIDE)
+
+
+def test_sums_under_all_that_half_a_chunk_bears(monkeypatch):
+    """Of pairs that are none, read early and written late in a chunk, the factors grow to more than there is."""
+    monkeypatch.setattr(launch.Launch, "exact", False)
+    q, k, v, g, _ = problem("scalar", dim=5, dv=3, tokens=70)
+    half = launch.Sizes.of(5, 3, torch.float32, 1).chunk // 2
+    given = [q, k, v, torch.full_like(g, -0.9 * tiles.SAFE.value / half), draw(1, g.shape[1], 5, 4, seed=9).exp()]
+    terms = products("scalar", 70, 5) * 64
+    verify(positive(fast(normalizer="sum")), positive(plain(Sum())), given, terms=terms, dtypes=WIDE)
 
 
 @pytest.mark.parametrize("gate", ["none", "scalar", "vector"])
@@ -420,9 +435,6 @@ def test_stretches_of_a_sequence_are_joined(gate):
     q, k, v, g, memory = problem(gate, heads=1, tokens=5 * 16 + 3, dim=5)
     memory = torch.cat([memory, draw(1, 1, 5, 1, seed=8).exp()], -1)
 
-    def positive(call):
-        return lambda q, k, v, g, memory: call(q.exp(), k.exp(), v, g, memory)
-
     given = [q, k, v, g, memory]
     assert launch.Launch(*(x.float() for x in (q, k, v)), None, None, 1.0, False).stretches == 6
     verify(positive(fast(normalizer="sum")), positive(plain(Sum())), given, terms=products(gate, 83, 5), dtypes=WIDE)
@@ -435,9 +447,6 @@ def test_normalizers(gate, normalizer):
     q, k, v, g, memory = problem(gate, "query", tokens=19)
     kept, counts = memory.shape[1], isinstance(normalizer, MeanShift)
     memory = draw(1, kept, D + counts, DV + 1, seed=9).exp()
-
-    def positive(call):
-        return lambda q, k, v, g, memory: call(q.exp(), k.exp(), v, g, memory)
 
     given = [q, k, v, g, memory]
     verify(
@@ -775,9 +784,6 @@ def test_compiled_values_of_more_heads_than_keys(gate, q_heads, dim, dv, dtype):
 def test_compiled_with_a_normalizer_and_stretches(gate, dtype):
     q, k, v, g, _ = problem(gate, heads=2, groups=1, tokens=4100, dim=64, dv=64)
     memory = draw(1, 1, 64, 65, seed=9).exp()
-
-    def positive(call):
-        return lambda q, k, v, g, memory: call(q.exp(), k.exp(), v, g, memory)
 
     ours, theirs = (on_gpu(positive(call)) for call in (fast(normalizer="sum"), plain(Sum())))
     verify(ours, theirs, [q, k, v, g, memory], terms=products(gate, 4100, 64), dtypes=(dtype,))

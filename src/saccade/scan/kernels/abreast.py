@@ -101,8 +101,7 @@ class Abreast(Executor):
     """Compiles kernels side by side from `start` on, the heaviest first, and loads them.
 
     How long one will take is not known; the more arguments and warps it has, the longer, by and large, and of equals
-    those that a call launches last, in strong decays and backwards. device: onto which they are loaded, or None, if
-    they are not.
+    those that a call launches last, backwards. device: onto which they are loaded, or None, if they are not.
     """
 
     def __init__(self, device: torch.device | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from saccade.scan.kernels.flows import channel_flows, head_flows, token_flows
 from saccade.scan.kernels.join import join_stretches
 from saccade.scan.kernels.prepare import prepare_sums, prepare_tokens
 from saccade.scan.kernels.tiles import Bounds, Cuts, Heads, States
+from saccade.scan.kernels.together import together
 from saccade.scan.kernels.walk import scan_walk
 
 LEAST_CHUNKS = 8  # that a stretch has: all but the last of a sequence are read twice where there is more than one
@@ -500,7 +501,8 @@ class Launch(Problem):
             None if first is None else States.of(first), first_row, None if last is None else States.of(last), last_row,
             left, *self.of(o, mass), states, rows, past, cuts, self.scale, stretches, ends,
         )  # fmt: skip
-        for split in self.splits(gate, a is not None):
+
+        def launch(split: str) -> None:
             warps = max(tile.warps, MIXED_WARPS) if split == "mixed" and gate > 1 else tile.warps
             scan_walk[(triton.cdiv(v, tile.values) * self.sequences * stretches, heads)](
                 *given, K=k, V=v, C=chunk, BK=padded(k), BV=tile.values, GATE=gate, REVERSE=reverse, READ=a is not None,
@@ -508,11 +510,19 @@ class Launch(Problem):
                 LEVELS=chunk.bit_length() - 1, num_warps=warps, num_stages=tile.stages, **self.products,
             )  # fmt: skip
 
+        launches = [partial(launch, split) for split in self.splits(gate, a is not None)]
+        # Under a decay a channel strong stretches are few or none, and the other ones fill the device.
+        for group in [launches] if gate == 1 else [[each] for each in launches]:
+            together(self.q.device, *group)
+
     def splits(self, gate: int, read: bool) -> list[str]:
-        """The kernels of a walk, see `scan_walk`; what is not read has no pairs, which a decay a token spares."""
+        """The kernels of a walk, see `scan_walk`; what is not read has no pairs, which a decay a token spares.
+
+        Stretches under strong decays may be few, and each takes as long as any, so those come first.
+        """
         if self.exact:
             return ["none"]
-        return ["made", "mixed"] if gate > 1 or (gate == 1 and read) else ["made"]
+        return ["mixed", "made"] if gate > 1 or (gate == 1 and read) else ["made"]
 
 
 def shared(x: Tensor, heads: int) -> Tensor:

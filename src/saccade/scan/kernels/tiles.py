@@ -129,8 +129,11 @@ def any_steep(sums, batch, head, begin, end, first, last, C: tl.constexpr):
     at = place(sums, batch, head, begin)
     for block in range(first, last, 128):
         chunk = block + tl.arange(0, 128)
+        middle = tl.minimum(chunk * C + C // 2, end - begin) - 1
         final = tl.minimum(chunk * C + C, end - begin) - 1
-        least = tl.minimum(least, tl.load(at + final * sums.stride_n, mask=chunk < last, other=0.0))
+        early = tl.load(at + middle * sums.stride_n, mask=chunk < last, other=0.0)
+        whole = tl.load(at + final * sums.stride_n, mask=chunk < last, other=0.0)
+        least = tl.minimum(least, tl.minimum(early, whole - early))
     return (tl.min(least, 0) <= -SAFE).to(tl.int32)
 
 

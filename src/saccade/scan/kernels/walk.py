@@ -111,7 +111,7 @@ def at_once(
 
 @triton.jit
 def by_tokens(
-    a, b, y, wide, state, total, below, left, g, strength, batch, head, start, end, a_more, b_more, scale,
+    a, b, y, wide, state, total, below, left, due, g, strength, batch, head, start, end, a_more, b_more, scale,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, READ: tl.constexpr, MASS: tl.constexpr,
     ROW: tl.constexpr, SPLIT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -119,14 +119,17 @@ def by_tokens(
 
     strength: factors of y, backwards of what is read; None for 1.
 
-    What is left of a token at the end L of the chunk goes into the state, and pairs share one product with it:
+    What is left of a token at the middle m of the chunk goes into the state, and pairs share one product with it:
 
-        y_j' = exp(G_L - G_j) y_j,     o_i = exp(G_i - G_L) (a_i . exp(G_L) state + sum over pairs of (a_i . b_j) y_j')
+        y_j' = exp(G_m - G_j) y_j,     o_i = exp(G_i - G_m) (a_i . exp(G_m) state + sum over pairs of (a_i . b_j) y_j')
 
-    backwards with exp(G_j) and exp(-G_i). One factor grows, by what the chunk decays by. Unless SPLIT is "made" that
-    may be too much, and each pair has an exponential of its own.
+    backwards with exp(G_j - G_m) and exp(G_m - G_i). One factor grows, by what half a chunk decays by. Unless SPLIT is
+    "made" that may be too much, and each pair has an exponential of its own; where nothing is read there are no pairs,
+    and the end of the chunk, backwards its start, takes the place of the middle. due: what the state, after the middle
+    of a chunk, is still to be multiplied by, which is done in the next one.
     """
     STEEP: tl.constexpr = SPLIT != "made"
+    MIDDLE: tl.constexpr = READ and not STEEP
     rows = tl.arange(0, C)
     inside = start + rows < end
     acc = tl.zeros([C, BV], tl.float32)
@@ -144,22 +147,28 @@ def by_tokens(
         to_end = tl.exp(whole - gates)
     lost = tl.exp(whole)
     rest = from_start if REVERSE else to_end
+    if MIDDLE:
+        middle = tl.load(place(g, batch, head, tl.minimum(start + C // 2, end) - 1))
+        rest = tl.exp(gates - middle if REVERSE else middle - gates)
+        enter = tl.exp(whole - middle if REVERSE else middle)
+        leave = tl.exp(middle if REVERSE else whole - middle)
     if strength is not None:
         strengths = read_row(strength, batch, head, start, rows, inside)
         if not REVERSE:
             rest *= strengths
     wide *= rest[:, None]
     late = wide.to(KIND)
-    if not STEEP:
-        state *= lost
-        total *= lost
-        below *= lost
+    if MIDDLE:
+        state = state * due * enter  # one after the other: their product may be less than there is
+        total = total * due * enter
+        below = below * due * enter
+        due = leave
     if READ:
         acc, scores, found = met(a, b, state, total, below, a_more, b_more, MASS, ROW, KIND, PRECISION)
         if STEEP:
             reads = to_end if REVERSE else from_start
         else:
-            reads = tl.exp(-gates if REVERSE else gates - whole)
+            reads = tl.exp(middle - gates if REVERSE else gates - middle)
         if strength is not None and REVERSE:
             reads *= strengths
         if STEEP:
@@ -171,10 +180,10 @@ def by_tokens(
             order = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
             scores = tl.where(order, scores, 0.0)
             acc = add_pairs(acc, scores, late, BK, KIND, PRECISION) * reads[:, None]
-            if MASS:
-                scores *= reads[:, None] * rest[None, :]
+            if MASS:  # of pairs that are not, both factors may grow, to more than there is
+                scores = tl.where(order, scores * reads[:, None] * rest[None, :], 0.0)
         found *= reads
-    if STEEP:
+    if not MIDDLE:
         state *= lost
         total *= lost
         below *= lost
@@ -184,7 +193,7 @@ def by_tokens(
     if ROW:
         below += tl.sum(wide * b_more[:, None], 0)
     state = tl.dot(b, late, state, input_precision=PRECISION)
-    return acc, scores, found, state, total, below, left
+    return acc, scores, found, state, total, below, left, due
 
 
 @triton.jit
@@ -263,8 +272,8 @@ def by_levels(
 
 @triton.jit
 def through_chunk(
-    a, b, y, raw_a, raw_b, raw_y, g, bounds, strength, a_row, b_row, o, mass, state, total, below, left, batch, head,
-    start, end, slot, tile, scale,
+    a, b, y, raw_a, raw_b, raw_y, g, bounds, strength, a_row, b_row, o, mass, state, total, below, left, due, batch,
+    head, start, end, slot, tile, scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, REVERSE: tl.constexpr, READ: tl.constexpr, MASS: tl.constexpr, ROW: tl.constexpr,
     UNIT: tl.constexpr, SPLIT: tl.constexpr, LEVELS: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
@@ -312,9 +321,9 @@ def through_chunk(
         state = tl.dot(bs, written, state, input_precision=PRECISION)
 
     if GATE == 1:
-        acc, scores, found, state, total, below, left = by_tokens(
-            a_s, bs, written, wide, state, total, below, left, g, strength, batch, head, start, end, a_more, b_more,
-            scale, C, BK, BV, REVERSE, READ, MASS, ROW, SPLIT, KIND, PRECISION,
+        acc, scores, found, state, total, below, left, due = by_tokens(
+            a_s, bs, written, wide, state, total, below, left, due, g, strength, batch, head, start, end, a_more,
+            b_more, scale, C, BK, BV, REVERSE, READ, MASS, ROW, SPLIT, KIND, PRECISION,
         )  # fmt: skip
 
     if GATE >= 2:
@@ -357,7 +366,7 @@ def through_chunk(
             read_mass = (found + tl.sum(scores, 1)) * scale
             first_tile = tokens < tl.where(tile == 0, end, 0)
             tl.store(place(mass, batch, head, start) + rows, read_mass, mask=first_tile)
-    return state, total, below, left
+    return state, total, below, left, due
 
 
 @alike("stretches", "ends")
@@ -432,6 +441,7 @@ def scan_walk(
         if ROW:
             below += tl.load(first_row + at * V + column, mask=exists_column, other=0.0)
 
+    due = 1.0
     GROUP: tl.constexpr = 1 << 30 if anchors is None else EVERY
     groups = tl.cdiv(high - low, GROUP)
     for group in range(groups):
@@ -453,11 +463,16 @@ def scan_walk(
                     tl.store(anchor_rows + slot * V + column, below, mask=exists_column)
         for step in range(highest - lowest):
             chunk = highest - 1 - step if REVERSE else lowest + step
-            state, total, below, left = through_chunk(
+            state, total, below, left, due = through_chunk(
                 a, b, y, raw_a, raw_b, raw_y, g, bounds, strength, a_row, b_row, o, mass, state, total, below, left,
-                batch, head, begin + chunk * C, end, first_chunk + chunk, tile, scale, K, V, C, BK, BV, GATE, REVERSE,
-                READ, MASS, ROW, UNIT, SPLIT, LEVELS, KIND, PRECISION,
+                due, batch, head, begin + chunk * C, end, first_chunk + chunk, tile, scale, K, V, C, BK, BV, GATE,
+                REVERSE, READ, MASS, ROW, UNIT, SPLIT, LEVELS, KIND, PRECISION,
             )  # fmt: skip
+        if GATE == 1 and SPLIT == "made" and READ:
+            state *= due
+            total *= due
+            below *= due
+            due = 1.0
 
     if last is not None:
         if (not READ) or closes:  # the first is known when this is compiled, the second not
