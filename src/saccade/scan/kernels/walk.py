@@ -392,7 +392,7 @@ def scan_walk(
     `bounds`; stretches with a chunk that bears no such factors are left to "mixed", which takes the pairs of such
     chunks by levels (see `tiles`) from raw_a, raw_b or raw_y; "none": all.
     Likewise for GATE 1, where g is the sums of g unless SPLIT is "none", and "mixed" as `by_tokens` says. They are two
-    kernels because those compile side by side, and because no branch in a loop lets its loads be ahead.
+    kernels because those compile and run side by side, and because no branch in a loop lets its loads be ahead.
     """
     TILES: tl.constexpr = (V + BV - 1) // BV
     tile = tl.program_id(0) % TILES
