@@ -269,8 +269,7 @@ def many_valued(gate, q_heads=2, tokens=TOKENS, dim=D, dv=DV, batch=1):
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("q_heads", [2, 6])
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(("q_heads", "exact"), [(2, True), (6, False)])
 def test_values_of_more_heads_than_keys(gate, q_heads, exact, monkeypatch):
     monkeypatch.setattr(launch.Launch, "exact", exact)
     monkeypatch.setattr(launch, "ANCHORED", 16)
