@@ -511,9 +511,11 @@ class Launch(Problem):
             )  # fmt: skip
 
         launches = [partial(launch, split) for split in self.splits(gate, a is not None)]
-        # Under a decay a channel strong stretches are few or none, and the other ones fill the device.
-        for group in [launches] if gate == 1 else [[each] for each in launches]:
-            together(self.q.device, *group)
+        if gate == 1:
+            together(self.q.device, *launches)
+        else:  # under a decay a channel strong stretches are few or none, and the other ones fill the device
+            for each in launches:
+                each()
 
     def splits(self, gate: int, read: bool) -> list[str]:
         """The kernels of a walk, see `scan_walk`; what is not read has no pairs, which a decay a token spares.
