@@ -19,6 +19,7 @@ from saccade.scan.kernels.together import together
 from saccade.scan.kernels.walk import scan_walk
 
 LEAST_CHUNKS = 8  # that a stretch has: all but the last of a sequence are read twice where there is more than one
+LONGEST = 128  # chunks of it, if it is walked twice anyway
 ANCHORED = 256  # tokens between the states that the gradient of a gate starts from; a chunk where digits are to be kept
 NARROW = 32  # channels of a chunk that one warp holds
 MIXED_WARPS = 8  # of walks over harmful chunks: half of what 4 keep in local memory, compiled in two thirds of the time
@@ -48,7 +49,7 @@ class Sizes(NamedTuple):
             return cls(32, Tile(min(v, 32), 4, 1))
         if k > 128:
             return cls(64, Tile(min(v, 128), 8, 2))
-        return cls(64, Tile(min(v, 64), 4, 2 if gate else 3))
+        return cls(64, Tile(min(v, 64), 4, 2 if gate > 1 or (gate and k > 64) else 3))
 
 
 def padded(size: int) -> int:
@@ -237,7 +238,11 @@ class Launch(Problem):
 
     @property
     def _cut(self) -> int:
-        return max(1, min(self._wanted, self.chunks // (self.sequences * LEAST_CHUNKS)))
+        length = self.chunks // self.sequences
+        wanted = self._wanted
+        if self.gate == 1 and wanted > 2:  # some may be steep and take half as long again: the last to be done, if long
+            wanted *= -(-length // (wanted * LONGEST))
+        return max(1, min(wanted, length // LEAST_CHUNKS))
 
     @property
     def whole(self) -> bool:

@@ -110,9 +110,7 @@ def single(x):
 
 
 @triton.jit
-def channels_of(
-    x, u: tl.constexpr, inside, within, WIDTH: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr
-):
+def channels_of(x, u, inside, within, WIDTH: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr):
     """K blocks of token u, float32, x pointing at the first of these; zeros where it is not inside."""
     found = ()
     for k in tl.static_range(K):
@@ -122,7 +120,7 @@ def channels_of(
 
 
 @triton.jit
-def shared_of(x, u: tl.constexpr, inside, G: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr):
+def shared_of(x, u, inside, G: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr):
     """Token u of x (N, G, S), float32, x pointing at its states; zeros where it is not inside."""
     return single(tl.load(x + u * (G * S), mask=both(tl.arange(0, PAD) < S, inside), other=0.0))
 
@@ -177,7 +175,7 @@ def step_of(delta, bias, more, inside, SOFTPLUS: tl.constexpr):
 
 @triton.jit
 def inputs_of(
-    x, delta, z, dy, u: tl.constexpr, inside, within,
+    x, delta, z, dy, u, inside, within,
     WIDTH: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """(delta, x, z, dy) of token u, x for a z or dy that is None; zeros where it is not inside."""
@@ -191,7 +189,7 @@ def inputs_of(
 
 
 @triton.jit
-def vectors_of(b, c, u: tl.constexpr, inside, G: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr):
+def vectors_of(b, c, u, inside, G: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr):
     """(B, C) of token u, B for a C that is None; zeros where it is not inside."""
     writes = shared_of(b, u, inside, G, S, PAD)
     reads = writes
@@ -217,8 +215,8 @@ def selective_walk(
     None where that is delta; and where there is a gate, dy of its results: then y is dz, and pulls, float32, dy
     silu(z).
 
-    T tokens are unrolled; what a token needs is loaded AHEAD tokens before, and what all channels of a group share
-    SHARED tokens before: multiples of T, as T is of EVERY. EVEN: T divides the length, and nothing needs a mask.
+    T tokens are unrolled, a multiple of EVERY; what a token needs is loaded AHEAD tokens before, and what all channels
+    of a group share SHARED tokens before: at most T. EVEN: T divides the length, and nothing needs a mask.
     """
     batch, _, group, channel, within, slot = place(WIDTH, G, S, K, L)
     low = tl.program_id(1) * each
@@ -248,24 +246,29 @@ def selective_walk(
         passed = passed + (tl.zeros([L], tl.float32),)
         biases = biases + (channel_of(bias, k, channel, within, WIDTH, G, K, L),)
         directs = directs + (channel_of(direct, k, channel, within, WIDTH, G, K, L),)
-    ahead, shared = (), ()
-    for u in tl.static_range(AHEAD):
-        ahead = ahead + (inputs_of(x, delta, z, dy, u, low + u < high, within, WIDTH, G, K, L),)
+    # A loop, which the compiler unrolls at last: the time that it takes for a load grows with all that it is connected
+    # with. Those of b and c it would then lay over the lanes, and exchange what they bring.
+    ahead, shared, none = (), (), ()
+    for _ in tl.static_range(K):
+        none = none + (tl.zeros([L], tl.float32),)
+    for _ in tl.static_range(AHEAD):
+        ahead = ahead + ((none, none, none, none),)
+    for i in range(AHEAD):
+        ahead = ahead[1:] + (inputs_of(x, delta, z, dy, i, low + i < high, within, WIDTH, G, K, L),)
     for u in tl.static_range(SHARED):
         shared = shared + (vectors_of(b, c, u, low + u < high, G, S, PAD),)
-    far, near = AHEAD, SHARED  # from what is used to what is loaded; at the end the last whole tile is loaded again
-    if EVEN:
-        far, near = tl.minimum(AHEAD, high - low - T), tl.minimum(SHARED, high - low - T)
-    x += far * WIDTH
-    delta += far * WIDTH
-    b += near * (G * S)
-    if z is not None:
-        z += far * WIDTH
-    if dy is not None:
-        dy += far * WIDTH
-    if y is not None:
-        c += near * (G * S)
     for start in range(low, high, T):
+        on = T
+        if EVEN:  # behind the last tile it is loaded again
+            on = tl.where(start + T < high, T, 0)
+        x_on, delta_on, z_on, dy_on, b_on, c_on = x + on * WIDTH, delta + on * WIDTH, z, dy, b + on * (G * S), c
+        if z is not None:
+            z_on += on * WIDTH
+        if dy is not None:
+            dy_on += on * WIDTH
+        if c is not None:
+            c_on += on * (G * S)
+        results = ()  # stored behind the last of the loads, which would wait for them
         for u in tl.static_range(T):
             inside = EVEN or start + u < high
             if marks is not None and u % EVERY == 0:
@@ -273,17 +276,23 @@ def selective_walk(
                 for k in tl.static_range(K):
                     keep_states(marks, tile, k, h[k], channel, within, inside, WIDTH, G, S, PAD, K, L)
             known_far, known_near = EVEN or start + u + AHEAD < high, EVEN or start + u + SHARED < high
-            ahead = ahead + (inputs_of(x, delta, z, dy, u, known_far, within, WIDTH, G, K, L),)
-            shared = shared + (vectors_of(b, c, u, known_near, G, S, PAD),)
+            if u + AHEAD < T:
+                found = inputs_of(x, delta, z, dy, u + AHEAD, known_far, within, WIDTH, G, K, L)
+            else:
+                found = inputs_of(x_on, delta_on, z_on, dy_on, u + AHEAD - T, known_far, within, WIDTH, G, K, L)
+            ahead = ahead + (found,)
+            if u + SHARED < T:
+                found = vectors_of(b, c, u + SHARED, known_near, G, S, PAD)
+            else:
+                found = vectors_of(b_on, c_on, u + SHARED - T, known_near, G, S, PAD)
+            shared = shared + (found,)
             deltas, xs, gates, dys = ahead[0]
             writes, reads = shared[0]
             ahead, shared = ahead[1:], shared[1:]
             states, sums = (), ()
             for k in tl.static_range(K):
-                mask = known(within, k, inside, WIDTH, G, K, L)
                 step = step_of(deltas[k], bias, biases[k], inside, SOFTPLUS)
-                if steps is not None:
-                    tl.store(steps + (u * WIDTH + k * L), step, mask=mask)
+                found, pulled = step, step
                 tile = tl.exp2(step[None, :] * rates[k]) * h[k] + (step * xs[k])[None, :] * writes[:, None]
                 states = states + (tile,)
                 sums = sums + (passed[k] + step,)
@@ -297,26 +306,26 @@ def selective_walk(
                             found *= gate
                         else:
                             found *= dys[k] * slope
-                            tl.store(pulls + (u * WIDTH + k * L), dys[k] * gate, mask=mask)
-                    tl.store(y + (u * WIDTH + k * L), found, mask=mask)
+                            pulled = dys[k] * gate
+                results = results + ((step, found, pulled),)
             h, passed = states, sums
-        further, nearer = T, T
-        if EVEN:
-            further = tl.where(start + T + AHEAD < high, T, 0)
-            nearer = tl.where(start + T + SHARED < high, T, 0)
-        x += further * WIDTH
-        delta += further * WIDTH
-        b += nearer * (G * S)
-        if z is not None:
-            z += further * WIDTH
+        for u in tl.static_range(T):
+            for k in tl.static_range(K):
+                step, found, pulled = results[u * K + k]
+                mask = known(within, k, EVEN or start + u < high, WIDTH, G, K, L)
+                if steps is not None:
+                    tl.store(steps + (u * WIDTH + k * L), step, mask=mask)
+                if dy is not None:
+                    tl.store(pulls + (u * WIDTH + k * L), pulled, mask=mask)
+                if y is not None:
+                    tl.store(y + (u * WIDTH + k * L), found, mask=mask)
+        x, delta, z, dy, b, c = x_on, delta_on, z_on, dy_on, b_on, c_on
         if dy is not None:
-            dy += further * WIDTH
             pulls += T * WIDTH
         if steps is not None:
             steps += T * WIDTH
         if y is not None:
             y += T * WIDTH
-            c += nearer * (G * S)
     for k in tl.static_range(K):
         keep_states(last, slot, k, h[k], channel, within, True, WIDTH, G, S, PAD, K, L)
         left = tl.exp2(passed[k][None, :] * rates[k])

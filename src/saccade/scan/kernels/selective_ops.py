@@ -37,8 +37,8 @@ class Cut(NamedTuple):
 
 
 UNROLLED = 8  # tokens, of a walk; a multiple of MARKED
-AHEAD = 8  # tokens from the load of delta, x and z to their use; a multiple of UNROLLED
-SHARED = 8  # the same for B and C; likewise
+AHEAD = 8  # tokens from the load of delta, x and z to their use: at most UNROLLED
+SHARED = 4  # the same for B and C
 WALK = Tile(1, 32)  # a lane a channel
 MARKED = 4  # tokens between the states that gradients start from
 PULL = Tile(4, 8)  # four lanes a channel: fewer exchanges where sums over channels are formed
@@ -56,7 +56,11 @@ class Way(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Of the kernels; rates: A with its states first."""
+    """Of the kernels; rates: A with its states first; b, c: float32.
+
+    All channels of a group read the same b and c, so that they are converted once, not by each program; and what was
+    just written is in the second-level cache, where every program finds it, the first one too.
+    """
 
     x: Tensor
     delta: Tensor
@@ -67,6 +71,13 @@ class Inputs(NamedTuple):
     direct: Tensor | None
     z: Tensor | None
     softplus: bool
+
+    @classmethod
+    def of(
+        cls, x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, bias: Tensor | None, direct: Tensor | None,
+        z: Tensor | None, softplus: bool,
+    ) -> Inputs:  # fmt: skip
+        return cls(x, delta, turned(a), b.float(), c.float(), bias, direct, z, softplus)
 
 
 class Shape(NamedTuple):
@@ -189,7 +200,7 @@ def selective(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = x, delta, a, b, c, before, bias, direct, z
     shape, gradients = Shape.of(x, b), trained(*tensors)
-    given = Inputs(x, delta, turned(a), b, c, bias, direct, z, softplus)
+    given = Inputs.of(x, delta, a, b, c, bias, direct, z, softplus)
     compile_abreast((shape.variant(given), gradients), x.device, lambda: trial(gradients, *tensors, softplus))
     way = shape.way(x.device)
     starts = states_before(shape, way, turned(before), given)
@@ -234,7 +245,7 @@ def selective_backward(
     starts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """In the order of the arguments of `selective`; empty for those that are None."""
-    shape, given = Shape.of(x, b), Inputs(x, delta, turned(a), b, c, bias, direct, z, softplus)
+    shape, given = Shape.of(x, b), Inputs.of(x, delta, a, b, c, bias, direct, z, softplus)
     arguments = dy, dafter, x, delta, a, b, c, before, bias, direct, z, softplus, starts
     compile_abreast((shape.variant(given), True), x.device, lambda: selective_backward(*arguments))
     way, back = shape.way(x.device), shape.way_back(x.device)
@@ -256,8 +267,8 @@ def selective_backward(
     db, dc = (single(shape.blocks(back.tile), *b.shape) for _ in range(2))
     dbias, ddirect = (None if t is None else single(shape.batch, back.count, shape.width) for t in (bias, direct))
     selective_pull[shape.grid(back)](
-        x, delta, steps, given.rates, b, c, bias, direct, pulls, marks, pulled, firsts, None, dx, ddelta, da, db, dc,
-        dbias, ddirect, *shape.sizes(back.count), SOFTPLUS=softplus, **shape.constants(back.tile, MARKED),
+        x, delta, steps, given.rates, given.b, given.c, bias, direct, pulls, marks, pulled, firsts, None, dx, ddelta,
+        da, db, dc, dbias, ddirect, *shape.sizes(back.count), SOFTPLUS=softplus, **shape.constants(back.tile, MARKED),
     )  # fmt: skip
     db, dc = db.sum(0).to(b.dtype), dc.sum(0).to(c.dtype)
     dbias, ddirect = (
@@ -321,7 +332,7 @@ def pulled_after(shape: Shape, way: Way, after: Tensor, given: Inputs, steps: Te
     tile = shape.fitted(WALK)
     selective_pull[shape.grid(Way(tile, way.count))](
         None, None, steps, given.rates, None, given.c, None, None, pulls, None, None, parts, kept, *[None] * 7,
-        *shape.sizes(way.count), SOFTPLUS=False, **shape.constants(tile, MARKED),
+        *shape.sizes(way.count), SOFTPLUS=False, **shape.constants(tile, UNROLLED),
     )  # fmt: skip
     return joined(shape, way.count, parts, kept, after)
 
