@@ -1,5 +1,6 @@
 """Hostile surroundings for every test: seeded, settings checked, no network, no skips, all that is collected runs."""
 
+import gc
 import importlib.util
 import os
 import random
@@ -14,6 +15,8 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+
+from spared import spare
 
 if not torch.cuda.is_available():  # kernels run in the interpreter of Triton, which reads this when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -61,6 +64,11 @@ def pytest_collection_modifyitems(config, items):
     if unable:
         config.hook.pytest_deselected(items=unable)
         items[:] = [item for item in items if item not in unable]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    spare()
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +124,8 @@ def pytest_make_collect_report(collector):
 
 def pytest_collection_finish(session):
     COLLECTED.update(item.nodeid for item in session.items)
+    gc.freeze()  # a million objects that stay would be looked through again and again
+    gc.set_threshold(10_000)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -129,6 +139,7 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_sessionfinish(session, exitstatus):
+    gc.unfreeze()
     stopped = session.shouldstop or session.shouldfail or session.config.option.collectonly
     if exitstatus == pytest.ExitCode.OK and not stopped and "PYTEST_XDIST_WORKER" not in os.environ and COLLECTED - RAN:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

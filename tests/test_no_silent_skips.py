@@ -22,8 +22,8 @@ SESSION = {
 
 
 def run(folder, *arguments):
-    shutil.copy(ROOT / "conftest.py", folder)
-    shutil.copy(ROOT.parent / "pyproject.toml", folder)
+    for path in (ROOT / "conftest.py", ROOT / "spared.py", ROOT.parent / "pyproject.toml"):
+        shutil.copy(path, folder)
     for name, text in SESSION.items():
         (folder / name).write_text(text)
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rA", "--rootdir", str(folder)]

@@ -49,8 +49,9 @@ def first_calls(dtype: torch.dtype) -> None:
     def note(**compiled) -> None:
         found.append(compiled["repr"])
 
-    q, k, v = (torch.zeros(1, 2, 64, 16, dtype=dtype) for _ in range(3))
-    gates, beta, memory = torch.zeros(1, 2, 64), torch.zeros(1, 2, 64), torch.zeros(1, 2, 16, 16)
+    q, k = (torch.zeros(1, 2, TOKENS, D, dtype=dtype) for _ in range(2))
+    v, memory = torch.zeros(1, 2, TOKENS, DV, dtype=dtype), torch.zeros(1, 2, D, DV)
+    gates, beta = torch.zeros(1, 2, TOKENS), torch.zeros(1, 2, TOKENS)
     linear = Launch(q, k, v, gates, None, 0.5, False)
     delta = DeltaLaunch(q, k, v, gates, None, 0.5, beta)
     triton.knobs.runtime.jit_post_compile_hook = note
