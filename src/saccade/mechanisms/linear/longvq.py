@@ -17,6 +17,9 @@ from saccade.softmax.bias import RelativeTable
 from saccade.where import Causal, Window
 
 
+EPS = 1e-6  # beside the mean square of what is normalised
+
+
 class Tokens(NamedTuple):
     """q (B, H, N, D); keys, quantised, and v (B, Hkv, N, D); codes (B, Hkv, N, S), one of them 1 and the others 0."""
 
@@ -42,7 +45,7 @@ class LongVQ(Mixer):
     """A layer that attends to quantised keys, so that keys of one code are one key with a count and a sum of values.
 
         u_t = sum_s eta_s h_ts,   h_ts = alpha_s x_t + (1 - alpha_s delta_s) h_{t-1,s}        in each channel
-        q, k, v = W u,   z_j = argmin_s |k_j - C_s|,   k^_j = C_{z_j}
+        q, k, v = W u, q and k over their root mean square,   z_j = argmin_s |k_j - C_s|,   k^_j = C_{z_j}
         o_t = [sum_s e^{q_t . C_s / sqrt(D)} U_ts + sum_j e^{q_t . k^_j / sqrt(D) + b_{t-j}} v_j]
               / [sum_s e^{q_t . C_s / sqrt(D)} n_ts + sum_j e^{q_t . k^_j / sqrt(D) + b_{t-j}}]
         y_t = g_t * W_o o_t + (1 - g_t) * u_t,   g_t = sigmoid(W_g u_t + w)
@@ -54,7 +57,9 @@ class LongVQ(Mixer):
     Paper: arXiv 2404.11163; no code was found, and what it computes was read in reviews, not in the paper itself:
     quantised keys, the nearest code by distance, the straight-through gradient, the biases of a window, a gated mixture
     of attention with a recurrence. Choices of ours: Mega's average as the recurrence, where it is applied and how g
-    mixes, the exponential of scaled products as the weight, the sizes, gradients to C.
+    mixes, the exponential of scaled products as the weight, the sizes, gradients to C, and the norm of q and k, as of
+    Transformer-VQ (2309.16354): keys as long as they like leave the codebook behind, and gradients that pass straight
+    through grow without end.
     codes: S (512). window: 128. states: averages a channel (16). chunk: tokens a matrix product takes at once (64), of
     no effect on the result.
     Costs 2 N (S + window) D a head, beside N C states and the projections; S D + window (2 D + S) numbers a key head
@@ -98,6 +103,7 @@ class LongVQ(Mixer):
 
     def tokens(self, u: Tensor) -> Tokens:
         q, k, v = self.dims.split(self.qkv(u))
+        q, k = (nn.functional.rms_norm(z, z.shape[-1:], eps=EPS) for z in (q, k))
         wide = torch.promote_types(k.dtype, torch.float32)
         apart = torch.cdist(k.detach().to(wide), self.codebook.detach().to(wide)[None])
         codes = nn.functional.one_hot(apart.argmin(-1), self.codebook.shape[1]).to(k.dtype)
@@ -173,6 +179,7 @@ class LongVQ(Mixer):
         for i in range(d.num_heads):
             g = i // (d.num_heads // d.num_kv_heads)
             q, k, v = heads[i], heads[d.num_heads + g], heads[d.num_heads + d.num_kv_heads + g]
+            q, k = (z / ((z * z).mean(-1, keepdim=True) + 1e-6) ** 0.5 for z in (q, k))
             book = w["codebook"][g]
             apart = ((k.detach()[:, :, None] - book.detach()) ** 2).sum(-1)
             quantised = book[apart.argmin(-1)]
@@ -216,6 +223,7 @@ class LongVQ(Mixer):
     def exact_codebook(cls) -> Finding:
         layer, u = cls._sample(codes=300, window=4)
         k = layer.qkv(u).unflatten(2, (6, 8)).transpose(1, 2)[0, 2:4]
+        k = k / (k.square().mean(-1, keepdim=True) + EPS).sqrt()
         rough = layer.attention(u)
         layer.codebook.copy_(k)
         q, _, v, _ = layer.tokens(u)
