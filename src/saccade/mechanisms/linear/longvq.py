@@ -16,7 +16,6 @@ from saccade.scan import UNTRACKED, State, linear_attention, selective_scan
 from saccade.softmax.bias import RelativeTable
 from saccade.where import Causal, Window
 
-
 EPS = 1e-6  # beside the mean square of what is normalised
 
 
