@@ -3,10 +3,12 @@
     python benchmarks/cold_gpu.py [--only TEXT]
 
 A row: seconds of the first call, forward alone and forward with backward (bfloat16, B = 2, H = 16, 2,048 tokens,
-D = 128), from before it to after what it launched. PyTorch, this package, CUDA and what PyTorch loads at a first
-gradient are there before; Triton's cache is an empty folder, so that every kernel, and Triton's own C, is compiled. `a
-kernel that adds`: the same of one Triton kernel of a line, the least that Triton takes. The machine's cores count, for
-kernels are compiled side by side. The bar is 2 s.
+D = 128), from before it to after what it launched; `forward of both`: its forward pass. `again`: the same call once
+more, which waits for what it needs of all that the first one has left to be compiled behind it. `left`: what is then
+still compiled, and nobody has waited for. PyTorch, this package, CUDA and what PyTorch loads at a first gradient are
+there before; Triton's cache is an empty folder, so that every kernel, and Triton's own C, is compiled. `a kernel that
+adds`: the same of one Triton kernel of a line, the least that Triton takes. The machine's cores count, for kernels are
+compiled side by side. The bar is 2 s.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import wait
 from typing import Any
 
 import torch
@@ -28,6 +31,7 @@ from torch.nn.functional import logsigmoid, normalize
 from triton import language as tl
 
 from saccade.scan import delta_rule, linear_attention, selective_scan
+from saccade.scan.kernels import abreast
 
 BATCH, HEADS, TOKENS, DIM = 2, 16, 2048, 128
 
@@ -88,28 +92,36 @@ CASES = (
 )
 
 
-def first(name: str, backward: bool) -> float:
-    """Seconds of a first call, in this process."""
+def first(name: str, backward: bool) -> list[float]:
+    """Seconds, in this process: a first call, its forward pass, the second call, and until nothing is compiled."""
     call, given = case(name)
     given = [x.detach().requires_grad_(backward) for x in given]
     some = torch.ones(2, 2, device="cuda", requires_grad=True)
     torch.autograd.grad(some @ some, some, torch.ones_like(some))  # what PyTorch loads at a first product and gradient
     torch.cuda.synchronize()
+    found = []
+    for _ in range(2):
+        start = time.perf_counter()
+        o = call(*given)
+        torch.cuda.synchronize()
+        found.append(time.perf_counter() - start)
+        if backward:
+            torch.autograd.grad(o, given, torch.ones_like(o))
+        torch.cuda.synchronize()
+        found.append(time.perf_counter() - start)
     start = time.perf_counter()
-    o = call(*given)
-    if backward:
-        torch.autograd.grad(o, given, torch.ones_like(o))
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
+    wait(abreast._behind.copy())
+    forward, whole, _, again = found
+    return [whole, forward, again, time.perf_counter() - start]
 
 
-def alone(name: str, backward: bool) -> float:
+def alone(name: str, backward: bool) -> list[float]:
     """The same in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         env = os.environ | {"TRITON_CACHE_DIR": folder}
         command = [sys.executable, __file__, "--one", name, *(["--backward"] if backward else [])]
         found = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    return float(found.stdout.split()[-1])
+    return [round(float(x), 2) for x in found.stdout.split()[-4:]]
 
 
 def main() -> None:
@@ -119,13 +131,14 @@ def main() -> None:
     parser.add_argument("--backward", action="store_true", help="with gradients, of --one")
     given = parser.parse_args()
     if given.one:
-        print(first(given.one, given.backward))
+        print(*first(given.one, given.backward))
         return
     rows = []
     for name in track([name for name in CASES if given.only in name], "first calls"):
-        row: dict[str, Any] = {"pattern": name, "tokens": TOKENS, "forward s": round(alone(name, False), 2)}
+        row: dict[str, Any] = {"pattern": name, "tokens": TOKENS}
+        row["forward s"], _, row["again s"], row["left s"] = alone(name, False)
         if name != CASES[0]:
-            row["both s"] = round(alone(name, True), 2)
+            row["both s"], row["forward of both s"], row["both again s"], row["both left s"] = alone(name, True)
         rows.append(row)
         save("cold_gpu", [row], device="cuda", cores=os.cpu_count(), batch=BATCH, heads=HEADS, dim=DIM)
     show("first calls", rows)

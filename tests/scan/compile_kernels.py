@@ -4,13 +4,14 @@ Prints a line a kernel; see `saccade.testing.offline`.
 """
 
 import sys
+from concurrent.futures import wait
 from contextlib import redirect_stdout
 from io import StringIO
 
 import torch
 import triton
 
-from saccade.scan.kernels import launch, selective_ops, step_ops
+from saccade.scan.kernels import abreast, launch, selective_ops, step_ops
 from saccade.scan.kernels.abreast import compiling
 from saccade.scan.kernels.delta_launch import DeltaLaunch
 from saccade.scan.kernels.launch import Launch, Sizes, Tile
@@ -46,24 +47,25 @@ def first_calls(dtype: torch.dtype) -> None:
     """A call whose kernels were compiled side by side compiles none when it launches them."""
     found: list[str] = []
 
-    def note(**compiled) -> None:
-        found.append(compiled["repr"])
+    def note(src, **compiled) -> None:
+        found.append(src.name)
 
     q, k = (torch.zeros(1, 2, TOKENS, D, dtype=dtype) for _ in range(2))
     v, memory = torch.zeros(1, 2, TOKENS, DV, dtype=dtype), torch.zeros(1, 2, D, DV)
     gates, beta = torch.zeros(1, 2, TOKENS), torch.zeros(1, 2, TOKENS)
     linear = Launch(q, k, v, gates, None, 0.5, False)
     delta = DeltaLaunch(q, k, v, gates, None, 0.5, beta)
-    triton.knobs.runtime.jit_post_compile_hook = note
+    triton.knobs.compilation.listener = note
     for trial in (lambda: linear.trial(memory, None, dtype, True), lambda: delta.trial(memory, True)):
         with compiling():
             trial()
+        wait(abreast._behind.copy())
         assert found
         found.clear()
         with redirect_stdout(StringIO()):
             trial()
         print(f"compiled late: {found}", flush=True)
-    triton.knobs.runtime.jit_post_compile_hook = None
+    triton.knobs.compilation.listener = None
 
 
 def steps(dtype: torch.dtype) -> None:

@@ -32,7 +32,8 @@ def compile_only(seen: Callable[[str, Any], None]) -> None:
 
     def compiled(kernel: Any, grid: object) -> Callable[..., None]:
         def run(*args: Any, **options: Any) -> None:
-            seen(kernel.fn.__name__, kernel.warmup(*args, grid=grid, **options))
+            found = kernel.warmup(*args, grid=grid, **options)
+            seen(kernel.fn.__name__, found.result() if hasattr(found, "result") else found)  # of one that is under way
 
         return run
 

@@ -234,7 +234,7 @@ class Miras(Mixer):
         self.project = nn.Linear(c, c + 2 * kv * d, bias=False)
         self.conv = short_taps(c + 2 * kv * d, taps)
         self.gates = nn.ModuleDict({name: nn.Linear(c, kv) for name in variant.gates})
-        nn.init.constant_(self.gates["decay"].bias, 4.0)  # begin by keeping most of the memory
+        nn.init.constant_(cast(Tensor, self.gates["decay"].bias), 4.0)  # begin by keeping most of the memory
         # A linear memory would begin at zero, where Moneta's map has no value.
         self.weights = nn.ParameterList(variant.start(w) for w in Memory.init(self.memory, 1, kv))
         self.gate, self.out = nn.Linear(c, c), nn.Linear(c, c, bias=False)

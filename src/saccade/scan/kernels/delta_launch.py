@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from saccade.scan.kernels.abreast import later
 from saccade.scan.kernels.delta import delta_gradients, delta_join, delta_prepare, delta_walk, delta_walk_back
 from saccade.scan.kernels.launch import Problem, Sizes, Tile, multiprocessors, padded, shared
 from saccade.scan.kernels.tiles import Cuts, Heads
@@ -95,7 +96,8 @@ class DeltaLaunch(Problem):
         """All that a call launches, with results in the place of their gradients."""
         o, after, found, joined = self.forward(memory, self.q.dtype)
         if gradients:
-            self.backward(o, after, memory, found, joined)
+            with later():
+                self.backward(o, after, memory, found, joined)
 
     def forward(self, memory: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Solved, Joined]:
         """o in `dtype`, the memory after the last token, and what `solved` and `joined` found.

@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saccade.scan.kernels.abreast import later
 from saccade.scan.kernels.flows import channel_flows, head_flows, token_flows
 from saccade.scan.kernels.join import join_stretches
 from saccade.scan.kernels.prepare import prepare_sums, prepare_tokens
-from saccade.scan.kernels.tiles import Bounds, Cuts, Heads, States
+from saccade.scan.kernels.tiles import SAFE, Bounds, Cuts, Heads, States
 from saccade.scan.kernels.together import together
 from saccade.scan.kernels.walk import scan_walk
 
@@ -79,6 +80,19 @@ class Prepared(NamedTuple):
     def raw(self, x: Tensor | None) -> Tensor | None:
         """What x was before, where it is one of the two."""
         return None if self.bounds is None else self.q if x is self.reads else self.k if x is self.keys else None
+
+    def any_steep(self) -> bool:
+        """Whether "mixed" walks may have something to do. Waits for the device.
+
+        Half of a chunk decays by no more than its sums of gates span, with the 0 that they start from.
+        """
+        if self.bounds is not None:
+            chunks = self.bounds.decay.shape[0]
+            return bool(self.bounds.harmful[:, : chunks * self.bounds.parts].cpu().any())  # behind those it is padded
+        if self.gates is None:
+            return False
+        least, most = self.gates.aminmax()
+        return not bool(least - most.clamp(min=0) > -SAFE.value)  # written so that a gate that is no number counts
 
 
 class Anchors(NamedTuple):
@@ -286,7 +300,8 @@ class Launch(Problem):
         o, found, after, after_sums, starts, start_sums = self.forward(memory, memory_sums, dtype)
         if gradients:
             mass, sums = (found, after_sums) if self.mass else (None, None)
-            self.backward(o, mass, after, sums, memory, memory_sums, starts, start_sums)
+            with later():
+                self.backward(o, mass, after, sums, memory, memory_sums, starts, start_sums)
 
     def forward(
         self, memory: Tensor, memory_sums: Tensor | None, dtype: torch.dtype
@@ -509,7 +524,8 @@ class Launch(Problem):
 
         def launch(split: str) -> None:
             warps = max(tile.warps, MIXED_WARPS) if split == "mixed" and gate > 1 else tile.warps
-            scan_walk[(triton.cdiv(v, tile.values) * self.sequences * stretches, heads)](
+            kernel = scan_walk.seldom(made.any_steep) if split == "mixed" else scan_walk
+            kernel[(triton.cdiv(v, tile.values) * self.sequences * stretches, heads)](
                 *given, K=k, V=v, C=chunk, BK=padded(k), BV=tile.values, GATE=gate, REVERSE=reverse, READ=a is not None,
                 MASS=column, ROW=row, UNIT=self.scale == 1, EVERY=self.every, SPLIT=split,
                 LEVELS=chunk.bit_length() - 1, num_warps=warps, num_stages=tile.stages, **self.products,

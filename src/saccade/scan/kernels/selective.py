@@ -32,6 +32,9 @@ from saccade.scan.kernels.abreast import Launched
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+# Pointers that a loop hands on, round by round, take the compiler no time. For any other it goes over all that a load
+# or store is connected with, and for each of these over the same again, to choose how it lies over the lanes.
+
 # States lie channel by channel, aligned as is not said: if the compiler knew more it would lay tiles over the lanes as
 # suits the one load of A, and exchange what is read of every token through shared memory.
 counted = partial(
@@ -75,29 +78,62 @@ def known(within, k: tl.constexpr, inside, WIDTH: tl.constexpr, G: tl.constexpr,
 
 
 @triton.jit
+def pointer(x, at):
+    """At `at` of x, in a tuple, which is empty where x is None."""
+    found = ()
+    if x is not None:
+        found = found + (x + at,)
+    return found
+
+
+@triton.jit
+def spread(x, T: tl.constexpr, STRIDE: tl.constexpr, K: tl.constexpr, L: tl.constexpr):
+    """Pointers at K blocks of each of T tokens, x the `pointer` at the first; none where that is empty."""
+    found = ()
+    if len(x) > 0:
+        for u in tl.static_range(T):
+            for k in tl.static_range(K):
+                found = found + (x[0] + (u * STRIDE + k * L),)
+    return found
+
+
+@triton.jit
+def shift(pointers, by):
+    """All of them, by so many entries."""
+    found = ()
+    for i in tl.static_range(len(pointers)):
+        found = found + (pointers[i] + by,)
+    return found
+
+
+@triton.jit
+def tiles_of(x, channel, WIDTH: tl.constexpr, PAD: tl.constexpr, K: tl.constexpr, L: tl.constexpr):
+    """Pointers at K blocks of states (S, WIDTH) of x; none where x is None."""
+    return spread(pointer(x, (tl.arange(0, PAD) * WIDTH)[:, None] + channel[None, :]), 1, 0, K, L)
+
+
+@triton.jit
 def states_of(
-    x, at, k: tl.constexpr, channel, within,
+    x, k: tl.constexpr, within,
     WIDTH: tl.constexpr, G: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """Block k of states (S, WIDTH) from `at` on, or zeros where x is None."""
+    """Block k of states, x their places, or zeros where it has none."""
     found = tl.zeros([PAD, L], tl.float32)
-    if x is not None:
-        state = tl.arange(0, PAD)
-        mask = (state < S)[:, None] & exist(within, k, WIDTH, G, K, L)[None, :]
-        found += tl.load(x + at + state[:, None] * WIDTH + (channel + k * L)[None, :], mask=mask, other=0.0)
+    if len(x) > 0:
+        mask = (tl.arange(0, PAD) < S)[:, None] & exist(within, k, WIDTH, G, K, L)[None, :]
+        found += tl.load(x[k], mask=mask, other=0.0)
     return found
 
 
 @triton.jit
 def keep_states(
-    x, at, k: tl.constexpr, tile, channel, within, inside,
+    x, k: tl.constexpr, tile, within, inside,
     WIDTH: tl.constexpr, G: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """The reverse of `states_of`, if inside."""
-    if x is not None:
-        state = tl.arange(0, PAD)
-        mask = (state < S)[:, None] & known(within, k, inside, WIDTH, G, K, L)[None, :]
-        tl.store(x + at + state[:, None] * WIDTH + (channel + k * L)[None, :], tile, mask=mask)
+    if len(x) > 0:
+        mask = (tl.arange(0, PAD) < S)[:, None] & known(within, k, inside, WIDTH, G, K, L)[None, :]
+        tl.store(x[k], tile, mask=mask)
 
 
 @triton.jit
@@ -126,13 +162,29 @@ def shared_of(x, u, inside, G: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr)
 
 
 @triton.jit
-def channel_of(
-    x, k: tl.constexpr, channel, within, WIDTH: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr
+def channels_at(
+    x, u: tl.constexpr, inside, within, WIDTH: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr
 ):
-    """Block k of x (WIDTH,), float32, or zeros where x is None."""
+    """`channels_of`, x what is `spread` over all tokens."""
+    found = ()
+    for k in tl.static_range(K):
+        mask = known(within, k, inside, WIDTH, G, K, L)
+        found = found + (single(tl.load(x[u * K + k], mask=mask, other=0.0)),)
+    return found
+
+
+@triton.jit
+def shared_at(x, u: tl.constexpr, inside, S: tl.constexpr, PAD: tl.constexpr):
+    """`shared_of`, likewise."""
+    return single(tl.load(x[u], mask=both(tl.arange(0, PAD) < S, inside), other=0.0))
+
+
+@triton.jit
+def channel_of(x, k: tl.constexpr, within, WIDTH: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr):
+    """Block k of x (WIDTH,), float32, x its places, or zeros where it has none."""
     found = tl.zeros([L], tl.float32)
-    if x is not None:
-        found += tl.load(x + channel + k * L, mask=exist(within, k, WIDTH, G, K, L), other=0.0).to(tl.float32)
+    if len(x) > 0:
+        found += tl.load(x[k], mask=exist(within, k, WIDTH, G, K, L), other=0.0).to(tl.float32)
     return found
 
 
@@ -239,13 +291,15 @@ def selective_walk(
     if y is not None:
         y += at
         c += token * (G * S) + state
+    a_at, first_at = tiles_of(a, channel, WIDTH, PAD, K, L), tiles_of(first, slot + channel, WIDTH, PAD, K, L)
+    bias_at, direct_at = spread(pointer(bias, channel), 1, 0, K, L), spread(pointer(direct, channel), 1, 0, K, L)
     rates, h, passed, biases, directs = (), (), (), (), ()
     for k in tl.static_range(K):
-        rates = rates + (states_of(a, 0, k, channel, within, WIDTH, G, S, PAD, K, L) * LOG2E,)
-        h = h + (states_of(first, slot, k, channel, within, WIDTH, G, S, PAD, K, L),)
+        rates = rates + (states_of(a_at, k, within, WIDTH, G, S, PAD, K, L) * LOG2E,)
+        h = h + (states_of(first_at, k, within, WIDTH, G, S, PAD, K, L),)
         passed = passed + (tl.zeros([L], tl.float32),)
-        biases = biases + (channel_of(bias, k, channel, within, WIDTH, G, K, L),)
-        directs = directs + (channel_of(direct, k, channel, within, WIDTH, G, K, L),)
+        biases = biases + (channel_of(bias_at, k, within, WIDTH, G, K, L),)
+        directs = directs + (channel_of(direct_at, k, within, WIDTH, G, K, L),)
     # A loop, which the compiler unrolls at last: the time that it takes for a load grows with all that it is connected
     # with. Those of b and c it would then lay over the lanes, and exchange what they bring.
     ahead, shared, none = (), (), ()
@@ -273,8 +327,9 @@ def selective_walk(
             inside = EVEN or start + u < high
             if marks is not None and u % EVERY == 0:
                 tile = (batch.to(tl.int64) * tl.cdiv(length, EVERY) + (start + u) // EVERY) * (WIDTH * S)
+                marks_at = tiles_of(marks, tile + channel, WIDTH, PAD, K, L)
                 for k in tl.static_range(K):
-                    keep_states(marks, tile, k, h[k], channel, within, inside, WIDTH, G, S, PAD, K, L)
+                    keep_states(marks_at, k, h[k], within, inside, WIDTH, G, S, PAD, K, L)
             known_far, known_near = EVEN or start + u + AHEAD < high, EVEN or start + u + SHARED < high
             if u + AHEAD < T:
                 found = inputs_of(x, delta, z, dy, u + AHEAD, known_far, within, WIDTH, G, K, L)
@@ -326,21 +381,23 @@ def selective_walk(
             steps += T * WIDTH
         if y is not None:
             y += T * WIDTH
+    last_at, kept_at = (
+        tiles_of(last, slot + channel, WIDTH, PAD, K, L),
+        tiles_of(kept, slot + channel, WIDTH, PAD, K, L),
+    )
     for k in tl.static_range(K):
-        keep_states(last, slot, k, h[k], channel, within, True, WIDTH, G, S, PAD, K, L)
+        keep_states(last_at, k, h[k], within, True, WIDTH, G, S, PAD, K, L)
         left = tl.exp2(passed[k][None, :] * rates[k])
-        keep_states(kept, slot, k, left, channel, within, True, WIDTH, G, S, PAD, K, L)
+        keep_states(kept_at, k, left, within, True, WIDTH, G, S, PAD, K, L)
 
 
 @triton.jit
 def keep_channel(
-    x, k: tl.constexpr, values, channel, within, WIDTH: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr
+    x, k: tl.constexpr, values, within, WIDTH: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr
 ):
-    """The reverse of `channel_of` for this program's part of x (batch, stretches, WIDTH)."""
-    if x is not None:
-        slot = tl.program_id(0) // (tl.cdiv(WIDTH // G, K * L) * G) * tl.num_programs(1) + tl.program_id(1)
-        at = slot.to(tl.int64) * WIDTH + channel + k * L
-        tl.store(x + at, values, mask=exist(within, k, WIDTH, G, K, L))
+    """The reverse of `channel_of`."""
+    if len(x) > 0:
+        tl.store(x[k], values, mask=exist(within, k, WIDTH, G, K, L))
 
 
 @counted
@@ -364,47 +421,51 @@ def selective_pull(
     tiles = tl.cdiv(tl.maximum(high - low, 0), T)
     start = low + (tiles - 1) * T
     token = batch * tl.cast(length, tl.int64) + start
-    shared = token * (G * S) + group * S + tl.arange(0, PAD)
-    steps += token * WIDTH + channel
-    pulls += token * WIDTH + channel
-    c += shared
-    if marks is not None:
-        x += token * WIDTH + channel
-        dx += token * WIDTH + channel
-        ddelta += token * WIDTH + channel
-        if SOFTPLUS:
-            delta += token * WIDTH + channel
-        b += shared
-        batches = tl.num_programs(0) // (G * tl.cdiv(WIDTH // G, K * L))
-        part = block * (batches * tl.cast(length, tl.int64) * (G * S))
-        db += part + shared
-        dc += part + shared
-    rates, later, passed, found, biases, directs, to_bias, to_direct = (), (), (), (), (), (), (), ()
+    at, vector = token * WIDTH + channel, token * (G * S) + group * S + tl.arange(0, PAD)
+    batches = tl.num_programs(0) // (G * tl.cdiv(WIDTH // G, K * L))
+    part = vector + block * (batches * tl.cast(length, tl.int64) * (G * S))
+    tile = (batch.to(tl.int64) * tl.cdiv(length, T) + start // T) * (WIDTH * S) + channel
+    a_at, first_at = tiles_of(a, channel, WIDTH, PAD, K, L), tiles_of(first, slot + channel, WIDTH, PAD, K, L)
+    da_at, last_at = tiles_of(da, slot + channel, WIDTH, PAD, K, L), tiles_of(last, slot + channel, WIDTH, PAD, K, L)
+    kept_at = tiles_of(kept, slot + channel, WIDTH, PAD, K, L)
+    own = slot // S + channel
+    bias_at, direct_at = spread(pointer(bias, channel), 1, 0, K, L), spread(pointer(direct, channel), 1, 0, K, L)
+    dbias_at, ddirect_at = spread(pointer(dbias, own), 1, 0, K, L), spread(pointer(ddirect, own), 1, 0, K, L)
+    xp, deltap, stepsp, pullsp = pointer(x, at), pointer(delta, at), pointer(steps, at), pointer(pulls, at)
+    bp, cp, dbp, dcp = pointer(b, vector), pointer(c, vector), pointer(db, part), pointer(dc, part)
+    dxp, ddeltap = pointer(dx, at), pointer(ddelta, at)
+    x_at, delta_at = spread(xp, T, WIDTH, K, L), spread(deltap, T, WIDTH, K, L)
+    steps_at, pulls_at = spread(stepsp, T, WIDTH, K, L), spread(pullsp, T, WIDTH, K, L)
+    dx_at, ddelta_at = spread(dxp, T, WIDTH, K, L), spread(ddeltap, T, WIDTH, K, L)
+    b_at, c_at = spread(bp, T, G * S, 1, L), spread(cp, T, G * S, 1, L)
+    db_at, dc_at = spread(dbp, T, G * S, 1, L), spread(dcp, T, G * S, 1, L)
+    marksp = pointer(marks, (tl.arange(0, PAD) * WIDTH)[:, None] + tile[None, :])
+    marks_at = spread(marksp, 1, 0, K, L)
+    rates, later, found, passed, biases, directs, to_bias, to_direct = (), (), (), (), (), (), (), ()
     for k in tl.static_range(K):
-        rates = rates + (states_of(a, 0, k, channel, within, WIDTH, G, S, PAD, K, L) * LOG2E,)
-        later = later + (states_of(first, slot, k, channel, within, WIDTH, G, S, PAD, K, L),)
+        rates = rates + (states_of(a_at, k, within, WIDTH, G, S, PAD, K, L) * LOG2E,)
+        later = later + (states_of(first_at, k, within, WIDTH, G, S, PAD, K, L),)
         passed = passed + (tl.zeros([L], tl.float32),)
         found = found + (tl.zeros([PAD, L], tl.float32),)
-        biases = biases + (channel_of(bias, k, channel, within, WIDTH, G, K, L),)
-        directs = directs + (channel_of(direct, k, channel, within, WIDTH, G, K, L),)
+        biases = biases + (channel_of(bias_at, k, within, WIDTH, G, K, L),)
+        directs = directs + (channel_of(direct_at, k, within, WIDTH, G, K, L),)
         to_bias = to_bias + (tl.zeros([L], tl.float32),)
         to_direct = to_direct + (tl.zeros([L], tl.float32),)
     for _ in range(tiles):
         ds, ps, reads, xs, deltas, writes, decays, states = (), (), (), (), (), (), (), ()
         for u in tl.static_range(T):
             inside = EVEN or start + u < high
-            ds = ds + (channels_of(steps, u, inside, within, WIDTH, G, K, L),)
-            ps = ps + (channels_of(pulls, u, inside, within, WIDTH, G, K, L),)
-            reads = reads + (shared_of(c, u, inside, G, S, PAD),)
+            ds = ds + (channels_at(steps_at, u, inside, within, WIDTH, G, K, L),)
+            ps = ps + (channels_at(pulls_at, u, inside, within, WIDTH, G, K, L),)
+            reads = reads + (shared_at(c_at, u, inside, S, PAD),)
             if marks is not None:
-                xs = xs + (channels_of(x, u, inside, within, WIDTH, G, K, L),)
-                writes = writes + (shared_of(b, u, inside, G, S, PAD),)
+                xs = xs + (channels_at(x_at, u, inside, within, WIDTH, G, K, L),)
+                writes = writes + (shared_at(b_at, u, inside, S, PAD),)
                 if SOFTPLUS:
-                    deltas = deltas + (channels_of(delta, u, inside, within, WIDTH, G, K, L),)
+                    deltas = deltas + (channels_at(delta_at, u, inside, within, WIDTH, G, K, L),)
         if marks is not None:
-            tile = (batch.to(tl.int64) * tl.cdiv(length, T) + start // T) * (WIDTH * S)
             for k in tl.static_range(K):
-                states = states + (states_of(marks, tile, k, channel, within, WIDTH, G, S, PAD, K, L),)
+                states = states + (states_of(marks_at, k, within, WIDTH, G, S, PAD, K, L),)
         for u in tl.static_range(T):
             for k in tl.static_range(K):
                 decays = decays + (tl.exp2(ds[u][k][None, :] * rates[k]),)
@@ -426,7 +487,6 @@ def selective_pull(
                     past *= states[(T - back) * K + k]
                     totals = totals + (found[k] + past * step[None, :],)
                     mask = known(within, k, inside, WIDTH, G, K, L)
-                    at = (T - back) * WIDTH + k * L
                     to_x, to_step = step * pushed, moved * pushed + tl.sum(past * rates[k], 0) * LN2
                     if direct is not None:
                         to_x += directs[k] * p
@@ -435,8 +495,8 @@ def selective_pull(
                         to_step *= tl.exp2((deltas[T - back][k] + biases[k] - step) * LOG2E)
                     if bias is not None:
                         bias_sums = bias_sums + (to_bias[k] + tl.where(inside, to_step, 0.0),)
-                    tl.store(dx + at, to_x, mask=mask)
-                    tl.store(ddelta + at, to_step, mask=mask)
+                    tl.store(dx_at[(T - back) * K + k], to_x, mask=mask)
+                    tl.store(ddelta_at[(T - back) * K + k], to_step, mask=mask)
                     pull *= (step * moved)[None, :]
                     read = states[(T + 1 - back) * K + k] * p[None, :]
                     if k == 0:
@@ -452,25 +512,23 @@ def selective_pull(
                 if direct is not None:
                     to_direct = direct_sums
                 mask = both(tl.arange(0, PAD) < S, inside)
-                tl.store(db + (T - back) * (G * S), tl.sum(to_write, 1), mask=mask)
-                tl.store(dc + (T - back) * (G * S), tl.sum(to_read, 1), mask=mask)
+                tl.store(db_at[T - back], tl.sum(to_write, 1), mask=mask)
+                tl.store(dc_at[T - back], tl.sum(to_read, 1), mask=mask)
+        xp, deltap, stepsp = shift(xp, -T * WIDTH), shift(deltap, -T * WIDTH), shift(stepsp, -T * WIDTH)
+        pullsp, dxp, ddeltap = shift(pullsp, -T * WIDTH), shift(dxp, -T * WIDTH), shift(ddeltap, -T * WIDTH)
+        bp, cp, dbp, dcp = shift(bp, -T * G * S), shift(cp, -T * G * S), shift(dbp, -T * G * S), shift(dcp, -T * G * S)
+        marksp = shift(marksp, -S * WIDTH)
+        marks_at = spread(marksp, 1, 0, K, L)
+        x_at, delta_at = spread(xp, T, WIDTH, K, L), spread(deltap, T, WIDTH, K, L)
+        steps_at, pulls_at = spread(stepsp, T, WIDTH, K, L), spread(pullsp, T, WIDTH, K, L)
+        dx_at, ddelta_at = spread(dxp, T, WIDTH, K, L), spread(ddeltap, T, WIDTH, K, L)
+        b_at, c_at = spread(bp, T, G * S, 1, L), spread(cp, T, G * S, 1, L)
+        db_at, dc_at = spread(dbp, T, G * S, 1, L), spread(dcp, T, G * S, 1, L)
         start -= T
-        steps -= T * WIDTH
-        pulls -= T * WIDTH
-        c -= T * G * S
-        if marks is not None:
-            x -= T * WIDTH
-            dx -= T * WIDTH
-            ddelta -= T * WIDTH
-            if SOFTPLUS:
-                delta -= T * WIDTH
-            b -= T * G * S
-            db -= T * G * S
-            dc -= T * G * S
     for k in tl.static_range(K):
-        keep_states(da, slot, k, found[k], channel, within, True, WIDTH, G, S, PAD, K, L)
-        keep_states(last, slot, k, later[k], channel, within, True, WIDTH, G, S, PAD, K, L)
+        keep_states(da_at, k, found[k], within, True, WIDTH, G, S, PAD, K, L)
+        keep_states(last_at, k, later[k], within, True, WIDTH, G, S, PAD, K, L)
         left = tl.exp2(passed[k][None, :] * rates[k])
-        keep_states(kept, slot, k, left, channel, within, True, WIDTH, G, S, PAD, K, L)
-        keep_channel(dbias, k, to_bias[k], channel, within, WIDTH, G, K, L)
-        keep_channel(ddirect, k, to_direct[k], channel, within, WIDTH, G, K, L)
+        keep_states(kept_at, k, left, within, True, WIDTH, G, S, PAD, K, L)
+        keep_channel(dbias_at, k, to_bias[k], within, WIDTH, G, K, L)
+        keep_channel(ddirect_at, k, to_direct[k], within, WIDTH, G, K, L)

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from saccade.operators import operator
-from saccade.scan.kernels.abreast import compile_abreast, trained
+from saccade.scan.kernels.abreast import compile_abreast, later, trained
 from saccade.scan.kernels.join import join_stretches
 from saccade.scan.kernels.launch import JOINED, multiprocessors
 from saccade.scan.kernels.selective import selective_pull, selective_walk
@@ -38,7 +38,7 @@ class Cut(NamedTuple):
 
 UNROLLED = 8  # tokens, of a walk; a multiple of MARKED
 AHEAD = 8  # tokens from the load of delta, x and z to their use: at most UNROLLED
-SHARED = 4  # the same for B and C
+SHARED = 8  # the same for B and C
 WALK = Tile(1, 32)  # a lane a channel
 MARKED = 4  # tokens between the states that gradients start from
 PULL = Tile(4, 8)  # four lanes a channel: fewer exchanges where sums over channels are formed
@@ -56,11 +56,7 @@ class Way(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Of the kernels; rates: A with its states first; b, c: float32.
-
-    All channels of a group read the same b and c, so that they are converted once, not by each program; and what was
-    just written is in the second-level cache, where every program finds it, the first one too.
-    """
+    """Of the kernels; rates: A with its states first."""
 
     x: Tensor
     delta: Tensor
@@ -71,13 +67,6 @@ class Inputs(NamedTuple):
     direct: Tensor | None
     z: Tensor | None
     softplus: bool
-
-    @classmethod
-    def of(
-        cls, x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, bias: Tensor | None, direct: Tensor | None,
-        z: Tensor | None, softplus: bool,
-    ) -> Inputs:  # fmt: skip
-        return cls(x, delta, turned(a), b.float(), c.float(), bias, direct, z, softplus)
 
 
 class Shape(NamedTuple):
@@ -200,7 +189,7 @@ def selective(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = x, delta, a, b, c, before, bias, direct, z
     shape, gradients = Shape.of(x, b), trained(*tensors)
-    given = Inputs.of(x, delta, a, b, c, bias, direct, z, softplus)
+    given = Inputs(x, delta, turned(a), b, c, bias, direct, z, softplus)
     compile_abreast((shape.variant(given), gradients), x.device, lambda: trial(gradients, *tensors, softplus))
     way = shape.way(x.device)
     starts = states_before(shape, way, turned(before), given)
@@ -245,7 +234,7 @@ def selective_backward(
     starts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """In the order of the arguments of `selective`; empty for those that are None."""
-    shape, given = Shape.of(x, b), Inputs.of(x, delta, a, b, c, bias, direct, z, softplus)
+    shape, given = Shape.of(x, b), Inputs(x, delta, turned(a), b, c, bias, direct, z, softplus)
     arguments = dy, dafter, x, delta, a, b, c, before, bias, direct, z, softplus, starts
     compile_abreast((shape.variant(given), True), x.device, lambda: selective_backward(*arguments))
     way, back = shape.way(x.device), shape.way_back(x.device)
@@ -303,7 +292,8 @@ def trial(gradients: bool, *given: Any) -> None:
     """All that a call launches, with results in the place of their gradients."""
     y, after, starts = selective(*given)
     if gradients:
-        selective_backward(y, after, *given, starts)
+        with later():
+            selective_backward(y, after, *given, starts)
 
 
 def turned(states: Tensor) -> Tensor:
