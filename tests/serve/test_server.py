@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx2
 import pytest
@@ -101,6 +102,14 @@ def test_an_answer_is_what_generate_gives(model):
         assert [part["choices"][0]["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + ["length"]
         assert len(parts) > 2
         assert parts[-1]["usage"] == found["usage"]
+
+
+def test_a_stop_is_not_sent_before_it_is_known_to_be_the_end():
+    request = SimpleNamespace(tokens=TEXT.encode("ab."), finish=None, stop=frozenset(TEXT.encode(".")))
+    answer = Answer(TEXT, request)
+    assert answer.more() == "ab"
+    request.finish = "stop"
+    assert answer.more() == ""
 
 
 def test_a_policy_is_chosen_by_the_name_of_the_model(model):

@@ -72,8 +72,10 @@ class Answer:
 
     def more(self) -> str:
         """What has come since the last call."""
-        tokens, finish = self.request.tokens, self.request.finish
-        text = self.tokenizer.decode(tokens[:-1] if finish == "stop" else list(tokens))
+        finish, tokens = self.request.finish, list(self.request.tokens)
+        if tokens and tokens[-1] in self.request.stop:  # the engine says only later that it has ended
+            tokens.pop()
+        text = self.tokenizer.decode(tokens)
         text = text if finish else text.rstrip("\N{REPLACEMENT CHARACTER}")
         start, self.sent = self.sent, max(self.sent, len(text))
         return text[start:]
