@@ -186,12 +186,13 @@ class Miras(Mixer):
     that is not linear is taken when it ends, so that `chunk` belongs to the model; see `fast_weights`. Paper: arXiv
     2504.13173, equations 24-32 and section 5; no code by the authors was found, and the equations were read in a
     transcription (aryateja2106/neural-memory-reproduction), not in the paper itself. Deviations: eta, a and delta are
-    numbers a head, not a channel, so without the low rank; the temperature of a, the range of eta, the first bias of a
-    and the sigmoid gate are choices of ours where the transcription gives none: LN divides by about D^-1/2 / 2, so that
-    at first a step goes 4 D eta of the way to its value, and for eta = 0.1 far beyond; |e| is smoothed inside the power
-    and gives its own sign, not tanh; the exact softmax of Memora falls on the last token of a chunk, not the first.
+    numbers a head, not a channel, so without the low rank; the temperature of a, the range of eta, the first biases of
+    a and delta and the sigmoid gate are choices of ours where the transcription gives none: delta begins at 2 D^1/2,
+    which no error reaches, for beyond it the length of an error is lost, and a memory that never sees it hardly learns
+    to recall; |e| is smoothed inside the power and gives its own sign, not tanh; the exact softmax of Memora falls on
+    the last token of a chunk, not the first.
     variant: `Moneta`, `MirrorMoneta`, `Yaad` or `Memora` (default Yaad()). memory: head_dim -> `Memory` (MLPMemory).
-    chunk: 16 (the paper: 16 or 64). conv: taps (4). max_eta: largest step (0.01).
+    chunk: 16 (the paper: 16 or 64). conv: taps (4). max_eta: largest step (0.1).
     Costs about 20 D^2 multiply-adds a token and key head for the steps, 8 D^2 + 10 chunk D a query head for the reads;
     a state of 16 D^2 numbers a key head for Yaad, of 24 D^2 for the others.
     Errors: TypeError for another variant, ValueError for max_eta <= 0.
@@ -221,7 +222,7 @@ class Miras(Mixer):
         memory: Callable[[int], Memory] = MLPMemory,
         chunk: int = 16,
         conv: int = 4,
-        max_eta: float = 0.01,
+        max_eta: float = 0.1,
     ) -> None:
         super().__init__(dims)
         if not isinstance(variant, Variant):
@@ -234,7 +235,9 @@ class Miras(Mixer):
         self.project = nn.Linear(c, c + 2 * kv * d, bias=False)
         self.conv = short_taps(c + 2 * kv * d, taps)
         self.gates = nn.ModuleDict({name: nn.Linear(c, kv) for name in variant.gates})
-        nn.init.constant_(cast(Tensor, self.gates["decay"].bias), 4.0)  # begin by keeping most of the memory
+        firsts = {"decay": 4.0, "delta": 2 * d**0.5}  # begin by keeping most of the memory, and with the squared loss
+        for name in firsts.keys() & variant.gates:
+            nn.init.constant_(cast(nn.Linear, self.gates[name]).bias, firsts[name])
         # A linear memory would begin at zero, where Moneta's map has no value.
         self.weights = nn.ParameterList(variant.start(w) for w in Memory.init(self.memory, 1, kv))
         self.gate, self.out = nn.Linear(c, c), nn.Linear(c, c, bias=False)
