@@ -4,7 +4,6 @@ Prints a line a kernel; see `saccade.testing.offline`.
 """
 
 import sys
-from concurrent.futures import wait
 from contextlib import redirect_stdout
 from io import StringIO
 
@@ -59,7 +58,7 @@ def first_calls(dtype: torch.dtype) -> None:
     for trial in (lambda: linear.trial(memory, None, dtype, True), lambda: delta.trial(memory, True)):
         with compiling():
             trial()
-        wait(abreast._behind.copy())
+        abreast.settle()
         assert found
         found.clear()
         with redirect_stdout(StringIO()):

@@ -29,8 +29,6 @@ def small_tiles(request, monkeypatch):
     if request.node.get_closest_marker("gpu") is None:
         monkeypatch.setattr(ops, "MARKED", TOKENS // 2)
         monkeypatch.setattr(ops, "UNROLLED", TOKENS)
-        monkeypatch.setattr(ops, "AHEAD", TOKENS)
-        monkeypatch.setattr(ops, "SHARED", TOKENS - 1)
         monkeypatch.setattr(ops, "STATES", 16)
         monkeypatch.setattr(ops, "PULL", ops.Tile(4, 2))
 

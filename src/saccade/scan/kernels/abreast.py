@@ -23,7 +23,7 @@ import gc
 import inspect
 import os
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -67,6 +67,11 @@ class Launched:
     def seldom(self, needed: Callable[[], bool]) -> Seldom:
         """The same kernel where it does nothing unless `needed()`, which may wait for the device."""
         return Seldom(self, needed)
+
+
+def settle() -> None:
+    """Wait until nothing is compiled; what failed is told to who launches it."""
+    wait(_behind.copy())
 
 
 @dataclass(frozen=True)

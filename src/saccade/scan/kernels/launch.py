@@ -50,6 +50,7 @@ class Sizes(NamedTuple):
             return cls(32, Tile(min(v, 32), 4, 1))
         if k > 128:
             return cls(64, Tile(min(v, 128), 8, 2))
+        # Under a decay a token and more than 64 channels two programs with three stages have no room beside each other.
         return cls(64, Tile(min(v, 64), 4, 2 if gate > 1 or (gate and k > 64) else 3))
 
 

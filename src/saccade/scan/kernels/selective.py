@@ -32,9 +32,6 @@ from saccade.scan.kernels.abreast import Launched
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-# Pointers that a loop hands on, round by round, take the compiler no time. For any other it goes over all that a load
-# or store is connected with, and for each of these over the same again, to choose how it lies over the lanes.
-
 # States lie channel by channel, aligned as is not said: if the compiler knew more it would lay tiles over the lanes as
 # suits the one load of A, and exchange what is read of every token through shared memory.
 counted = partial(
@@ -78,22 +75,35 @@ def known(within, k: tl.constexpr, inside, WIDTH: tl.constexpr, G: tl.constexpr,
 
 
 @triton.jit
-def pointer(x, at):
-    """At `at` of x, in a tuple, which is empty where x is None."""
+def blocks(x, at, K: tl.constexpr, L: tl.constexpr):
+    """Pointers at K blocks of x from `at` on; none where x is None."""
     found = ()
     if x is not None:
-        found = found + (x + at,)
+        for k in tl.static_range(K):
+            found = found + (x + at + k * L,)
     return found
 
 
 @triton.jit
-def spread(x, T: tl.constexpr, STRIDE: tl.constexpr, K: tl.constexpr, L: tl.constexpr):
-    """Pointers at K blocks of each of T tokens, x the `pointer` at the first; none where that is empty."""
+def tiles_of(x, channel, WIDTH: tl.constexpr, PAD: tl.constexpr, K: tl.constexpr, L: tl.constexpr):
+    """The same, of states (S, WIDTH)."""
+    return blocks(x, (tl.arange(0, PAD) * WIDTH)[:, None] + channel[None, :], K, L)
+
+
+# Pointers that a loop hands on, round by round, take the compiler no time. For any other it goes over all that a load
+# or store is connected with, and for each of these over the same again, to choose how it lies over the lanes.
+
+
+@triton.jit
+def spread(pointers, T: tl.constexpr, STRIDE: tl.constexpr, K: tl.constexpr, L: tl.constexpr):
+    """For each of `pointers`, tuples of one or none, the `blocks` of T tokens from there on."""
     found = ()
-    if len(x) > 0:
-        for u in tl.static_range(T):
-            for k in tl.static_range(K):
-                found = found + (x[0] + (u * STRIDE + k * L),)
+    for i in tl.static_range(len(pointers)):
+        tokens = ()
+        if len(pointers[i]) > 0:
+            for u in tl.static_range(T):
+                tokens = tokens + (blocks(pointers[i][0], u * STRIDE, K, L),)
+        found = found + (tokens,)
     return found
 
 
@@ -102,14 +112,11 @@ def shift(pointers, by):
     """All of them, by so many entries."""
     found = ()
     for i in tl.static_range(len(pointers)):
-        found = found + (pointers[i] + by,)
+        moved = ()
+        if len(pointers[i]) > 0:
+            moved = moved + (pointers[i][0] + by,)
+        found = found + (moved,)
     return found
-
-
-@triton.jit
-def tiles_of(x, channel, WIDTH: tl.constexpr, PAD: tl.constexpr, K: tl.constexpr, L: tl.constexpr):
-    """Pointers at K blocks of states (S, WIDTH) of x; none where x is None."""
-    return spread(pointer(x, (tl.arange(0, PAD) * WIDTH)[:, None] + channel[None, :]), 1, 0, K, L)
 
 
 @triton.jit
@@ -117,7 +124,7 @@ def states_of(
     x, k: tl.constexpr, within,
     WIDTH: tl.constexpr, G: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """Block k of states, x their places, or zeros where it has none."""
+    """Block k of states, x their `tiles_of`, or zeros where there are none."""
     found = tl.zeros([PAD, L], tl.float32)
     if len(x) > 0:
         mask = (tl.arange(0, PAD) < S)[:, None] & exist(within, k, WIDTH, G, K, L)[None, :]
@@ -146,42 +153,23 @@ def single(x):
 
 
 @triton.jit
-def channels_of(x, u, inside, within, WIDTH: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr):
-    """K blocks of token u, float32, x pointing at the first of these; zeros where it is not inside."""
+def channels_of(x, inside, within, WIDTH: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr):
+    """The `blocks` x of a token, float32; zeros where it is not inside."""
     found = ()
     for k in tl.static_range(K):
-        mask = known(within, k, inside, WIDTH, G, K, L)
-        found = found + (single(tl.load(x + (u * WIDTH + k * L), mask=mask, other=0.0)),)
+        found = found + (single(tl.load(x[k], mask=known(within, k, inside, WIDTH, G, K, L), other=0.0)),)
     return found
 
 
 @triton.jit
-def shared_of(x, u, inside, G: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr):
-    """Token u of x (N, G, S), float32, x pointing at its states; zeros where it is not inside."""
-    return single(tl.load(x + u * (G * S), mask=both(tl.arange(0, PAD) < S, inside), other=0.0))
-
-
-@triton.jit
-def channels_at(
-    x, u: tl.constexpr, inside, within, WIDTH: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr
-):
-    """`channels_of`, x what is `spread` over all tokens."""
-    found = ()
-    for k in tl.static_range(K):
-        mask = known(within, k, inside, WIDTH, G, K, L)
-        found = found + (single(tl.load(x[u * K + k], mask=mask, other=0.0)),)
-    return found
-
-
-@triton.jit
-def shared_at(x, u: tl.constexpr, inside, S: tl.constexpr, PAD: tl.constexpr):
-    """`shared_of`, likewise."""
-    return single(tl.load(x[u], mask=both(tl.arange(0, PAD) < S, inside), other=0.0))
+def shared_of(x, inside, S: tl.constexpr, PAD: tl.constexpr):
+    """What all channels share of a token, float32, x pointing at its states; zeros where it is not inside."""
+    return single(tl.load(x, mask=both(tl.arange(0, PAD) < S, inside), other=0.0))
 
 
 @triton.jit
 def channel_of(x, k: tl.constexpr, within, WIDTH: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr):
-    """Block k of x (WIDTH,), float32, x its places, or zeros where it has none."""
+    """Block k of `blocks` x, float32, or zeros where there are none."""
     found = tl.zeros([L], tl.float32)
     if len(x) > 0:
         found += tl.load(x[k], mask=exist(within, k, WIDTH, G, K, L), other=0.0).to(tl.float32)
@@ -231,30 +219,30 @@ def inputs_of(
     WIDTH: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """(delta, x, z, dy) of token u, x for a z or dy that is None; zeros where it is not inside."""
-    steps, xs = channels_of(delta, u, inside, within, WIDTH, G, K, L), channels_of(x, u, inside, within, WIDTH, G, K, L)
+    steps = channels_of(blocks(delta, u * WIDTH, K, L), inside, within, WIDTH, G, K, L)
+    xs = channels_of(blocks(x, u * WIDTH, K, L), inside, within, WIDTH, G, K, L)
     gates, pulls = xs, xs
     if z is not None:
-        gates = channels_of(z, u, inside, within, WIDTH, G, K, L)
+        gates = channels_of(blocks(z, u * WIDTH, K, L), inside, within, WIDTH, G, K, L)
     if dy is not None:
-        pulls = channels_of(dy, u, inside, within, WIDTH, G, K, L)
+        pulls = channels_of(blocks(dy, u * WIDTH, K, L), inside, within, WIDTH, G, K, L)
     return steps, xs, gates, pulls
 
 
 @triton.jit
 def vectors_of(b, c, u, inside, G: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr):
     """(B, C) of token u, B for a C that is None; zeros where it is not inside."""
-    writes = shared_of(b, u, inside, G, S, PAD)
+    writes = shared_of(b + u * (G * S), inside, S, PAD)
     reads = writes
     if c is not None:
-        reads = shared_of(c, u, inside, G, S, PAD)
+        reads = shared_of(c + u * (G * S), inside, S, PAD)
     return writes, reads
 
 
 @counted
 def selective_walk(
     x, delta, z, dy, a, b, c, bias, direct, first, last, kept, y, steps, pulls, marks, length, each,
-    T: tl.constexpr, EVERY: tl.constexpr, AHEAD: tl.constexpr, SHARED: tl.constexpr, EVEN: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
+    T: tl.constexpr, EVERY: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr,
     WIDTH: tl.constexpr, G: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """One batch entry, K L channels of one of G groups and one stretch of the tokens, `each` but for the last.
@@ -267,8 +255,8 @@ def selective_walk(
     None where that is delta; and where there is a gate, dy of its results: then y is dz, and pulls, float32, dy
     silu(z).
 
-    T tokens are unrolled, a multiple of EVERY; what a token needs is loaded AHEAD tokens before, and what all channels
-    of a group share SHARED tokens before: at most T. EVEN: T divides the length, and nothing needs a mask.
+    T tokens are unrolled, a multiple of EVERY; what a token needs is loaded T tokens before. EVEN: T divides the
+    length, and nothing needs a mask.
     """
     batch, _, group, channel, within, slot = place(WIDTH, G, S, K, L)
     low = tl.program_id(1) * each
@@ -292,7 +280,7 @@ def selective_walk(
         y += at
         c += token * (G * S) + state
     a_at, first_at = tiles_of(a, channel, WIDTH, PAD, K, L), tiles_of(first, slot + channel, WIDTH, PAD, K, L)
-    bias_at, direct_at = spread(pointer(bias, channel), 1, 0, K, L), spread(pointer(direct, channel), 1, 0, K, L)
+    bias_at, direct_at = blocks(bias, channel, K, L), blocks(direct, channel, K, L)
     rates, h, passed, biases, directs = (), (), (), (), ()
     for k in tl.static_range(K):
         rates = rates + (states_of(a_at, k, within, WIDTH, G, S, PAD, K, L) * LOG2E,)
@@ -305,42 +293,35 @@ def selective_walk(
     ahead, shared, none = (), (), ()
     for _ in tl.static_range(K):
         none = none + (tl.zeros([L], tl.float32),)
-    for _ in tl.static_range(AHEAD):
+    for _ in tl.static_range(T):
         ahead = ahead + ((none, none, none, none),)
-    for i in range(AHEAD):
+    for i in range(T):
         ahead = ahead[1:] + (inputs_of(x, delta, z, dy, i, low + i < high, within, WIDTH, G, K, L),)
-    for u in tl.static_range(SHARED):
+    for u in tl.static_range(T):
         shared = shared + (vectors_of(b, c, u, low + u < high, G, S, PAD),)
     for start in range(low, high, T):
         on = T
         if EVEN:  # behind the last tile it is loaded again
             on = tl.where(start + T < high, T, 0)
-        x_on, delta_on, z_on, dy_on, b_on, c_on = x + on * WIDTH, delta + on * WIDTH, z, dy, b + on * (G * S), c
+        x += on * WIDTH
+        delta += on * WIDTH
+        b += on * (G * S)
         if z is not None:
-            z_on += on * WIDTH
+            z += on * WIDTH
         if dy is not None:
-            dy_on += on * WIDTH
-        if c is not None:
-            c_on += on * (G * S)
+            dy += on * WIDTH
+        if y is not None:
+            c += on * (G * S)
         results = ()  # stored behind the last of the loads, which would wait for them
         for u in tl.static_range(T):
-            inside = EVEN or start + u < high
+            inside, more = EVEN or start + u < high, EVEN or start + T + u < high
             if marks is not None and u % EVERY == 0:
                 tile = (batch.to(tl.int64) * tl.cdiv(length, EVERY) + (start + u) // EVERY) * (WIDTH * S)
                 marks_at = tiles_of(marks, tile + channel, WIDTH, PAD, K, L)
                 for k in tl.static_range(K):
                     keep_states(marks_at, k, h[k], within, inside, WIDTH, G, S, PAD, K, L)
-            known_far, known_near = EVEN or start + u + AHEAD < high, EVEN or start + u + SHARED < high
-            if u + AHEAD < T:
-                found = inputs_of(x, delta, z, dy, u + AHEAD, known_far, within, WIDTH, G, K, L)
-            else:
-                found = inputs_of(x_on, delta_on, z_on, dy_on, u + AHEAD - T, known_far, within, WIDTH, G, K, L)
-            ahead = ahead + (found,)
-            if u + SHARED < T:
-                found = vectors_of(b, c, u + SHARED, known_near, G, S, PAD)
-            else:
-                found = vectors_of(b_on, c_on, u + SHARED - T, known_near, G, S, PAD)
-            shared = shared + (found,)
+            ahead = ahead + (inputs_of(x, delta, z, dy, u, more, within, WIDTH, G, K, L),)
+            shared = shared + (vectors_of(b, c, u, more, G, S, PAD),)
             deltas, xs, gates, dys = ahead[0]
             writes, reads = shared[0]
             ahead, shared = ahead[1:], shared[1:]
@@ -374,17 +355,14 @@ def selective_walk(
                     tl.store(pulls + (u * WIDTH + k * L), pulled, mask=mask)
                 if y is not None:
                     tl.store(y + (u * WIDTH + k * L), found, mask=mask)
-        x, delta, z, dy, b, c = x_on, delta_on, z_on, dy_on, b_on, c_on
         if dy is not None:
             pulls += T * WIDTH
         if steps is not None:
             steps += T * WIDTH
         if y is not None:
             y += T * WIDTH
-    last_at, kept_at = (
-        tiles_of(last, slot + channel, WIDTH, PAD, K, L),
-        tiles_of(kept, slot + channel, WIDTH, PAD, K, L),
-    )
+    last_at = tiles_of(last, slot + channel, WIDTH, PAD, K, L)
+    kept_at = tiles_of(kept, slot + channel, WIDTH, PAD, K, L)
     for k in tl.static_range(K):
         keep_states(last_at, k, h[k], within, True, WIDTH, G, S, PAD, K, L)
         left = tl.exp2(passed[k][None, :] * rates[k])
@@ -429,18 +407,15 @@ def selective_pull(
     da_at, last_at = tiles_of(da, slot + channel, WIDTH, PAD, K, L), tiles_of(last, slot + channel, WIDTH, PAD, K, L)
     kept_at = tiles_of(kept, slot + channel, WIDTH, PAD, K, L)
     own = slot // S + channel
-    bias_at, direct_at = spread(pointer(bias, channel), 1, 0, K, L), spread(pointer(direct, channel), 1, 0, K, L)
-    dbias_at, ddirect_at = spread(pointer(dbias, own), 1, 0, K, L), spread(pointer(ddirect, own), 1, 0, K, L)
-    xp, deltap, stepsp, pullsp = pointer(x, at), pointer(delta, at), pointer(steps, at), pointer(pulls, at)
-    bp, cp, dbp, dcp = pointer(b, vector), pointer(c, vector), pointer(db, part), pointer(dc, part)
-    dxp, ddeltap = pointer(dx, at), pointer(ddelta, at)
-    x_at, delta_at = spread(xp, T, WIDTH, K, L), spread(deltap, T, WIDTH, K, L)
-    steps_at, pulls_at = spread(stepsp, T, WIDTH, K, L), spread(pullsp, T, WIDTH, K, L)
-    dx_at, ddelta_at = spread(dxp, T, WIDTH, K, L), spread(ddeltap, T, WIDTH, K, L)
-    b_at, c_at = spread(bp, T, G * S, 1, L), spread(cp, T, G * S, 1, L)
-    db_at, dc_at = spread(dbp, T, G * S, 1, L), spread(dcp, T, G * S, 1, L)
-    marksp = pointer(marks, (tl.arange(0, PAD) * WIDTH)[:, None] + tile[None, :])
-    marks_at = spread(marksp, 1, 0, K, L)
+    bias_at, direct_at = blocks(bias, channel, K, L), blocks(direct, channel, K, L)
+    dbias_at, ddirect_at = blocks(dbias, own, K, L), blocks(ddirect, own, K, L)
+    rows = blocks(x, at, 1, L), blocks(delta, at, 1, L), blocks(steps, at, 1, L), blocks(pulls, at, 1, L)
+    rows = rows + (blocks(dx, at, 1, L), blocks(ddelta, at, 1, L))
+    vectors = blocks(b, vector, 1, L), blocks(c, vector, 1, L), blocks(db, part, 1, L), blocks(dc, part, 1, L)
+    kept_states = (tiles_of(marks, tile, WIDTH, PAD, 1, L),)
+    x_at, delta_at, steps_at, pulls_at, dx_at, ddelta_at = spread(rows, T, WIDTH, K, L)
+    b_at, c_at, db_at, dc_at = spread(vectors, T, G * S, 1, L)
+    marks_at = spread(kept_states, 1, 0, K, L)
     rates, later, found, passed, biases, directs, to_bias, to_direct = (), (), (), (), (), (), (), ()
     for k in tl.static_range(K):
         rates = rates + (states_of(a_at, k, within, WIDTH, G, S, PAD, K, L) * LOG2E,)
@@ -455,17 +430,17 @@ def selective_pull(
         ds, ps, reads, xs, deltas, writes, decays, states = (), (), (), (), (), (), (), ()
         for u in tl.static_range(T):
             inside = EVEN or start + u < high
-            ds = ds + (channels_at(steps_at, u, inside, within, WIDTH, G, K, L),)
-            ps = ps + (channels_at(pulls_at, u, inside, within, WIDTH, G, K, L),)
-            reads = reads + (shared_at(c_at, u, inside, S, PAD),)
+            ds = ds + (channels_of(steps_at[u], inside, within, WIDTH, G, K, L),)
+            ps = ps + (channels_of(pulls_at[u], inside, within, WIDTH, G, K, L),)
+            reads = reads + (shared_of(c_at[u][0], inside, S, PAD),)
             if marks is not None:
-                xs = xs + (channels_at(x_at, u, inside, within, WIDTH, G, K, L),)
-                writes = writes + (shared_at(b_at, u, inside, S, PAD),)
+                xs = xs + (channels_of(x_at[u], inside, within, WIDTH, G, K, L),)
+                writes = writes + (shared_of(b_at[u][0], inside, S, PAD),)
                 if SOFTPLUS:
-                    deltas = deltas + (channels_at(delta_at, u, inside, within, WIDTH, G, K, L),)
+                    deltas = deltas + (channels_of(delta_at[u], inside, within, WIDTH, G, K, L),)
         if marks is not None:
             for k in tl.static_range(K):
-                states = states + (states_of(marks_at, k, within, WIDTH, G, S, PAD, K, L),)
+                states = states + (states_of(marks_at[0][0], k, within, WIDTH, G, S, PAD, K, L),)
         for u in tl.static_range(T):
             for k in tl.static_range(K):
                 decays = decays + (tl.exp2(ds[u][k][None, :] * rates[k]),)
@@ -495,8 +470,8 @@ def selective_pull(
                         to_step *= tl.exp2((deltas[T - back][k] + biases[k] - step) * LOG2E)
                     if bias is not None:
                         bias_sums = bias_sums + (to_bias[k] + tl.where(inside, to_step, 0.0),)
-                    tl.store(dx_at[(T - back) * K + k], to_x, mask=mask)
-                    tl.store(ddelta_at[(T - back) * K + k], to_step, mask=mask)
+                    tl.store(dx_at[T - back][k], to_x, mask=mask)
+                    tl.store(ddelta_at[T - back][k], to_step, mask=mask)
                     pull *= (step * moved)[None, :]
                     read = states[(T + 1 - back) * K + k] * p[None, :]
                     if k == 0:
@@ -512,18 +487,13 @@ def selective_pull(
                 if direct is not None:
                     to_direct = direct_sums
                 mask = both(tl.arange(0, PAD) < S, inside)
-                tl.store(db_at[T - back], tl.sum(to_write, 1), mask=mask)
-                tl.store(dc_at[T - back], tl.sum(to_read, 1), mask=mask)
-        xp, deltap, stepsp = shift(xp, -T * WIDTH), shift(deltap, -T * WIDTH), shift(stepsp, -T * WIDTH)
-        pullsp, dxp, ddeltap = shift(pullsp, -T * WIDTH), shift(dxp, -T * WIDTH), shift(ddeltap, -T * WIDTH)
-        bp, cp, dbp, dcp = shift(bp, -T * G * S), shift(cp, -T * G * S), shift(dbp, -T * G * S), shift(dcp, -T * G * S)
-        marksp = shift(marksp, -S * WIDTH)
-        marks_at = spread(marksp, 1, 0, K, L)
-        x_at, delta_at = spread(xp, T, WIDTH, K, L), spread(deltap, T, WIDTH, K, L)
-        steps_at, pulls_at = spread(stepsp, T, WIDTH, K, L), spread(pullsp, T, WIDTH, K, L)
-        dx_at, ddelta_at = spread(dxp, T, WIDTH, K, L), spread(ddeltap, T, WIDTH, K, L)
-        b_at, c_at = spread(bp, T, G * S, 1, L), spread(cp, T, G * S, 1, L)
-        db_at, dc_at = spread(dbp, T, G * S, 1, L), spread(dcp, T, G * S, 1, L)
+                tl.store(db_at[T - back][0], tl.sum(to_write, 1), mask=mask)
+                tl.store(dc_at[T - back][0], tl.sum(to_read, 1), mask=mask)
+        rows, vectors = shift(rows, -T * WIDTH), shift(vectors, -T * G * S)
+        kept_states = shift(kept_states, -S * WIDTH)
+        x_at, delta_at, steps_at, pulls_at, dx_at, ddelta_at = spread(rows, T, WIDTH, K, L)
+        b_at, c_at, db_at, dc_at = spread(vectors, T, G * S, 1, L)
+        marks_at = spread(kept_states, 1, 0, K, L)
         start -= T
     for k in tl.static_range(K):
         keep_states(da_at, k, found[k], within, True, WIDTH, G, S, PAD, K, L)

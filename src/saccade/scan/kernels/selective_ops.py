@@ -36,9 +36,7 @@ class Cut(NamedTuple):
     wanted: int
 
 
-UNROLLED = 8  # tokens, of a walk; a multiple of MARKED
-AHEAD = 8  # tokens from the load of delta, x and z to their use: at most UNROLLED
-SHARED = 8  # the same for B and C
+UNROLLED = 8  # tokens, of a walk, and from a load to its use; a multiple of MARKED
 WALK = Tile(1, 32)  # a lane a channel
 MARKED = 4  # tokens between the states that gradients start from
 PULL = Tile(4, 8)  # four lanes a channel: fewer exchanges where sums over channels are formed
@@ -169,7 +167,7 @@ def walk(
     c, direct, z = (None, None, None) if y is None else (given.c, given.direct, given.z)
     selective_walk[shape.grid(way)](
         given.x, given.delta, z, dy, given.rates, given.b, c, given.bias, direct, first, last, kept, y, steps, pulls,
-        marks, *shape.sizes(way.count), EVERY=MARKED, AHEAD=AHEAD, SHARED=SHARED, SOFTPLUS=given.softplus,
+        marks, *shape.sizes(way.count), EVERY=MARKED, SOFTPLUS=given.softplus,
         **shape.constants(way.tile, UNROLLED),
     )  # fmt: skip
 
