@@ -19,7 +19,7 @@ from saccade.scan.selective_scan import selective_scan
 from saccade.scan.state import State
 from saccade.testing.budget import assert_close
 
-TOKENS = 4  # that a walk unrolls; half as many between marks
+TOKENS = ops.ROUND
 WIDE = (torch.float32,)
 BOTH = (torch.float32, torch.bfloat16)
 
@@ -27,8 +27,6 @@ BOTH = (torch.float32, torch.bfloat16)
 @pytest.fixture(autouse=True)
 def small_tiles(request, monkeypatch):
     if request.node.get_closest_marker("gpu") is None:
-        monkeypatch.setattr(ops, "MARKED", TOKENS // 2)
-        monkeypatch.setattr(ops, "UNROLLED", TOKENS)
         monkeypatch.setattr(ops, "STATES", 16)
         monkeypatch.setattr(ops, "PULL", ops.Tile(4, 2))
 

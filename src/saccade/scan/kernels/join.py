@@ -9,7 +9,10 @@ from saccade.scan.kernels.abreast import alike
 
 @alike("count")
 def join_stretches(parts, kept, before, count, D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """In place: parts (S * count, heads, D, COLUMNS), kept (S * count, heads, D), before (S, heads, D, COLUMNS)."""
+    """In place: parts (S * count, heads, D, COLUMNS), kept (S * count, heads, D), before (S, heads, D, COLUMNS).
+
+    Of the last stretch nothing is read.
+    """
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = entry < D * COLUMNS
     head = tl.program_id(1)
@@ -20,7 +23,8 @@ def join_stretches(parts, kept, before, count, D: tl.constexpr, COLUMNS: tl.cons
         state += tl.load(before + (seq * heads + head).to(tl.int64) * (D * COLUMNS) + entry, mask=inside, other=0.0)
     for stretch in range(count):
         slot = ((seq * count + stretch) * heads + head).to(tl.int64) * D
-        added = tl.load(parts + slot * COLUMNS + entry, mask=inside, other=0.0)
-        left = tl.load(kept + slot + entry // COLUMNS, mask=inside, other=0.0)
+        needed = entry < tl.where(stretch + 1 < count, D * COLUMNS, 0)
+        added = tl.load(parts + slot * COLUMNS + entry, mask=needed, other=0.0)
+        left = tl.load(kept + slot + entry // COLUMNS, mask=needed, other=0.0)
         tl.store(parts + slot * COLUMNS + entry, state, mask=inside)
         state = state * left + added

@@ -4,11 +4,16 @@
 
 x (batch, N, channels), delta, z and y alike, A (channels, S), B, C (batch, N, G, S), before and after (batch, channels,
 S), bias and D (channels,), any of these two and z None. starts, kept for the gradients: (batch, stretches, S,
-channels), the states before all stretches of the sequence; empty if there is one.
+channels), the states before all stretches of a sequence; empty if there is one.
+
+Where batch and channels do not fill the chip a sequence is cut. All stretches but the last are walked at once, each as
+if nothing were before it. Of the first that is the result; what the others add gives the states before all but the
+first, which are walked again from there, at once with the last.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,19 +35,20 @@ class Tile(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """With `enough` programs a multiprocessor sequences are taken whole; else they are cut until there are `wanted`."""
+    """With `enough` programs a multiprocessor sequences are taken whole; else cut, until `wanted` run at a time."""
 
     enough: int
     wanted: int
 
 
-UNROLLED = 8  # tokens, of a walk, and from a load to its use; a multiple of MARKED
+ROUND = 4  # tokens that are unrolled; before each round are the states that gradients start from
 WALK = Tile(1, 32)  # a lane a channel
-MARKED = 4  # tokens between the states that gradients start from
 PULL = Tile(4, 8)  # four lanes a channel: fewer exchanges where sums over channels are formed
+REGISTERS = 255  # or the assembler makes do with 128, and loads wait for those that become free
 STATES = 512  # of a program's channels together, at most
 LEAST = 128  # tokens that a stretch has
-WALKED = Cut(3, 16)  # a stretch is walked twice
+WALKED = Cut(3, 4)  # a program for each of its schedulers
+CROWDED = 4  # stretches, with which two for each are faster: these take 1.8 times as long
 PULLED = Cut(7, 16)  # which waits longer for each token
 
 
@@ -108,44 +114,50 @@ class Shape(NamedTuple):
 
     def way(self, device: torch.device) -> Way:
         """Of a walk."""
-        return self._way(self.fitted(WALK), WALKED, device)
+        tile = self.fitted(WALK)
+        again = self._stretches(tile, WALKED, device)
+        if again >= CROWDED:
+            again = self._stretches(tile, WALKED._replace(wanted=2 * WALKED.wanted), device)
+        return Way(tile, 1 if again == 1 else 1 + again)
 
     def way_back(self, device: torch.device) -> Way:
         """Of the gradients."""
-        return self._way(self.fitted(PULL), PULLED, device)
+        tile = self.fitted(PULL)
+        return Way(tile, self._stretches(tile, PULLED, device))
 
-    def _way(self, tile: Tile, cut: Cut, device: torch.device) -> Way:
+    def _stretches(self, tile: Tile, cut: Cut, device: torch.device) -> int:
+        """At once."""
         programs, count = self.rows * self.blocks(tile), multiprocessors(device)
         if programs >= cut.enough * count:
-            return Way(tile, 1)
-        return Way(tile, max(1, min(cut.wanted * count // programs, self.length // LEAST)))
+            return 1
+        return max(1, min(cut.wanted * count // programs, self.length // LEAST))
 
     def variant(self, given: Inputs) -> tuple[Any, ...]:
         """What calls have in common that launch the same kernels, but for alignments."""
         kinds = tuple(t.dtype if isinstance(t, Tensor) else t for t in given)
         (tile, count), back = self.way(given.x.device), self.way_back(given.x.device)
-        even = self.length % MARKED == 0, self.length % UNROLLED == 0
+        even = self.length % ROUND == 0
         return given.x.device, kinds, self.width, self.groups, self.states, even, tile, count == 1, back.count == 1
 
-    def grid(self, way: Way) -> tuple[int, int]:
-        return self.rows * self.blocks(way.tile), way.count
+    def grid(self, tile: Tile, stretches: int) -> tuple[int, int]:
+        return self.rows * self.blocks(tile), stretches
 
     def sizes(self, count: int) -> tuple[int, int]:
         """Tokens in all, and of a stretch."""
-        return self.length, triton.cdiv(triton.cdiv(self.length, UNROLLED), count) * UNROLLED
+        return self.length, triton.cdiv(triton.cdiv(self.length, ROUND), count) * ROUND
 
-    def constants(self, tile: Tile, tokens: int) -> dict[str, int]:
-        """Of a kernel that unrolls so many tokens."""
+    def constants(self, tile: Tile) -> dict[str, int]:
+        """Of a kernel."""
         return {
-            "T": tokens,
-            "EVEN": self.length % tokens == 0,
+            "T": ROUND,
+            "EVEN": self.length % ROUND == 0,
             "WIDTH": self.width,
             "G": self.groups,
             "S": self.states,
             "PAD": self.padded,
-            "K": tile.blocks,
             "L": tile.lanes,
             "num_warps": 1,
+            "maxnreg": REGISTERS,
         }
 
 
@@ -153,6 +165,7 @@ def walk(
     shape: Shape,
     way: Way,
     given: Inputs,
+    stretches: range,
     *,
     first: Tensor | None,
     last: Tensor | None = None,
@@ -163,12 +176,12 @@ def walk(
     pulls: Tensor | None = None,
     marks: Tensor | None = None,
 ) -> None:
-    """`selective_walk`."""
+    """`selective_walk` over some stretches."""
     c, direct, z = (None, None, None) if y is None else (given.c, given.direct, given.z)
-    selective_walk[shape.grid(way)](
+    selective_walk[shape.grid(way.tile, len(stretches))](
         given.x, given.delta, z, dy, given.rates, given.b, c, given.bias, direct, first, last, kept, y, steps, pulls,
-        marks, *shape.sizes(way.count), EVERY=MARKED, SOFTPLUS=given.softplus,
-        **shape.constants(way.tile, UNROLLED),
+        marks, *shape.sizes(way.count), stretches.start, way.count, BACK=False, SOFTPLUS=given.softplus,
+        **shape.constants(way.tile),
     )  # fmt: skip
 
 
@@ -189,11 +202,18 @@ def selective(
     shape, gradients = Shape.of(x, b), trained(*tensors)
     given = Inputs(x, delta, turned(a), b, c, bias, direct, z, softplus)
     compile_abreast((shape.variant(given), gradients), x.device, lambda: trial(gradients, *tensors, softplus))
-    way = shape.way(x.device)
-    starts = states_before(shape, way, turned(before), given)
-    y, ends = torch.empty_like(x), like_states(shape, way.count, x)
-    walk(shape, way, given, first=starts, last=ends, y=y)
-    return y, turned(ends[:, -1]), starts if way.count > 1 else x.new_empty(0, dtype=torch.float32)
+    way, y = shape.way(x.device), torch.empty_like(x)
+    over = partial(walk, shape, way, given, y=y)
+    before, ends = turned(before), like_states(shape, way.count, x)
+    if way.count == 1:
+        over(range(1), first=before, last=ends)
+        return y, turned(ends[:, -1]), x.new_empty(0, dtype=torch.float32)
+    nothing, starts, kept = torch.zeros_like(ends), torch.empty_like(ends), torch.empty_like(ends)
+    nothing[:, 0] = before
+    over(range(way.count - 1), first=nothing, last=starts, kept=kept)
+    join(shape, way.count, starts, kept, before)
+    over(range(1, way.count), first=starts, last=ends, kept=kept)  # kept once more, by the same kernel
+    return y, turned(ends[:, -1]), starts
 
 
 @selective.register_fake
@@ -236,16 +256,18 @@ def selective_backward(
     arguments = dy, dafter, x, delta, a, b, c, before, bias, direct, z, softplus, starts
     compile_abreast((shape.variant(given), True), x.device, lambda: selective_backward(*arguments))
     way, back = shape.way(x.device), shape.way_back(x.device)
-    starts = starts if way.count > 1 else turned(before).unsqueeze(1)
 
     def single(*size: int) -> Tensor:
         return x.new_empty(size, dtype=torch.float32)
 
-    marks = single(shape.batch, triton.cdiv(shape.length, MARKED), shape.states, shape.width)
+    marks = single(shape.batch, triton.cdiv(shape.length, ROUND), shape.states, shape.width)
     steps = single(*x.shape) if softplus or bias is not None else None
     dz, pulls = (None, None) if z is None else (torch.empty_like(z), single(*x.shape))
     gated = None if z is None else dy
-    walk(shape, way, given, first=starts, y=dz, dy=gated, steps=steps, pulls=pulls, marks=marks)
+    starts = starts if way.count > 1 else turned(before)
+    walk(
+        shape, way, given, range(way.count), first=starts, y=dz, dy=gated, steps=steps, pulls=pulls, marks=marks
+    )  # fmt: skip
     steps, pulls = delta if steps is None else steps, dy if pulls is None else pulls
 
     pulled = pulled_after(shape, back, turned(dafter), given, steps, pulls)
@@ -253,9 +275,10 @@ def selective_backward(
     da, firsts = like_states(shape, back.count, x), like_states(shape, back.count, x)
     db, dc = (single(shape.blocks(back.tile), *b.shape) for _ in range(2))
     dbias, ddirect = (None if t is None else single(shape.batch, back.count, shape.width) for t in (bias, direct))
-    selective_pull[shape.grid(back)](
-        x, delta, steps, given.rates, given.b, given.c, bias, direct, pulls, marks, pulled, firsts, None, dx, ddelta,
-        da, db, dc, dbias, ddirect, *shape.sizes(back.count), SOFTPLUS=softplus, **shape.constants(back.tile, MARKED),
+    selective_pull[shape.grid(*back)](
+        x, delta, steps, given.rates, given.b, given.c, bias, direct, pulls, marks, pulled, firsts, dx, ddelta, da,
+        db, dc, dbias, ddirect, *shape.sizes(back.count), SOFTPLUS=softplus, K=back.tile.blocks,
+        **shape.constants(back.tile),
     )  # fmt: skip
     db, dc = db.sum(0).to(b.dtype), dc.sum(0).to(c.dtype)
     dbias, ddirect = (
@@ -303,35 +326,29 @@ def like_states(shape: Shape, count: int, x: Tensor) -> Tensor:
     return x.new_empty(shape.batch, count, shape.states, shape.width, dtype=torch.float32)
 
 
-def states_before(shape: Shape, way: Way, before: Tensor, given: Inputs) -> Tensor:
-    """(batch, stretches, S, channels): the state before each; before turned likewise."""
-    if way.count == 1:
-        return before
-    parts, kept = (like_states(shape, way.count, before) for _ in range(2))
-    walk(shape, way, given, first=None, last=parts, kept=kept)
-    return joined(shape, way.count, parts, kept, before)
-
-
 def pulled_after(shape: Shape, way: Way, after: Tensor, given: Inputs, steps: Tensor, pulls: Tensor) -> Tensor:
-    """The same for gradients: without sums over channels, so in the tile of a walk."""
+    """(batch, stretches, S, channels): the gradient of the state after each, last first; after turned likewise.
+
+    Without sums over channels, so in the tile of a walk.
+    """
     if way.count == 1:
         return after
     parts, kept = (like_states(shape, way.count, after) for _ in range(2))
     tile = shape.fitted(WALK)
-    selective_pull[shape.grid(Way(tile, way.count))](
-        None, None, steps, given.rates, None, given.c, None, None, pulls, None, None, parts, kept, *[None] * 7,
-        *shape.sizes(way.count), SOFTPLUS=False, **shape.constants(tile, UNROLLED),
+    selective_walk[shape.grid(tile, way.count - 1)](
+        pulls, steps, None, None, given.rates, given.c, None, None, None, None, parts, kept, None, None, None, None,
+        *shape.sizes(way.count), 0, way.count, BACK=True, SOFTPLUS=False, **shape.constants(tile),
     )  # fmt: skip
-    return joined(shape, way.count, parts, kept, after)
+    join(shape, way.count, parts, kept, after)
+    return parts
 
 
-def joined(shape: Shape, count: int, parts: Tensor, kept: Tensor, before: Tensor) -> Tensor:
-    """In place, from what each stretch adds and keeps to what is before each."""
+def join(shape: Shape, count: int, parts: Tensor, kept: Tensor, before: Tensor) -> None:
+    """In place, from what each stretch adds and keeps to what is before each; of the last nothing is asked."""
     entries = shape.width * shape.states
     join_stretches[(triton.cdiv(entries, JOINED), 1, shape.batch)](
         parts, kept, before, count, D=entries, COLUMNS=1, BLOCK=JOINED
     )
-    return parts
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
