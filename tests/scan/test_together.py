@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from saccade.scan.kernels.together import together
+from saccade.scan.kernels.together import one_by_one, together
 
 CYCLES = 50_000_000  # that a device sleeps, much longer than launches take
 
@@ -44,3 +44,22 @@ def test_what_is_before_and_behind(slow, recorded):
         graph.replay()
     assert [float(copy) for copy in copies] == [1, 1]
     assert float(x) == 0
+
+
+@pytest.mark.gpu
+def test_those_within_others_have_streams_of_their_own():
+    device = torch.device("cuda", torch.cuda.current_device())
+    used = []
+
+    def launch():
+        used.append(torch.cuda.current_stream())
+
+    pair = [lambda: together(device, launch, launch)] * 2
+    together(device, *pair)
+    assert len({stream.cuda_stream for stream in used}) == len(used) == 4
+
+
+def test_one_by_one_leaves_out_what_is_none():
+    done = []
+    one_by_one(lambda: done.append(1), None, lambda: done.append(2))()
+    assert done == [1, 2]

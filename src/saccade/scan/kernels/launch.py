@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from saccade.scan.kernels.flows import channel_flows, head_flows, token_flows
 from saccade.scan.kernels.join import join_stretches
 from saccade.scan.kernels.prepare import prepare_sums, prepare_tokens
 from saccade.scan.kernels.tiles import SAFE, Bounds, Cuts, Heads, States
-from saccade.scan.kernels.together import together
+from saccade.scan.kernels.together import one_by_one, together
 from saccade.scan.kernels.walk import scan_walk
 
 LEAST_CHUNKS = 8  # that a stretch has: all but the last of a sequence are read twice where there is more than one
@@ -361,25 +362,28 @@ class Launch(Problem):
         )
         dreads, dkeys = (dq, dk) if self.gate < 2 else (torch.empty_like(x, dtype=self.kind) for x in (dq, dk))
         anchors = None if g is None else self.anchors(dv_width, d)
-        self.walk(
-            (do, v, made.keys), made, across, cuts, count, o=dreads, first=starts.mT, first_row=start_sums, a_row=dmass,
-            row=self.mass, anchors=anchors, strength=self.strength,
+        before = self.single(self.sequences, heads, d, dv_width)
+        before_sums = self.single(*before.shape[:3]) if self.mass else None
+
+        reads = partial(
+            self.walk, (do, v, made.keys), made, across, cuts, count, o=dreads, first=starts.mT, first_row=start_sums,
+            a_row=dmass, row=self.mass, anchors=anchors, strength=self.strength,
             last=None if anchors is None else anchors.states[anchors.ends :],
             last_row=None if anchors is None or anchors.rows is None else anchors.rows[anchors.ends :],
         )  # fmt: skip
-        before = self.single(self.sequences, heads, d, dv_width)
-        before_sums = self.single(*before.shape[:3]) if self.mass else None
-        self.walk(
-            (v, do, made.reads), made, across, cuts, count, True, o=dkeys, first=ends.mT, first_row=end_sums,
+        keys = partial(
+            self.walk, (v, do, made.reads), made, across, cuts, count, True, o=dkeys, first=ends.mT, first_row=end_sums,
             b_row=dmass, row=self.mass, anchors=anchors, last=before.mT, last_row=before_sums,
         )  # fmt: skip
-        self.walk(
-            (made.keys, made.reads, do), made, self.gate, cuts, count, True, o=dv, first=ends, strength=self.strength
-        )
-        dg = dstrength = None
+        values = partial(
+            self.walk, (made.keys, made.reads, do), made, self.gate, cuts, count, True, o=dv, first=ends,
+            strength=self.strength,
+        )  # fmt: skip
+        dg = dstrength = flows = None
         if anchors is not None and self.gate == 1:
-            dq, dk, dg, dstrength = self.token_gradients(cuts, anchors, dq, dk)
-        elif anchors is not None:
+            flows, (dq, dk, dg, dstrength) = self.token_gradients(cuts, anchors, dq, dk)
+        self.at_once(one_by_one(reads, keys, flows), values)
+        if anchors is not None and self.gate > 1:
             dg = self.channel_gradient(made, cuts, anchors, (dreads, dkeys), (dq, dk))
         dq, dk, dv = (shared(x, y.shape[1]).to(q.dtype) for x, y in ((dq, q), (dk, k), (dv, v)))
         dg, dstrength = (
@@ -399,10 +403,10 @@ class Launch(Problem):
 
     def token_gradients(
         self, cuts: Cuts, anchors: Anchors, dq: Tensor, dk: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Of q, k, a gate a token and the strength; dq, dk a head, and dk without the strength.
+    ) -> tuple[Callable[[], None], tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """What launches, and then those of q, k, a gate a token and the strength.
 
-        Those of q and k are added up over the heads that share them.
+        dq, dk: of each head, which are added up over the heads that share them; dk still without the strength.
         """
         batch, heads, length, d = dq.shape
         groups = self.k.shape[1]
@@ -412,18 +416,20 @@ class Launch(Problem):
         flow, dg = (self.single(batch, heads, length) for _ in range(2))
         dstrength = None if self.strength is None else self.single(batch, heads, length)
 
-        width = padded(d)
-        head_flows[(batch * triton.cdiv(length, ROWS), groups)](
-            *self.of(self.q, self.k, dq, dk, self.strength, dq_all, dk_all, dstrength, flow), length, heads // groups,
-            V=d, BV=width, ROWS=ROWS, num_warps=8,
-        )  # fmt: skip
-        chunk, every = self.sizes.chunk, self.every
-        spans = triton.cdiv(length, chunk * every)
-        token_flows[(self.sequences * spans, heads)](
-            *self.of(flow), anchors.past, *self.of(dg), cuts, spans, anchors.ends, V=d, C=chunk, BV=width,
-            EVERY=every, num_warps=1,
-        )  # fmt: skip
-        return dq if dq_all is None else dq_all, dk if dk_all is None else dk_all, dg, dstrength
+        def launch() -> None:
+            width = padded(d)
+            head_flows[(batch * triton.cdiv(length, ROWS), groups)](
+                *self.of(self.q, self.k, dq, dk, self.strength, dq_all, dk_all, dstrength, flow), length,
+                heads // groups, V=d, BV=width, ROWS=ROWS, num_warps=8,
+            )  # fmt: skip
+            chunk, every = self.sizes.chunk, self.every
+            spans = triton.cdiv(length, chunk * every)
+            token_flows[(self.sequences * spans, heads)](
+                *self.of(flow), anchors.past, *self.of(dg), cuts, spans, anchors.ends, V=d, C=chunk, BV=width,
+                EVERY=every, num_warps=1,
+            )  # fmt: skip
+
+        return launch, (dq if dq_all is None else dq_all, dk if dk_all is None else dk_all, dg, dstrength)
 
     def channel_gradient(
         self,
@@ -532,10 +538,16 @@ class Launch(Problem):
                 LEVELS=chunk.bit_length() - 1, num_warps=warps, num_stages=tile.stages, **self.products,
             )  # fmt: skip
 
-        launches = [partial(launch, split) for split in self.splits(gate, a is not None)]
-        if gate == 1:
+        self.at_once(*(partial(launch, split) for split in self.splits(gate, a is not None)))
+
+    def at_once(self, *launches: Callable[[], None]) -> None:
+        """`together` under a decay a token, where each alone would leave much of the device idle at its end.
+
+        Under a decay a channel strong stretches are few or none, and what else there is fills it.
+        """
+        if self.gate == 1:
             together(self.q.device, *launches)
-        else:  # under a decay a channel strong stretches are few or none, and the other ones fill the device
+        else:
             for each in launches:
                 each()
 
