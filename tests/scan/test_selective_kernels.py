@@ -7,6 +7,7 @@ channels; on a GPU with their own.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -101,6 +102,29 @@ def verify_block(more, tensors, dtypes=WIDE):
 @pytest.mark.parametrize("groups", [1, 3])
 def test_is_the_recurrence(length, groups):
     verify(fast, plain, problem(length, groups=groups), terms=length * 3, dtypes=WIDE)
+
+
+def from_nothing(x, delta, a, b, c):
+    y, after = selective_scan(x, delta, a.float(), b, c, return_state=True, backend="triton")
+    return y, after.memory.squeeze(-1)
+
+
+def verify_from_nothing(before=0.0):
+    *given, h0 = problem(4 * TOKENS, batch=1)
+    verify(from_nothing, partial(plain, before=torch.full_like(h0, before)), given, terms=4 * TOKENS * 3, dtypes=WIDE)
+
+
+def test_without_a_state_before():
+    verify_from_nothing()
+    with pytest.raises(AssertionError, match="output 0"):
+        verify_from_nothing(before=0.1)
+
+
+@pytest.mark.usefixtures("stretches")
+def test_stretches_without_a_state_before():
+    verify_from_nothing()
+    with pytest.raises(AssertionError, match="output 0"):
+        verify_from_nothing(before=0.1)
 
 
 @pytest.mark.parametrize("size", [1, 5])

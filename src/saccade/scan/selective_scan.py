@@ -81,13 +81,10 @@ def selective_scan(
         return (y, after) if return_state else y
     rate = A.to(torch.promote_types(A.dtype, real))
     write, read = (t if t.ndim == 4 else t.unsqueeze(2) for t in (B, C))
-    if before is None:
-        h = torch.zeros(batch, channels, A.shape[1], dtype=wide, device=x.device)
-    else:
-        h = before.to(wide).squeeze(-1)
+    memory = None if before is None else before.to(wide).squeeze(-1)
     step = None
     if kernels.takes(backend, x, kernels.selective_reasons(x, wide.is_complex), widest=4):
-        y, h = _walked(x, delta, rate, write, read, h, delta_bias, D, z, delta_softplus)
+        y, h = _walked(x, delta, rate, write, read, memory, delta_bias, D, z, delta_softplus)
     else:
         step = _steps(delta, delta_bias, delta_softplus, real)
 
@@ -95,6 +92,7 @@ def selective_scan(
             return tensor.to(real).unflatten(-1, (groups, -1))
 
         tokens = grouped(x), grouped(step), write.to(wide), read.to(wide)
+        h = torch.zeros(batch, channels, A.shape[1], dtype=wide, device=x.device) if memory is None else memory
         y, h = _in_chunks(h.unflatten(1, (groups, -1)), rate.unflatten(0, (groups, -1)), tokens, chunk)
         h = h.flatten(1, 2)
         if D is not None:
@@ -149,7 +147,7 @@ def _walked(
     rate: Tensor,
     write: Tensor,
     read: Tensor,
-    h: Tensor,
+    memory: Tensor | None,
     bias: Tensor | None,
     direct: Tensor | None,
     z: Tensor | None,
@@ -164,7 +162,8 @@ def _walked(
 
     x, delta, write, read = (whole(t) for t in (x, delta, write, read))
     more = [None if t is None else whole(t) for t in (bias, direct, z)]
-    y, after, _ = selective(x, delta, rate.float(), write, read, h.float(), *more, softplus)
+    memory = None if memory is None else memory.float()
+    y, after, _ = selective(x, delta, rate.float(), write, read, memory, *more, softplus)
     return y, after
 
 

@@ -21,10 +21,15 @@ def join_stretches(parts, kept, before, count, D: tl.constexpr, COLUMNS: tl.cons
     state = tl.zeros([BLOCK], tl.float32)
     if before is not None:
         state += tl.load(before + (seq * heads + head).to(tl.int64) * (D * COLUMNS) + entry, mask=inside, other=0.0)
+    slot = (seq * count * heads + head).to(tl.int64) * D
+    more = entry < tl.where(count > 1, D * COLUMNS, 0)
+    added = tl.load(parts + slot * COLUMNS + entry, mask=more, other=0.0)
+    left = tl.load(kept + slot + entry // COLUMNS, mask=more, other=0.0)
     for stretch in range(count):
-        slot = ((seq * count + stretch) * heads + head).to(tl.int64) * D
-        needed = entry < tl.where(stretch + 1 < count, D * COLUMNS, 0)
-        added = tl.load(parts + slot * COLUMNS + entry, mask=needed, other=0.0)
-        left = tl.load(kept + slot + entry // COLUMNS, mask=needed, other=0.0)
+        on = slot + heads.to(tl.int64) * D
+        more = entry < tl.where(stretch + 2 < count, D * COLUMNS, 0)
+        next_added = tl.load(parts + on * COLUMNS + entry, mask=more, other=0.0)  # not behind the store
+        next_left = tl.load(kept + on + entry // COLUMNS, mask=more, other=0.0)
         tl.store(parts + slot * COLUMNS + entry, state, mask=inside)
         state = state * left + added
+        slot, added, left = on, next_added, next_left

@@ -360,7 +360,7 @@ class Launch(Problem):
             x.new_empty(batch, heads, *x.shape[2:], dtype=x.dtype if whole else torch.float32 if x is v else parts)
             for x, whole in zip((q, k, v), done, strict=True)
         )
-        dreads, dkeys = (dq, dk) if self.gate < 2 else (torch.empty_like(x, dtype=self.kind) for x in (dq, dk))
+        dreads, dkeys = (dq, dk) if self.gate < 2 else (x.new_empty(x.shape, dtype=self.kind) for x in (dq, dk))
         anchors = None if g is None else self.anchors(dv_width, d)
         before = self.single(self.sequences, heads, d, dv_width)
         before_sums = self.single(*before.shape[:3]) if self.mass else None

@@ -42,7 +42,7 @@ FETCHES = tl.constexpr(torch.version.hip is None and not interpreted())
 # suits the one load of A, and exchange what is read of every token through shared memory.
 counted = partial(
     Launched,
-    do_not_specialize=["length", "each", "begin", "stretches"],
+    do_not_specialize=["length", "each", "begin", "stretches", "begun"],
     do_not_specialize_on_alignment=["a", "bias", "direct", "marks", "first", "last", "kept", "da", "dbias", "ddirect"],
 )
 
@@ -256,15 +256,15 @@ def token_of(
 @counted
 def selective_walk(
     x, delta, z, dy, a, b, c, bias, direct, first, last, kept, y, steps, pulls, marks, length, each, begin,
-    stretches, BACK: tl.constexpr, T: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr,
+    stretches, begun, BACK: tl.constexpr, T: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr,
     WIDTH: tl.constexpr, G: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """One batch entry, L channels of one of G groups and one stretch, from number `begin` on, of `each` tokens.
 
     x, delta, z, y (batch, N, WIDTH), b, c (batch, N, G, S), bias, direct (WIDTH,), in any dtype; states, float32: a (S,
-    WIDTH), first (batch, stretches, S, WIDTH): before each stretch, or None; last likewise: after each; kept like last,
-    what is left of a stretch's start at its end and not in last: nothing of the first one's, where there are results.
-    y, and c, z, direct with it: None where only states are wanted.
+    WIDTH), first (batch, begun, S, WIDTH): before so many stretches, with nothing before the others; last (batch,
+    stretches, S, WIDTH): after each; kept likewise, what is left of a stretch's start at its end where that is not in
+    last already. y, and c, z, direct with it: None where only states are wanted.
 
     For gradients: marks (batch, rounds, S, WIDTH): the states before each T tokens; steps, float32 like x: d, or None
     where that is delta; and where there is a gate, dy of its results: then y is dz, and pulls, float32, dy silu(z).
@@ -307,7 +307,9 @@ def selective_walk(
         c += vector
         y += at
     rates = states_of(tiles_of(a, channel, WIDTH, PAD, 1, L), 0, within, WIDTH, G, S, PAD, 1, L) * LOG2E
-    h = states_of(tiles_of(first, slot + channel, WIDTH, PAD, 1, L), 0, within, WIDTH, G, S, PAD, 1, L)
+    given = (batch.to(tl.int64) * begun + tl.minimum(stretch, begun - 1)) * (WIDTH * S)
+    h = states_of(tiles_of(first, given + channel, WIDTH, PAD, 1, L), 0, within, WIDTH, G, S, PAD, 1, L)
+    h = tl.where(stretch < begun, h, 0.0)
     offset = channel_of(blocks(bias, channel, 1, L), 0, within, WIDTH, G, 1, L)
     straight = channel_of(blocks(direct, channel, 1, L), 0, within, WIDTH, G, 1, L)
     passed, taken = tl.zeros([L], tl.float32), ()
@@ -382,9 +384,7 @@ def selective_walk(
             y += T * WIDTH
         taken = ahead
     keep_states(tiles_of(last, slot + channel, WIDTH, PAD, 1, L), 0, h, within, True, WIDTH, G, S, PAD, 1, L)
-    left = tl.exp2(passed[None, :] * rates)
-    if y is not None:
-        left = tl.where(stretch == 0, 0.0, left)
+    left = tl.where(stretch < begun, 0.0, tl.exp2(passed[None, :] * rates))
     keep_states(tiles_of(kept, slot + channel, WIDTH, PAD, 1, L), 0, left, within, True, WIDTH, G, S, PAD, 1, L)
 
 

@@ -3,7 +3,7 @@
     saccade::selective(x, delta, A, B, C, before, bias, D, z, softplus) -> (y, after, starts)
 
 x (batch, N, channels), delta, z and y alike, A (channels, S), B, C (batch, N, G, S), before and after (batch, channels,
-S), bias and D (channels,), any of these two and z None. starts, kept for the gradients: (batch, stretches, S,
+S), bias and D (channels,); bias, D, z and before may be None. starts, kept for the gradients: (batch, stretches, S,
 channels), the states before all stretches of a sequence; empty if there is one.
 
 Where batch and channels do not fill the chip a sequence is cut. All stretches but the last are walked at once, each as
@@ -44,7 +44,7 @@ class Cut(NamedTuple):
 ROUND = 4  # tokens that are unrolled; before each round are the states that gradients start from
 WALK = Tile(1, 32)  # a lane a channel
 PULL = Tile(4, 8)  # four lanes a channel: fewer exchanges where sums over channels are formed
-REGISTERS = 255  # or the assembler makes do with 128, and loads wait for those that become free
+REGISTERS = 248  # or the assembler makes do with 128, and loads wait for those that become free
 STATES = 512  # of a program's channels together, at most
 LEAST = 128  # tokens that a stretch has
 WALKED = Cut(3, 4)  # a program for each of its schedulers
@@ -167,6 +167,7 @@ def walk(
     given: Inputs,
     stretches: range,
     *,
+    begun: int,
     first: Tensor | None,
     last: Tensor | None = None,
     kept: Tensor | None = None,
@@ -180,7 +181,7 @@ def walk(
     c, direct, z = (None, None, None) if y is None else (given.c, given.direct, given.z)
     selective_walk[shape.grid(way.tile, len(stretches))](
         given.x, given.delta, z, dy, given.rates, given.b, c, given.bias, direct, first, last, kept, y, steps, pulls,
-        marks, *shape.sizes(way.count), stretches.start, way.count, BACK=False, SOFTPLUS=given.softplus,
+        marks, *shape.sizes(way.count), stretches.start, way.count, begun, BACK=False, SOFTPLUS=given.softplus,
         **shape.constants(way.tile),
     )  # fmt: skip
 
@@ -192,7 +193,7 @@ def selective(
     a: Tensor,
     b: Tensor,
     c: Tensor,
-    before: Tensor,
+    before: Tensor | None,
     bias: Tensor | None,
     direct: Tensor | None,
     z: Tensor | None,
@@ -201,18 +202,19 @@ def selective(
     tensors = x, delta, a, b, c, before, bias, direct, z
     shape, gradients = Shape.of(x, b), trained(*tensors)
     given = Inputs(x, delta, turned(a), b, c, bias, direct, z, softplus)
-    compile_abreast((shape.variant(given), gradients), x.device, lambda: trial(gradients, *tensors, softplus))
+    compile_abreast(
+        (shape.variant(given), before is None, gradients), x.device, lambda: trial(gradients, *tensors, softplus)
+    )
     way, y = shape.way(x.device), torch.empty_like(x)
     over = partial(walk, shape, way, given, y=y)
-    before, ends = turned(before), like_states(shape, way.count, x)
+    before, ends = None if before is None else turned(before), like_states(shape, way.count, x)
     if way.count == 1:
-        over(range(1), first=before, last=ends)
+        over(range(1), begun=1, first=before, last=ends)
         return y, turned(ends[:, -1]), x.new_empty(0, dtype=torch.float32)
-    nothing, starts, kept = torch.zeros_like(ends), torch.empty_like(ends), torch.empty_like(ends)
-    nothing[:, 0] = before
-    over(range(way.count - 1), first=nothing, last=starts, kept=kept)
+    starts, kept = torch.empty_like(ends), torch.empty_like(ends)
+    over(range(way.count - 1), begun=1, first=before, last=starts, kept=kept)
     join(shape, way.count, starts, kept, before)
-    over(range(1, way.count), first=starts, last=ends, kept=kept)  # kept once more, by the same kernel
+    over(range(1, way.count), begun=way.count, first=starts, last=ends, kept=kept)  # by the same kernel
     return y, turned(ends[:, -1]), starts
 
 
@@ -223,7 +225,7 @@ def _(
     a: Tensor,
     b: Tensor,
     c: Tensor,
-    before: Tensor,
+    before: Tensor | None,
     bias: Tensor | None,
     direct: Tensor | None,
     z: Tensor | None,
@@ -232,7 +234,7 @@ def _(
     shape = Shape.of(x, b)
     count = shape.way(x.device).count
     starts = like_states(shape, count, x) if count > 1 else x.new_empty(0, dtype=torch.float32)
-    return torch.empty_like(x), torch.empty_like(before), starts
+    return torch.empty_like(x), x.new_empty(shape.batch, *a.shape, dtype=torch.float32), starts
 
 
 @operator("saccade::selective_backward")
@@ -244,7 +246,7 @@ def selective_backward(
     a: Tensor,
     b: Tensor,
     c: Tensor,
-    before: Tensor,
+    before: Tensor | None,
     bias: Tensor | None,
     direct: Tensor | None,
     z: Tensor | None,
@@ -254,7 +256,7 @@ def selective_backward(
     """In the order of the arguments of `selective`; empty for those that are None."""
     shape, given = Shape.of(x, b), Inputs(x, delta, turned(a), b, c, bias, direct, z, softplus)
     arguments = dy, dafter, x, delta, a, b, c, before, bias, direct, z, softplus, starts
-    compile_abreast((shape.variant(given), True), x.device, lambda: selective_backward(*arguments))
+    compile_abreast((shape.variant(given), before is None, True), x.device, lambda: selective_backward(*arguments))
     way, back = shape.way(x.device), shape.way_back(x.device)
 
     def single(*size: int) -> Tensor:
@@ -264,9 +266,10 @@ def selective_backward(
     steps = single(*x.shape) if softplus or bias is not None else None
     dz, pulls = (None, None) if z is None else (torch.empty_like(z), single(*x.shape))
     gated = None if z is None else dy
-    starts = starts if way.count > 1 else turned(before)
+    known = starts if way.count > 1 else None if before is None else turned(before)
     walk(
-        shape, way, given, range(way.count), first=starts, y=dz, dy=gated, steps=steps, pulls=pulls, marks=marks
+        shape, way, given, range(way.count), begun=way.count, first=known, y=dz, dy=gated, steps=steps, pulls=pulls,
+        marks=marks,
     )  # fmt: skip
     steps, pulls = delta if steps is None else steps, dy if pulls is None else pulls
 
@@ -286,7 +289,8 @@ def selective_backward(
         for t, parts in ((bias, dbias), (direct, ddirect))
     )
     dz = single(0) if dz is None else dz
-    return dx, ddelta, turned(da.sum((0, 1))), db, dc, turned(firsts[:, -1]), dbias, ddirect, dz
+    dbefore = single(0) if before is None else turned(firsts[:, -1])
+    return dx, ddelta, turned(da.sum((0, 1))), db, dc, dbefore, dbias, ddirect, dz
 
 
 @selective_backward.register_fake
@@ -298,7 +302,7 @@ def _(
     a: Tensor,
     b: Tensor,
     c: Tensor,
-    before: Tensor,
+    before: Tensor | None,
     bias: Tensor | None,
     direct: Tensor | None,
     z: Tensor | None,
@@ -337,13 +341,13 @@ def pulled_after(shape: Shape, way: Way, after: Tensor, given: Inputs, steps: Te
     tile = shape.fitted(WALK)
     selective_walk[shape.grid(tile, way.count - 1)](
         pulls, steps, None, None, given.rates, given.c, None, None, None, None, parts, kept, None, None, None, None,
-        *shape.sizes(way.count), 0, way.count, BACK=True, SOFTPLUS=False, **shape.constants(tile),
+        *shape.sizes(way.count), 0, way.count, 0, BACK=True, SOFTPLUS=False, **shape.constants(tile),
     )  # fmt: skip
     join(shape, way.count, parts, kept, after)
     return parts
 
 
-def join(shape: Shape, count: int, parts: Tensor, kept: Tensor, before: Tensor) -> None:
+def join(shape: Shape, count: int, parts: Tensor, kept: Tensor, before: Tensor | None) -> None:
     """In place, from what each stretch adds and keeps to what is before each; of the last nothing is asked."""
     entries = shape.width * shape.states
     join_stretches[(triton.cdiv(entries, JOINED), 1, shape.batch)](
