@@ -44,7 +44,7 @@ class Cut(NamedTuple):
 ROUND = 4  # tokens that are unrolled; before each round are the states that gradients start from
 WALK = Tile(1, 32)  # a lane a channel
 PULL = Tile(4, 8)  # four lanes a channel: fewer exchanges where sums over channels are formed
-REGISTERS = 248  # or the assembler makes do with 128, and loads wait for those that become free
+REGISTERS = 255  # or the assembler makes do with 128, and loads wait for those that become free
 STATES = 512  # of a program's channels together, at most
 LEAST = 128  # tokens that a stretch has
 WALKED = Cut(3, 4)  # a program for each of its schedulers
