@@ -463,6 +463,8 @@ def selective_pull(
             states = states + (states_of(marks_at[0][0], k, within, WIDTH, G, S, PAD, K, L),)
         before = tl.maximum(start - T, low)
         tokens = before - low + tl.arange(0, T)
+        if not EVEN:
+            tokens = tl.minimum(tokens, high - low - 1)
         fetch(x_far, tokens, columns, WIDTH, K * L)
         fetch(steps_far, tokens, columns, WIDTH, K * L)
         fetch(pulls_far, tokens, columns, WIDTH, K * L)
