@@ -48,7 +48,7 @@ REGISTERS = 255  # or the assembler makes do with 128, and loads wait for those 
 STATES = 512  # of a program's channels together, at most
 LEAST = 128  # tokens that a stretch has
 WALKED = Cut(3, 4)  # a program for each of its schedulers
-CROWDED = 4  # stretches, with which two for each are faster: these take 1.8 times as long
+CROWDED = 4  # with so many stretches at a time, two for each: twice as many take 1.8 times as long a token
 PULLED = Cut(7, 16)  # which waits longer for each token
 
 
