@@ -6,9 +6,10 @@ What of bias, softplus, D and z is not given is not compiled either, and then d_
 
 A program is one warp, which goes from token to token; the states of L channels of a group are a tile [PAD, L]. With L =
 32 a lane has all states of its channel, and a sum over them needs no other lane. The walk back takes K blocks of 8
-channels: four lanes share a channel, and sums over channels, which gradients of B and C are, need 3 exchanges of a
-quarter of the states, blocks having been added before. It is the walk in reverse, g_t = p_t C_t + decay_(t+1) g_(t+1),
-where p_t = dy_t silu(z_t), beside the states, which are found again from those before every T tokens:
+channels, [PAD, K, L]: four lanes share a channel, of each block, and sums over channels, which gradients of B and C
+are, need 3 exchanges of a quarter of the states, blocks having been added before. It is the walk in reverse, g_t =
+p_t C_t + decay_(t+1) g_(t+1), where p_t = dy_t silu(z_t), beside the states, which are found again from those before
+every T tokens:
 
     dx_t = d_t (g_t . B_t) + D p_t,   dd_t = x_t (g_t . B_t) + A . e_t,   e_t = decay_t g_t h_(t-1),
     dB_t = sum_c d_t x_t g_t,   dC_t = sum_c p_t h_t,   dA = sum_t d_t e_t,   dD = sum_t p_t x_t,
@@ -48,15 +49,13 @@ counted = partial(
 
 
 @triton.jit
-def place(slot, slots, WIDTH: tl.constexpr, G: tl.constexpr, S: tl.constexpr, K: tl.constexpr, L: tl.constexpr):
-    """(batch entry, block, its group, channel of all and of the group, entries before this slot of the entry's)."""
-    blocks = tl.cdiv(WIDTH // G, K * L)
+def place(slot, slots, WIDTH: tl.constexpr, G: tl.constexpr, S: tl.constexpr, CHANNELS: tl.constexpr):
+    """(batch entry, block of so many channels of a group, its group, entries before this slot of the entry's)."""
+    blocks = tl.cdiv(WIDTH // G, CHANNELS)
     batch = tl.program_id(0) // (blocks * G)
     group = tl.program_id(0) // blocks % G
     block = tl.program_id(0) % blocks
-    within = block * (K * L) + tl.arange(0, L)
-    own = (batch.to(tl.int64) * slots + slot) * (WIDTH * S)
-    return batch, block, group, group * (WIDTH // G) + within, within, own
+    return batch, block, group, (batch.to(tl.int64) * slots + slot) * (WIDTH * S)
 
 
 @triton.jit
@@ -66,87 +65,28 @@ def both(some, inside):
 
 
 @triton.jit
-def exist(within, k: tl.constexpr, WIDTH: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr):
-    """Which channels of block k exist."""
-    if (WIDTH // G) % (K * L) == 0:
+def exist(within, WIDTH: tl.constexpr, G: tl.constexpr, CHANNELS: tl.constexpr):
+    """Which channels of a block there are in the group."""
+    if (WIDTH // G) % CHANNELS == 0:
         return within >= 0
     else:
-        return within + k * L < WIDTH // G
+        return within < WIDTH // G
 
 
 @triton.jit
-def known(within, k: tl.constexpr, inside, WIDTH: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr):
-    """Which of them exist and are inside."""
-    return both(exist(within, k, WIDTH, G, K, L), inside)
-
-
-@triton.jit
-def blocks(x, at, K: tl.constexpr, L: tl.constexpr):
-    """Pointers at K blocks of x from `at` on; none where x is None."""
-    found = ()
+def loaded(x, at, mask):
+    """float32; zeros where the mask says so, or x is None."""
+    found = tl.zeros(at.shape, tl.float32)
     if x is not None:
-        for k in tl.static_range(K):
-            found = found + (x + at + k * L,)
+        found += tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     return found
 
 
 @triton.jit
-def tiles_of(x, channel, WIDTH: tl.constexpr, PAD: tl.constexpr, K: tl.constexpr, L: tl.constexpr):
-    """The same, of states (S, WIDTH)."""
-    return blocks(x, (tl.arange(0, PAD) * WIDTH)[:, None] + channel[None, :], K, L)
-
-
-# Pointers that a loop hands on, round by round, take the compiler no time. For any other it goes over all that a load
-# or store is connected with, and for each of these over the same again, to choose how it lies over the lanes.
-
-
-@triton.jit
-def spread(pointers, T: tl.constexpr, STRIDE: tl.constexpr, K: tl.constexpr, L: tl.constexpr):
-    """For each of `pointers`, tuples of one or none, the `blocks` of T tokens from there on."""
-    found = ()
-    for i in tl.static_range(len(pointers)):
-        tokens = ()
-        if len(pointers[i]) > 0:
-            for u in tl.static_range(T):
-                tokens = tokens + (blocks(pointers[i][0], u * STRIDE, K, L),)
-        found = found + (tokens,)
-    return found
-
-
-@triton.jit
-def shift(pointers, by):
-    """All of them, by so many entries."""
-    found = ()
-    for i in tl.static_range(len(pointers)):
-        moved = ()
-        if len(pointers[i]) > 0:
-            moved = moved + (pointers[i][0] + by,)
-        found = found + (moved,)
-    return found
-
-
-@triton.jit
-def states_of(
-    x, k: tl.constexpr, within,
-    WIDTH: tl.constexpr, G: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
-):  # fmt: skip
-    """Block k of states, x their `tiles_of`, or zeros where there are none."""
-    found = tl.zeros([PAD, L], tl.float32)
-    if len(x) > 0:
-        mask = (tl.arange(0, PAD) < S)[:, None] & exist(within, k, WIDTH, G, K, L)[None, :]
-        found += tl.load(x[k], mask=mask, other=0.0)
-    return found
-
-
-@triton.jit
-def keep_states(
-    x, k: tl.constexpr, tile, within, inside,
-    WIDTH: tl.constexpr, G: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
-):  # fmt: skip
-    """The reverse of `states_of`, if inside."""
-    if len(x) > 0:
-        mask = (tl.arange(0, PAD) < S)[:, None] & known(within, k, inside, WIDTH, G, K, L)[None, :]
-        tl.store(x[k], tile, mask=mask)
+def keep(x, at, values, mask):
+    """The reverse of `loaded`."""
+    if x is not None:
+        tl.store(x + at, values, mask=mask)
 
 
 @triton.jit
@@ -156,30 +96,6 @@ def single(x):
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
         return x.to(tl.float32)
-
-
-@triton.jit
-def channels_of(x, inside, within, WIDTH: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr):
-    """The `blocks` x of a token, float32; zeros where it is not inside."""
-    found = ()
-    for k in tl.static_range(K):
-        found = found + (single(tl.load(x[k], mask=known(within, k, inside, WIDTH, G, K, L), other=0.0)),)
-    return found
-
-
-@triton.jit
-def shared_of(x, inside, S: tl.constexpr, PAD: tl.constexpr):
-    """What all channels share of a token, float32, x pointing at its states; zeros where it is not inside."""
-    return single(tl.load(x, mask=both(tl.arange(0, PAD) < S, inside), other=0.0))
-
-
-@triton.jit
-def channel_of(x, k: tl.constexpr, within, WIDTH: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr):
-    """Block k of `blocks` x, float32, or zeros where there are none."""
-    found = tl.zeros([L], tl.float32)
-    if len(x) > 0:
-        found += tl.load(x[k], mask=exist(within, k, WIDTH, G, K, L), other=0.0).to(tl.float32)
-    return found
 
 
 @triton.jit
@@ -235,21 +151,18 @@ def fetch(x, rows, columns, STRIDE: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def token_of(
-    x, delta, z, dy, b, c, u, inside, within, ROW: tl.constexpr, VECTOR: tl.constexpr,
-    WIDTH: tl.constexpr, G: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, L: tl.constexpr,
-):  # fmt: skip
-    """(delta, x, z, dy, B, C), u tokens from there, x for a z or dy that is None, B for a C; zeros if not inside."""
-    step = channels_of(blocks(delta, u * ROW, 1, L), inside, within, WIDTH, G, 1, L)[0]
-    value = channels_of(blocks(x, u * ROW, 1, L), inside, within, WIDTH, G, 1, L)[0]
-    write = shared_of(b + u * VECTOR, inside, S, PAD)
+def token_of(x, delta, z, dy, b, c, u, known, states, ROW: tl.constexpr, VECTOR: tl.constexpr):
+    """(delta, x, z, dy, B, C), u tokens from there, x for a z or dy that is None, B for a C; zeros but where known."""
+    step = single(tl.load(delta + u * ROW, mask=known, other=0.0))
+    value = single(tl.load(x + u * ROW, mask=known, other=0.0))
+    write = single(tl.load(b + u * VECTOR, mask=states, other=0.0))
     gate, pull, read = value, value, write
     if z is not None:
-        gate = channels_of(blocks(z, u * ROW, 1, L), inside, within, WIDTH, G, 1, L)[0]
+        gate = single(tl.load(z + u * ROW, mask=known, other=0.0))
     if dy is not None:
-        pull = channels_of(blocks(dy, u * ROW, 1, L), inside, within, WIDTH, G, 1, L)[0]
+        pull = single(tl.load(dy + u * ROW, mask=known, other=0.0))
     if c is not None:
-        read = shared_of(c + u * VECTOR, inside, S, PAD)
+        read = single(tl.load(c + u * VECTOR, mask=states, other=0.0))
     return step, value, gate, pull, write, read
 
 
@@ -275,7 +188,11 @@ def selective_walk(
     A round takes T tokens, while what the next one needs is loaded. EVEN: T divides the length; nothing needs a mask.
     """
     stretch = begin + tl.program_id(1)
-    batch, block, group, channel, within, slot = place(stretch, stretches, WIDTH, G, S, 1, L)
+    batch, block, group, slot = place(stretch, stretches, WIDTH, G, S, L)
+    within = block * L + tl.arange(0, L)
+    channel, exists = group * (WIDTH // G) + within, exist(within, WIDTH, G, L)
+    some = tl.arange(0, PAD) < S
+    entries, known = (tl.arange(0, PAD) * WIDTH)[:, None] + channel[None, :], some[:, None] & exists[None, :]
     low = stretch * each
     if BACK:
         low = (stretches - 1 - stretch) * each
@@ -306,15 +223,14 @@ def selective_walk(
         c_far += shared
         c += vector
         y += at
-    rates = states_of(tiles_of(a, channel, WIDTH, PAD, 1, L), 0, within, WIDTH, G, S, PAD, 1, L) * LOG2E
+    rates = loaded(a, entries, known) * LOG2E
     given = (batch.to(tl.int64) * begun + tl.minimum(stretch, begun - 1)) * (WIDTH * S)
-    h = states_of(tiles_of(first, given + channel, WIDTH, PAD, 1, L), 0, within, WIDTH, G, S, PAD, 1, L)
-    h = tl.where(stretch < begun, h, 0.0)
-    offset = channel_of(blocks(bias, channel, 1, L), 0, within, WIDTH, G, 1, L)
-    straight = channel_of(blocks(direct, channel, 1, L), 0, within, WIDTH, G, 1, L)
+    h = tl.where(stretch < begun, loaded(first, given + entries, known), 0.0)
+    offset, straight = loaded(bias, channel, exists), loaded(direct, channel, exists)
     passed, taken = tl.zeros([L], tl.float32), ()
     for u in tl.static_range(T):
-        taken = taken + (token_of(x, delta, z, dy, b, c, u, u < count, within, ROW, VECTOR, WIDTH, G, S, PAD, L),)
+        inside = u < count
+        taken = taken + (token_of(x, delta, z, dy, b, c, u, both(exists, inside), both(some, inside), ROW, VECTOR),)
     for start in range(0, count, T):
         on = T
         if EVEN:  # behind the last round it is loaded again
@@ -339,11 +255,10 @@ def selective_walk(
         in_all = tl.zeros([L], tl.float32)
         for u in tl.static_range(T):
             more = EVEN or start + T + u < count
-            ahead = ahead + (token_of(x, delta, z, dy, b, c, u, more, within, ROW, VECTOR, WIDTH, G, S, PAD, L),)
+            ahead = ahead + (token_of(x, delta, z, dy, b, c, u, both(exists, more), both(some, more), ROW, VECTOR),)
         if marks is not None:
             tile = (batch.to(tl.int64) * tl.cdiv(length, T) + (low + start) // T) * (WIDTH * S)
-            marks_at = tiles_of(marks, tile + channel, WIDTH, PAD, 1, L)
-            keep_states(marks_at, 0, h, within, True, WIDTH, G, S, PAD, 1, L)
+            keep(marks, tile + entries, h, known)
         for u in tl.static_range(T):
             step, value, gate, pull, write, read = taken[u]
             step = step_of(step, bias, offset, EVEN or start + u < count, SOFTPLUS)
@@ -369,7 +284,7 @@ def selective_walk(
         passed += in_all
         for u in tl.static_range(T):
             step, found, pulled = results[u]
-            mask = known(within, 0, EVEN or start + u < count, WIDTH, G, 1, L)
+            mask = both(exists, EVEN or start + u < count)
             if steps is not None:
                 tl.store(steps + u * WIDTH, step, mask=mask)
             if dy is not None:
@@ -383,18 +298,33 @@ def selective_walk(
         if y is not None:
             y += T * WIDTH
         taken = ahead
-    keep_states(tiles_of(last, slot + channel, WIDTH, PAD, 1, L), 0, h, within, True, WIDTH, G, S, PAD, 1, L)
-    left = tl.where(stretch < begun, 0.0, tl.exp2(passed[None, :] * rates))
-    keep_states(tiles_of(kept, slot + channel, WIDTH, PAD, 1, L), 0, left, within, True, WIDTH, G, S, PAD, 1, L)
+    keep(last, slot + entries, h, known)
+    keep(kept, slot + entries, tl.where(stretch < begun, 0.0, tl.exp2(passed[None, :] * rates)), known)
+
+
+# Pointers that a loop hands on, round by round, take the compiler no time. For any other it goes over all that a load
+# or store is connected with, and for each of these over the same again, to choose how it lies over the lanes.
 
 
 @triton.jit
-def keep_channel(
-    x, k: tl.constexpr, values, within, WIDTH: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr
-):
-    """The reverse of `channel_of`."""
-    if len(x) > 0:
-        tl.store(x[k], values, mask=exist(within, k, WIDTH, G, K, L))
+def spread(pointers, T: tl.constexpr, STRIDE: tl.constexpr):
+    """For each of them, those of T tokens from there on."""
+    found = ()
+    for i in tl.static_range(len(pointers)):
+        tokens = ()
+        for u in tl.static_range(T):
+            tokens = tokens + (pointers[i] + u * STRIDE,)
+        found = found + (tokens,)
+    return found
+
+
+@triton.jit
+def shift(pointers, by):
+    """All of them, by so many entries."""
+    found = ()
+    for i in tl.static_range(len(pointers)):
+        found = found + (pointers[i] + by,)
+    return found
 
 
 @counted
@@ -410,57 +340,48 @@ def selective_pull(
     dx, ddelta (batch, N, WIDTH), in any dtype; float32: da (batch, stretches, S, WIDTH), dbias, ddirect (batch,
     stretches, WIDTH), db, dc (blocks, batch, N, G, S): the part of each K L channels. EVEN: T divides the length.
     """
-    batch, block, group, channel, within, slot = place(tl.program_id(1), tl.num_programs(1), WIDTH, G, S, K, L)
+    batch, block, group, slot = place(tl.program_id(1), tl.num_programs(1), WIDTH, G, S, K * L)
+    within = block * (K * L) + tl.arange(0, K)[:, None] * L + tl.arange(0, L)[None, :]
+    channel, exists = group * (WIDTH // G) + within, exist(within, WIDTH, G, K * L)
+    some = tl.arange(0, PAD) < S
+    entries = (tl.arange(0, PAD) * WIDTH)[:, None, None] + channel[None, :, :]
+    known = some[:, None, None] & exists[None, :, :]
     low = (tl.num_programs(1) - 1 - tl.program_id(1)) * each
     high = tl.minimum(low + each, length)
-    tiles = tl.cdiv(tl.maximum(high - low, 0), T)
-    start = low + (tiles - 1) * T
-    token = batch * tl.cast(length, tl.int64) + start
-    at, vector = token * WIDTH + channel, token * (G * S) + group * S + tl.arange(0, PAD)
-    batches = tl.num_programs(0) // (G * tl.cdiv(WIDTH // G, K * L))
-    part = vector + block * (batches * tl.cast(length, tl.int64) * (G * S))
-    tile = (batch.to(tl.int64) * tl.cdiv(length, T) + start // T) * (WIDTH * S) + channel
-    a_at, first_at = tiles_of(a, channel, WIDTH, PAD, K, L), tiles_of(first, slot + channel, WIDTH, PAD, K, L)
-    da_at, last_at = tiles_of(da, slot + channel, WIDTH, PAD, K, L), tiles_of(last, slot + channel, WIDTH, PAD, K, L)
-    origin = batch * tl.cast(length, tl.int64) + low
+    rounds = tl.cdiv(tl.maximum(high - low, 0), T)
+    start = low + (rounds - 1) * T
+    token, origin = batch * tl.cast(length, tl.int64) + start, batch * tl.cast(length, tl.int64) + low
+    mark = batch.to(tl.int64) * tl.cdiv(length, T)
     columns = tl.minimum(WIDTH // G - block * (K * L), K * L)
     here, shared = origin * WIDTH + group * (WIDTH // G) + block * (K * L), origin * (G * S) + group * S
     x_far, delta_far, steps_far, pulls_far = x + here, delta + here, steps + here, pulls + here
     b_far, c_far = b + shared, c + shared
-    first_mark = (batch.to(tl.int64) * tl.cdiv(length, T) + low // T) * (WIDTH * S)
-    marks_far = marks + (first_mark + group * (WIDTH // G) + block * (K * L))
-    own = slot // S + channel
-    bias_at, direct_at = blocks(bias, channel, K, L), blocks(direct, channel, K, L)
-    dbias_at, ddirect_at = blocks(dbias, own, K, L), blocks(ddirect, own, K, L)
-    rows = blocks(x, at, 1, L), blocks(delta, at, 1, L), blocks(steps, at, 1, L), blocks(pulls, at, 1, L)
-    rows = rows + (blocks(dx, at, 1, L), blocks(ddelta, at, 1, L))
-    vectors = blocks(b, vector, 1, L), blocks(c, vector, 1, L), blocks(db, part, 1, L), blocks(dc, part, 1, L)
-    kept_states = (tiles_of(marks, tile, WIDTH, PAD, 1, L),)
-    x_at, delta_at, steps_at, pulls_at, dx_at, ddelta_at = spread(rows, T, WIDTH, K, L)
-    b_at, c_at, db_at, dc_at = spread(vectors, T, G * S, 1, L)
-    marks_at = spread(kept_states, 1, 0, K, L)
-    rates, later, found, biases, directs, to_bias, to_direct = (), (), (), (), (), (), ()
-    for k in tl.static_range(K):
-        rates = rates + (states_of(a_at, k, within, WIDTH, G, S, PAD, K, L) * LOG2E,)
-        later = later + (states_of(first_at, k, within, WIDTH, G, S, PAD, K, L),)
-        found = found + (tl.zeros([PAD, L], tl.float32),)
-        biases = biases + (channel_of(bias_at, k, within, WIDTH, G, K, L),)
-        directs = directs + (channel_of(direct_at, k, within, WIDTH, G, K, L),)
-        to_bias = to_bias + (tl.zeros([L], tl.float32),)
-        to_direct = to_direct + (tl.zeros([L], tl.float32),)
-    for _ in range(tiles):
-        ds, ps, reads, xs, deltas, writes, decays, states = (), (), (), (), (), (), (), ()
+    marks_far = marks + ((mark + low // T) * (WIDTH * S) + group * (WIDTH // G) + block * (K * L))
+    at, vector = token * WIDTH + channel, token * (G * S) + group * S + tl.arange(0, PAD)
+    batches = tl.num_programs(0) // (G * tl.cdiv(WIDTH // G, K * L))
+    part = vector + block * (batches * tl.cast(length, tl.int64) * (G * S))
+    rows = x + at, delta + at, steps + at, pulls + at, dx + at, ddelta + at
+    vectors = b + vector, c + vector, db + part, dc + part
+    marks_at = marks + ((mark + start // T) * (WIDTH * S) + entries)
+    x_at, delta_at, steps_at, pulls_at, dx_at, ddelta_at = spread(rows, T, WIDTH)
+    b_at, c_at, db_at, dc_at = spread(vectors, T, G * S)
+    rates, later = loaded(a, entries, known) * LOG2E, loaded(first, slot + entries, known)
+    offset, straight = loaded(bias, channel, exists), loaded(direct, channel, exists)
+    found = tl.zeros([PAD, K, L], tl.float32)
+    to_bias, to_direct = tl.zeros([K, L], tl.float32), tl.zeros([K, L], tl.float32)
+    for _ in range(rounds):
+        # As they come: what is made of a load waits for it, and all loads are sent off before that.
+        states, decays, results, to_reads = (tl.load(marks_at, mask=known, other=0.0),), (), (), ()
+        ds, ps, xs, deltas, writes, reads = (), (), (), (), (), ()
         for u in tl.static_range(T):
             inside = EVEN or start + u < high
-            ds = ds + (channels_of(steps_at[u], inside, within, WIDTH, G, K, L),)
-            ps = ps + (channels_of(pulls_at[u], inside, within, WIDTH, G, K, L),)
-            reads = reads + (shared_of(c_at[u][0], inside, S, PAD),)
-            xs = xs + (channels_of(x_at[u], inside, within, WIDTH, G, K, L),)
-            writes = writes + (shared_of(b_at[u][0], inside, S, PAD),)
+            ds = ds + (tl.load(steps_at[u], mask=both(exists, inside), other=0.0),)
+            ps = ps + (tl.load(pulls_at[u], mask=both(exists, inside), other=0.0),)
+            reads = reads + (single(tl.load(c_at[u], mask=both(some, inside), other=0.0)),)
+            xs = xs + (tl.load(x_at[u], mask=both(exists, inside), other=0.0),)
+            writes = writes + (single(tl.load(b_at[u], mask=both(some, inside), other=0.0)),)
             if SOFTPLUS:
-                deltas = deltas + (channels_of(delta_at[u], inside, within, WIDTH, G, K, L),)
-        for k in tl.static_range(K):
-            states = states + (states_of(marks_at[0][0], k, within, WIDTH, G, S, PAD, K, L),)
+                deltas = deltas + (tl.load(delta_at[u], mask=both(exists, inside), other=0.0),)
         before = tl.maximum(start - T, low)
         tokens = before - low + tl.arange(0, T)
         if not EVEN:
@@ -474,55 +395,44 @@ def selective_pull(
         fetch(c_far, tokens, S, G * S, PAD)
         fetch(marks_far, (before - low) // T * S + tl.minimum(tl.arange(0, PAD), S - 1), columns, WIDTH, K * L)
         for u in tl.static_range(T):
-            for k in tl.static_range(K):
-                decays = decays + (tl.exp2(ds[u][k][None, :] * rates[k]),)
-                push = (ds[u][k] * xs[u][k])[None, :] * writes[u][:, None]
-                states = states + (decays[u * K + k] * states[u * K + k] + push,)
-        for back in tl.static_range(1, T + 1):
-            inside = EVEN or start + (T - back) < high
-            earlier, totals, bias_sums, direct_sums = (), (), (), ()
-            for k in tl.static_range(K):
-                step, p, moved = ds[T - back][k], ps[T - back][k], xs[T - back][k]
-                pull = later[k] + p[None, :] * reads[T - back][:, None]
-                past = decays[(T - back) * K + k] * pull
-                earlier = earlier + (past,)
-                pushed = tl.sum(pull * writes[T - back][:, None], 0)
-                past *= states[(T - back) * K + k]
-                totals = totals + (found[k] + past * step[None, :],)
-                mask = known(within, k, inside, WIDTH, G, K, L)
-                to_x, to_step = step * pushed, moved * pushed + tl.sum(past * rates[k], 0) * LN2
-                if direct is not None:
-                    to_x += directs[k] * p
-                    direct_sums = direct_sums + (to_direct[k] + moved * p,)
-                if SOFTPLUS:  # sigmoid(v) = e^(v - softplus(v))
-                    to_step *= tl.exp2((deltas[T - back][k] + biases[k] - step) * LOG2E)
-                if bias is not None:
-                    bias_sums = bias_sums + (to_bias[k] + tl.where(inside, to_step, 0.0),)
-                tl.store(dx_at[T - back][k], to_x, mask=mask)
-                tl.store(ddelta_at[T - back][k], to_step, mask=mask)
-                pull *= (step * moved)[None, :]
-                read = states[(T + 1 - back) * K + k] * p[None, :]
-                if k == 0:
-                    to_write, to_read = pull, read
-                else:
-                    to_write += pull
-                    to_read += read
-            later, found = earlier, totals
-            if bias is not None:
-                to_bias = bias_sums
+            step, value = single(ds[u]), single(xs[u])
+            decays = decays + (tl.exp2(step[None, :, :] * rates),)
+            push = (step * value)[None, :, :] * writes[u][:, None, None]
+            states = states + (decays[u] * states[u] + push,)
+            to_reads = to_reads + (tl.sum(tl.sum(states[u + 1] * single(ps[u])[None, :, :], 1), 1),)
+        for u in tl.static_range(T - 1, -1, -1):
+            inside = EVEN or start + u < high
+            step, value, p = single(ds[u]), single(xs[u]), single(ps[u])
+            pull = later + p[None, :, :] * reads[u][:, None, None]
+            later = decays[u] * pull
+            pushed = tl.sum(pull * writes[u][:, None, None], 0)
+            past = later * states[u]
+            found += past * step[None, :, :]
+            to_x, to_step = step * pushed, value * pushed + tl.sum(past * rates, 0) * LN2
             if direct is not None:
-                to_direct = direct_sums
-            mask = both(tl.arange(0, PAD) < S, inside)
-            tl.store(db_at[T - back][0], tl.sum(to_write, 1), mask=mask)
-            tl.store(dc_at[T - back][0], tl.sum(to_read, 1), mask=mask)
+                to_x += straight * p
+                to_direct += value * p
+            if SOFTPLUS:  # sigmoid(v) = e^(v - softplus(v))
+                to_step *= tl.exp2((single(deltas[u]) + offset - step) * LOG2E)
+            if bias is not None:
+                to_bias += tl.where(inside, to_step, 0.0)
+            to_write = tl.sum(pull * (step * value)[None, :, :], 1)
+            results = results + ((to_x, to_step, tl.sum(to_write, 1), to_reads[u]),)
+        for u in tl.static_range(T - 1, -1, -1):  # behind the last of the exchanges, which would wait for them
+            to_x, to_step, to_write, to_read = results[T - 1 - u]
+            inside = EVEN or start + u < high
+            mask = both(exists, inside)
+            tl.store(dx_at[u], to_x, mask=mask)
+            tl.store(ddelta_at[u], to_step, mask=mask)
+            mask = both(some, inside)
+            tl.store(db_at[u], to_write, mask=mask)
+            tl.store(dc_at[u], to_read, mask=mask)
         rows, vectors = shift(rows, -T * WIDTH), shift(vectors, -T * G * S)
-        kept_states = shift(kept_states, -S * WIDTH)
-        x_at, delta_at, steps_at, pulls_at, dx_at, ddelta_at = spread(rows, T, WIDTH, K, L)
-        b_at, c_at, db_at, dc_at = spread(vectors, T, G * S, 1, L)
-        marks_at = spread(kept_states, 1, 0, K, L)
+        marks_at -= S * WIDTH
+        x_at, delta_at, steps_at, pulls_at, dx_at, ddelta_at = spread(rows, T, WIDTH)
+        b_at, c_at, db_at, dc_at = spread(vectors, T, G * S)
         start -= T
-    for k in tl.static_range(K):
-        keep_states(da_at, k, found[k], within, True, WIDTH, G, S, PAD, K, L)
-        keep_states(last_at, k, later[k], within, True, WIDTH, G, S, PAD, K, L)
-        keep_channel(dbias_at, k, to_bias[k], within, WIDTH, G, K, L)
-        keep_channel(ddirect_at, k, to_direct[k], within, WIDTH, G, K, L)
+    keep(da, slot + entries, found, known)
+    keep(last, slot + entries, later, known)
+    keep(dbias, slot // S + channel, to_bias, exists)
+    keep(ddirect, slot // S + channel, to_direct, exists)

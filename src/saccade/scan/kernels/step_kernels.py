@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from saccade.scan.kernels.selective import softplus
+from saccade.scan.kernels.selective import loaded, softplus
 from saccade.scan.kernels.tiles import place
 
 TOGETHER = tl.constexpr(8)  # queries of one memory that registers have room for
@@ -325,15 +325,15 @@ def selective_step(
     x, delta, bias, a, b, c, direct, z, before, after, y, old, grown, width, channels_a_group, stride_x, stride_delta,
     stride_z, stride_b, stride_c,
     S: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, SOFTPLUS: tl.constexpr, ALIKE: tl.constexpr,
+    RUN: tl.constexpr,
 ):  # fmt: skip
     """h' = exp(d A) h + d x B, y = (C h' + D x) silu(z) of BC channels, d = delta + bias or softplus of it; and the sum
     of d A so far.
 
     x, delta, z, y (B, channels), bias, direct (channels,), a (channels, S), b, c (B, G, S), before, after, old, grown
     (B, channels, S), channels and S contiguous; bias, direct, z, before, old, grown None where there is none. ALIKE:
-    the BC channels are of one group.
+    the BC channels are of one group. RUN: sequences of a program, which divide B.
     """
-    batch = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0) * BC + tl.arange(0, BC)
     there = channel < width
     state = tl.arange(0, BS)
@@ -343,38 +343,35 @@ def selective_step(
         shared, held = tl.program_id(0) * BC // channels_a_group * S + state, state < S
     else:
         shared, held = (channel // channels_a_group)[:, None] * S + state[None, :], inside
-    whole = batch * width * S + at
-    h = tl.zeros([BC, BS], tl.float32)
-    if before is not None:
-        h += tl.load(before + whole, mask=inside, other=0.0)
-    passed = tl.zeros([BC, BS], tl.float32)
-    if grown is not None and old is not None:
-        passed += tl.load(old + whole, mask=inside, other=0.0)
-    rate = tl.load(a + at, mask=inside, other=0.0).to(tl.float32)
-    write = tl.load(b + batch * stride_b + shared, mask=held, other=0.0).to(tl.float32)
-    read = tl.load(c + batch * stride_c + shared, mask=held, other=0.0).to(tl.float32)
-    if ALIKE:
-        write, read = write[None, :], read[None, :]
-    step = tl.load(delta + batch * stride_delta + channel, mask=there, other=0.0).to(tl.float32)
-    token = tl.load(x + batch * stride_x + channel, mask=there, other=0.0).to(tl.float32)
-    straight = tl.zeros([BC], tl.float32)
-    gate = tl.zeros([BC], tl.float32)
-    if bias is not None:
-        step += tl.load(bias + channel, mask=there, other=0.0).to(tl.float32)
-    if direct is not None:
-        straight += tl.load(direct + channel, mask=there, other=0.0).to(tl.float32)
-    if z is not None:
-        gate += tl.load(z + batch * stride_z + channel, mask=there, other=0.0).to(tl.float32)
-    if SOFTPLUS:
-        step = softplus(step)
-    way = step[:, None] * rate
-    if before is not None:
-        h *= tl.exp(way)
-    h += (step * token)[:, None] * write
-    found = tl.sum(h * read, 1) + straight * token
-    if z is not None:
-        found *= gate / (1.0 + tl.exp(-gate))
-    tl.store(after + whole, h, mask=inside)
-    if grown is not None:
-        tl.store(grown + whole, passed + way, mask=inside)
-    tl.store(y + batch * width + channel, found.to(y.dtype.element_ty), mask=there)
+    first = tl.program_id(1).to(tl.int64) * RUN
+    states, sums, writes, reads, sizes, tokens, gates = (), (), (), (), (), (), ()
+    for r in tl.static_range(RUN):
+        batch = first + r
+        states += (loaded(before, batch * width * S + at, inside),)
+        sums += (loaded(old if grown is not None else None, batch * width * S + at, inside),)
+    rate = loaded(a, at, inside)
+    for r in tl.static_range(RUN):
+        batch = first + r
+        writes += (loaded(b, batch * stride_b + shared, held),)
+        reads += (loaded(c, batch * stride_c + shared, held),)
+        sizes += (loaded(delta, batch * stride_delta + channel, there),)
+        tokens += (loaded(x, batch * stride_x + channel, there),)
+        gates += (loaded(z, batch * stride_z + channel, there),)
+    offset, straight = loaded(bias, channel, there), loaded(direct, channel, there)
+    for r in tl.static_range(RUN):
+        batch, step, write, read = first + r, sizes[r] + offset, writes[r], reads[r]
+        if ALIKE:
+            write, read = write[None, :], read[None, :]
+        if SOFTPLUS:
+            step = softplus(step)
+        way, h = step[:, None] * rate, states[r]
+        if before is not None:
+            h *= tl.exp(way)
+        h += (step * tokens[r])[:, None] * write
+        found = tl.sum(h * read, 1) + straight * tokens[r]
+        if z is not None:
+            found *= gates[r] / (1.0 + tl.exp(-gates[r]))
+        tl.store(after + batch * width * S + at, h, mask=inside)
+        if grown is not None:
+            tl.store(grown + batch * width * S + at, sums[r] + way, mask=inside)
+        tl.store(y + batch * width + channel, found.to(y.dtype.element_ty), mask=there)

@@ -30,6 +30,9 @@ ENTRIES = 16384  # of it that a program holds
 ROWS = 256  # of a memory with that many features at a time
 FEW = 1024  # entries of a program of many small states
 PER_WARP = 128  # of those: 16 bytes a thread, or the compiler puts the loads of some after what it makes of others
+MORE = {}
+RUN = 4  # sequences of such a program, which reads A for all of them, and has asked for all their states at once
+MANY = 1024  # programs, of which there are so many, or each takes fewer sequences
 EVEN = 16  # numbers, a multiple of which a column begins at: the compiler tells no smaller one from an odd number
 
 
@@ -209,15 +212,18 @@ delta_step.register_fake(_delta_results)
 
 
 @lru_cache
-def selective_plan(width: int, states: int, groups: int, softplus: bool) -> Plan:
+def selective_plan(batch: int, width: int, states: int, groups: int, softplus: bool) -> Plan:
     wide = triton.next_power_of_2(states)
     block = min(triton.next_power_of_2(width), max(1, FEW // wide))
+    run = 1
+    while run < RUN and batch % (2 * run) == 0 and triton.cdiv(width, block) * batch >= 2 * run * MANY:
+        run *= 2
     return Plan(
         triton.cdiv(width, block),
         {
-            "S": states, "BC": block, "BS": wide, "SOFTPLUS": softplus,
+            "S": states, "BC": block, "BS": wide, "SOFTPLUS": softplus, "RUN": run,
             "ALIKE": width // groups % block == 0,
-            "num_warps": max(1, min(8, block * wide // PER_WARP)),
+            "num_warps": max(1, min(8, block * wide // PER_WARP)), **MORE,
         },
     )  # fmt: skip
 
@@ -260,8 +266,8 @@ def selective_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, after, grown = _selective_results(x, delta, a, b, c, bias, softplus, direct, z, before, old, track)
     batch, width, states = after.shape
-    programs, options = selective_plan(width, states, b.shape[2], softplus)
-    selective_kernel[(programs, batch)](
+    programs, options = selective_plan(batch, width, states, b.shape[2], softplus)
+    selective_kernel[(programs, batch // options["RUN"])](
         x, delta, bias, a, b, c, direct, z, before, after, y, old, grown if track else None, width,
         width // b.shape[2], x.stride(0), delta.stride(0), 0 if z is None else z.stride(0), b.stride(0), c.stride(0),
         **options,
