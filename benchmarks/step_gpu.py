@@ -6,7 +6,8 @@ q, k, v in bfloat16, states and gates in float32. `ms` is a call within a replay
 several states, more bytes than the second-level cache holds; `host us` is a call as Python makes it, when nothing waits
 for the device. `GB` are the bytes of the state that are read and written. States are untracked, as a decoder's are; a
 row that says otherwise has the transition too, which may be as large as the memory. `share of copy` is their rate over
-that at which the device copies 1 GiB, read and written, measured beside. flash-linear-attention (`pip install
+that at which the device copies 1 GiB, read and written, measured beside; `over a copy` the time over that of a copy of
+as many bytes in such a graph, for of a small state much of the time is the launch. flash-linear-attention (`pip install
 flash-linear-attention`) is given its own layout of the same values and left out where it is not installed or refuses;
 it keeps no transition. All take turns.
 """
@@ -196,6 +197,11 @@ CASES: list[Heads | Selective] = [
 ]
 
 
+def tensors(state: State) -> list[Tensor]:
+    transition = state.transition.value if isinstance(state.transition, Matrix) else state.transition
+    return [state.memory, transition] if isinstance(transition, Tensor) else [state.memory]
+
+
 def host(step: Step, state: State) -> float:
     """Seconds that Python is busy with a call."""
     for _ in range(3):
@@ -226,7 +232,12 @@ def measure(case: Heads | Selective, seconds: float, rate: float) -> dict[str, A
 
         return [partial(call, at) for at in range(len(states))]
 
-    calls = {"ours": captured(each(step))}
+    def copy(at: int) -> None:
+        for source, target in copies[at]:
+            target.copy_(source)
+
+    copies = [[(x, torch.empty_like(x)) for x in tensors(state)] for state in states]
+    calls = {"ours": captured(each(step)), "copy": captured([partial(copy, at) for at in range(len(states))])}
     if importlib.util.find_spec("fla") is not None:
         try:
             theirs = case.theirs()
@@ -234,16 +245,22 @@ def measure(case: Heads | Selective, seconds: float, rate: float) -> dict[str, A
                 calls["fla"] = captured(each(theirs))
         except Exception as refusal:  # a peer that cannot do this work is left out, and said so
             print(f"fla cannot: {type(refusal).__name__}: {str(refusal)[:200]}")
-    others = [call for name, call in calls.items() if name != "ours"]
-    found = rounds(others or [calls["ours"]], calls["ours"], seconds=seconds, clock=clock_for("cuda"))
-    mine = found[0].baseline_seconds / len(states)
+    found = dict(
+        zip(
+            list(calls)[1:],
+            rounds(list(calls.values())[1:], calls["ours"], seconds=seconds, clock=clock_for("cuda")),
+            strict=True,
+        )
+    )
+    mine = found["copy"].baseline_seconds / len(states)
     row: dict[str, Any] = {"ms": round(mine * 1e3, 4), "GB": round(moved / 1e9, 4), "GB/s": round(moved / mine / 1e9)}
     row["share of copy"] = round(moved / mine / rate, 3)
+    row["over a copy"] = round(mine / (found["copy"].seconds / len(states)), 3)
     less = replace(case, batch=1)  # so that the device keeps up with the host
     row["host us"] = round(host(less.step(), less.state()) * 1e6, 1)
-    if others:
-        faster = ratio(Samples(found[0].baseline, found[0].function))  # theirs over ours
-        row |= {"fla ms": round(found[0].seconds / len(states) * 1e3, 4), "over fla": round(faster.median, 3)}
+    if "fla" in found:
+        faster = ratio(Samples(found["fla"].baseline, found["fla"].function))  # theirs over ours
+        row |= {"fla ms": round(found["fla"].seconds / len(states) * 1e3, 4), "over fla": round(faster.median, 3)}
         row |= {
             f"over fla {end}": value and round(value, 3) for end, value in (("low", faster.low), ("high", faster.high))
         }
@@ -263,7 +280,7 @@ def main() -> None:
         rows.append({"pattern": case.name, "tokens": 1, **measure(case, options.seconds, rate)})
         print(rows[-1], flush=True)
         save("step_gpu", rows[-1:], device="cuda", dtype="bfloat16", copy_bytes_per_second=round(rate))
-    shown = ("pattern", "ms", "GB", "GB/s", "share of copy", "host us", "fla ms", "over fla")
+    shown = ("pattern", "ms", "GB", "GB/s", "share of copy", "over a copy", "host us", "fla ms", "over fla")
     show("One token of a decoder", [{name: row.get(name) for name in shown} for row in rows])
 
 

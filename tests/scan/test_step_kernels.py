@@ -39,6 +39,7 @@ def narrow(monkeypatch):
     [plan.cache_clear() for plan in plans]
     monkeypatch.setattr(step_ops, "COLUMNS", 16)
     monkeypatch.setattr(step_ops, "FEW", 16)
+    monkeypatch.setattr(step_ops, "MANY", 1)
     yield
     [plan.cache_clear() for plan in plans]
 
@@ -168,6 +169,7 @@ def test_delta_is_the_recurrence(gate, beta_heads, gate_heads, memory):
 @pytest.mark.usefixtures("narrow")
 def test_selective_is_the_recurrence(groups, memory, states):
     given = selective_problem(states=states, groups=groups, memory=memory)
+    assert step_ops.selective_plan(2, 12, states, groups, True).options["RUN"] == 2
     verify(selective_step, selective_plain, given, torch.float32, terms=5)
 
 
@@ -752,7 +754,10 @@ def test_compiled_many_queries(heads, dim):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("states", [1, 5, 16, 128, 256])
 @pytest.mark.parametrize("memory", [True, False])
-def test_compiled_selective(states, memory, dtype):
+@pytest.mark.parametrize("many", [1, 1024])
+def test_compiled_selective(states, memory, dtype, many, monkeypatch):
+    monkeypatch.setattr(step_ops, "MANY", many)
+    step_ops.selective_plan.cache_clear()
     given = selective_problem(96, states, memory=memory)
     verify(selective_step, selective_plain, given, dtype, terms=states, device="cuda")
 
@@ -844,3 +849,26 @@ def test_a_cuda_graph_replays_steps_without_waiting(monkeypatch):
     for state, whole in zip(states, eager, strict=True):
         assert torch.equal(state.memory, whole.memory)
         assert torch.equal(*(parts(s)[0] for s in (state, whole)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["linear", "delta", "selective"])
+def test_compiled_steps_wait_for_the_kernel_before(kind):
+    """Each reads what the one before, and a sum between them, has written; beside the same with pauses."""
+
+    def chain(pause):
+        given = {"linear": linear_problem, "delta": delta_problem, "selective": selective_problem}[kind]
+        step = {"linear": linear_step, "delta": delta_step, "selective": selective_step}[kind]
+        more = {} if kind == "selective" else {"heads": 4, "groups": 4}
+        problem = given("scalar", batch=16, dim=128, dv=128, **more) if more else given(4096, 16, batch=16)
+        problem = [x.cuda() for x in problem]
+        at = {"linear": 4, "delta": 5, "selective": 8}[kind]
+        for _ in range(50):
+            pause()
+            results = step(*problem)
+            pause()
+            problem[at] = results[1] + results[0].mean()
+        return problem[at]
+
+    with torch.no_grad():
+        assert torch.equal(chain(lambda: None), chain(torch.cuda.synchronize))

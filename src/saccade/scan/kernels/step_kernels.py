@@ -3,21 +3,40 @@
 A program takes a band of columns of one memory, all its rows, so that what queries and keys find in it is a sum within
 the program. It asks for all that it reads before it uses or writes any of it: a load after a store or after a sum
 across threads would wait for memory once more, with nothing of the state on its way. Sums are of float32 products, in
-one order whatever the problem: equal inputs give equal bits. Where nothing came before, nothing is read.
+one order whatever the problem: equal inputs give equal bits. Where nothing came before, nothing is read. All queries
+of a memory are summed up at once, for warps wait for each other at every sum. Programs of a step are launched while
+the last ones of the kernel before it run (EARLY), and wait for its end before they read anything.
 
 On masks: interpreters of Triton 3.9 want the two sides of `&` to have shapes, so a condition of one number is put into
 the bound of a range instead.
 """
 
+# mypy: disable-error-code="var-annotated"
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from saccade.scan.kernels.selective import loaded, softplus
 from saccade.scan.kernels.tiles import place
 
 TOGETHER = tl.constexpr(8)  # queries of one memory that registers have room for
+
+
+@triton.constexpr_function
+def together(fan):
+    """Queries of a group, a power of two."""
+    return min(TOGETHER.value, triton.next_power_of_2(fan))
+
+
+@triton.jit
+def take_turn(EARLY: tl.constexpr):
+    """Where a kernel may be launched before the one before it has ended (EARLY), wait for that, and let the next be."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -27,12 +46,12 @@ def channels(x, batch, head, channel, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def asked(q, batch, asker, row, K: tl.constexpr, FAN: tl.constexpr):
-    """These rows of FAN queries, from head `asker` on: a tuple of (rows,), float32, zeros where there is nothing."""
-    queries = ()
-    for f in tl.static_range(FAN):
-        queries += (channels(q, batch, asker + f, row, K),)
-    return queries
+def asked(q, batch, head, group, row, K: tl.constexpr, FAN: tl.constexpr):
+    """These rows of a group of queries of a memory: (queries, rows), float32, zeros where there is nothing."""
+    query = group * TOGETHER + tl.arange(0, together(FAN))
+    there = (query < FAN)[:, None] & (row < K)[None, :]
+    at = place(q, batch, (head * FAN + query)[:, None], batch * 0) + row[None, :]
+    return tl.load(at, mask=there, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -56,63 +75,26 @@ def entries(x, batch, head, row, column, TURNED: tl.constexpr):
 
 
 @triton.jit
-def found_by(queries, kept, FAN: tl.constexpr):
-    """What queries find in these rows of what was kept: a tuple of (columns,)."""
-    found = ()
-    for f in tl.static_range(FAN):
-        found += (tl.sum(queries[f][:, None] * kept, 0),)
-    return found
+def found_by(queries, kept, key, value):
+    """What queries (queries, rows) find in kept (1, rows, columns) + key value^T, and q . key.
 
-
-@triton.jit
-def own_of(queries, key, FAN: tl.constexpr):
-    """q . k of each query, a tuple of numbers.
-
-    A token reads its own value by (q . k) v: a normalizer then finds that number in its mass too, and it cancels.
+    A token reads its own value by (q . key) v: a normalizer then finds that number in its mass too, and it cancels.
     """
-    own = ()
-    for f in tl.static_range(FAN):
-        own += (tl.sum(queries[f] * key, 0),)
-    return own
+    own = tl.sum(queries * key[None, :], 1)
+    return tl.sum(queries[:, :, None] * kept, 1) + own[:, None] * value[None, :], own
 
 
 @triton.jit
-def with_own(found, own, value, FAN: tl.constexpr):
-    """What queries find with the token's own part."""
-    whole = ()
-    for f in tl.static_range(FAN):
-        whole += (found[f] + own[f] * value,)
-    return whole
-
-
-@triton.jit
-def mass_of(queries, sums, own, FAN: tl.constexpr):
-    """Likewise in the sums of keys: a tuple of numbers."""
-    mass = ()
-    for f in tl.static_range(FAN):
-        mass += (tl.sum(queries[f] * sums, 0) + own[f],)
-    return mass
-
-
-@triton.jit
-def both(one, other, COUNT: tl.constexpr):
-    """Two tuples, added up."""
-    total = ()
-    for i in tl.static_range(COUNT):
-        total += (one[i] + other[i],)
-    return total
-
-
-@triton.jit
-def answer(o, batch, head, column, found, stop):
-    """Write what the query of a head found, up to a column."""
-    at = place(o, batch, head, batch * 0) + column
-    tl.store(at, found.to(o.x.dtype.element_ty), mask=column < stop)
+def answer(o, batch, head, group, column, found, stop, FAN: tl.constexpr):
+    """Write what the queries of a group found, up to a column."""
+    query = group * TOGETHER + tl.arange(0, together(FAN))
+    at = place(o, batch, (head * FAN + query)[:, None], batch * 0) + column[None, :]
+    tl.store(at, found.to(o.x.dtype.element_ty), mask=(query < FAN)[:, None] & (column < stop)[None, :])
 
 
 @triton.jit
 def linear_rows(
-    q, k, g, before, after, value, batch, head, asker, tile, column, first,
+    q, k, g, before, after, value, batch, head, group, tile, column, first,
     K: tl.constexpr, V: tl.constexpr, MASS: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr, GATE: tl.constexpr,
     FAN: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
@@ -121,31 +103,29 @@ def linear_rows(
     after: None where it is written already.
     """
     row = first + tl.arange(0, ROWS)
+    rows, columns = row[None, :, None], column[None, None, :]
     STOP: tl.constexpr = min(K, first + ROWS)  # so that a block of which all is there begins and ends evenly
-    inside = (row < STOP)[:, None] & (column < V)[None, :]
-    kept = tl.zeros([ROWS, value.shape[0]], tl.float32)
+    kept = tl.zeros([1, ROWS, value.shape[0]], tl.float32)
     sums = tl.zeros([ROWS], tl.float32)
     if before is not None:
-        kept += tl.load(entries(before, batch, head, row[:, None], column[None, :], TURNED), mask=inside, other=0.0)
+        at = entries(before, batch, head, rows, columns, TURNED)
+        kept += tl.load(at, mask=(rows < STOP) & (columns < V), other=0.0)
         if MASS:
             sums += tl.load(entries(before, batch, head, row, V, TURNED), mask=row < STOP, other=0.0)
     key = channels(k, batch, head, row, STOP)
-    queries = asked(q, batch, asker, row, STOP, FAN)
+    queries = asked(q, batch, head, group, row, STOP, FAN)
     left = left_of(g, batch, head, row, GATE, STOP)
     if before is not None:
-        kept *= left[:, None]
+        kept *= left[None, :, None]
         sums *= left
-    found = found_by(queries, kept, FAN)
-    own = own_of(queries, key, FAN)
-    found = with_own(found, own, value, FAN)
+    found, own = found_by(queries, kept, key, value)
     if MASS:
-        own = mass_of(queries, sums, own, FAN)
+        own += tl.sum(queries * sums[None, :], 1)
     if after is not None:
         # What lies between the lines is written too: memory that is written in parts of 32 bytes is read first.
         END: tl.constexpr = min(PAD, first + ROWS)
-        inside = (row < END)[:, None] & (column < V)[None, :]
-        at = entries(after, batch, head, row[:, None], column[None, :], MASS)
-        tl.store(at, kept + key[:, None] * value[None, :], mask=inside)
+        at = entries(after, batch, head, rows, columns, MASS)
+        tl.store(at, kept + key[None, :, None] * value[None, None, :], mask=(rows < END) & (columns < V))
         if MASS:
             once = row < tl.where(tile == 0, END, 0)  # the same for every band
             tl.store(entries(after, batch, head, row, V, MASS), sums + key, mask=once)
@@ -166,32 +146,31 @@ def divided(found, mass, least, RATIO: tl.constexpr):
 
 @triton.jit
 def linear_queries(
-    q, k, v, g, before, after, o, scale, least, batch, head, asker, tile,
+    q, k, v, g, before, after, o, scale, least, batch, head, group, tile,
     K: tl.constexpr, V: tl.constexpr, MASS: tl.constexpr, PAD: tl.constexpr, BK: tl.constexpr, REST: tl.constexpr,
     BV: tl.constexpr, GATE: tl.constexpr, FAN: tl.constexpr, RATIO: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """FAN queries, from head `asker` on, of a band of columns; after: None where it is written already."""
+    """A group of queries of a band of columns; after: None where it is written already."""
     column = tile * BV + tl.arange(0, BV)
     value = channels(v, batch, head, column, V)
     WHOLE: tl.constexpr = K // BK
     for part in tl.static_range(WHOLE + (REST > 0)):
         more, own = linear_rows(
-            q, k, g, before, after, value, batch, head, asker, tile, column, part * BK,
+            q, k, g, before, after, value, batch, head, group, tile, column, part * BK,
             K, V, MASS, PAD, BK if part < WHOLE else REST, GATE, FAN, TURNED,
         )  # fmt: skip
         if part == 0:
             found, mass = more, own
         else:
-            found, mass = both(found, more, FAN), both(mass, own, FAN)
-    for f in tl.static_range(FAN):
-        read = found[f] * scale
-        if RATIO:
-            read = divided(read, mass[f] * scale, least, RATIO)
-        answer(o, batch, asker + f, column, read, V)
-        if MASS:
-            if RATIO == 0:
-                last = V + tl.arange(0, 16)  # of which one is there, for one band
-                answer(o, batch, asker + f, last, tl.zeros([16], tl.float32) + mass[f] * scale, V + (tile == 0))
+            found, mass = found + more, mass + own
+    found, mass = found * scale, mass * scale
+    if RATIO:
+        found = divided(found, mass[:, None], least, RATIO)
+    answer(o, batch, head, group, column, found, V, FAN)
+    if MASS:
+        if RATIO == 0:
+            last = V + tl.arange(0, 16)  # of which one is there, for one band
+            answer(o, batch, head, group, last, mass[:, None] + last[None, :] * 0.0, V + (tile == 0), FAN)
 
 
 @triton.jit
@@ -199,6 +178,7 @@ def linear_step(
     q, k, v, g, before, after, o, old, grown, scale, least,
     K: tl.constexpr, V: tl.constexpr, MASS: tl.constexpr, PAD: tl.constexpr, BK: tl.constexpr, REST: tl.constexpr,
     BV: tl.constexpr, GATE: tl.constexpr, FAN: tl.constexpr, RATIO: tl.constexpr, TURNED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """S' = exp(g) S + k v^T, o = scale q^T S', and the sum of the gates so far.
 
@@ -209,25 +189,15 @@ def linear_step(
     BK at a time, and the last of them REST at once. old, grown (B, heads, K or 1): the sum of g before, None for 0, and
     with this one; None where it is not wanted.
     """
+    take_turn(EARLY)
     tile = tl.program_id(0) % ((V + BV - 1) // BV)
     batch = tl.program_id(0) // ((V + BV - 1) // BV)
     head = tl.program_id(1)
-    linear_queries(
-        q, k, v, g, before, after, o, scale, least, batch, head, head * FAN, tile,
-        K, V, MASS, PAD, BK, REST, BV, GATE, min(FAN, TOGETHER), RATIO, TURNED,
-    )  # fmt: skip
-    LEFT: tl.constexpr = FAN - FAN // TOGETHER * TOGETHER
-    if FAN > TOGETHER:  # the others find the old memory in a cache
-        for group in range(1, FAN // TOGETHER):
-            linear_queries(
-                q, k, v, g, before, None, o, scale, least, batch, head, head * FAN + group * TOGETHER, tile,
-                K, V, MASS, PAD, BK, REST, BV, GATE, TOGETHER, RATIO, TURNED,
-            )  # fmt: skip
-        if LEFT:
-            linear_queries(
-                q, k, v, g, before, None, o, scale, least, batch, head, head * FAN + FAN - LEFT, tile,
-                K, V, MASS, PAD, BK, REST, BV, GATE, LEFT, RATIO, TURNED,
-            )  # fmt: skip
+    for group in tl.static_range((FAN + TOGETHER - 1) // TOGETHER):  # the others find the old memory in a cache
+        linear_queries(
+            q, k, v, g, before, after if group == 0 else None, o, scale, least, batch, head, group, tile,
+            K, V, MASS, PAD, BK, REST, BV, GATE, FAN, RATIO, TURNED,
+        )  # fmt: skip
     if grown is not None:
         PART: tl.constexpr = K if GATE == 2 else 1
         entry = (batch * tl.num_programs(1) + head).to(tl.int64) * PART
@@ -244,16 +214,6 @@ def linear_step(
 
 
 @triton.jit
-def delta_answers(
-    o, queries, state, key, written, batch, asker, column, scale, W: tl.constexpr, FAN: tl.constexpr
-):  # fmt: skip
-    """What FAN queries, from head `asker` on, find."""
-    found = with_own(found_by(queries, state, FAN), own_of(queries, key, FAN), written, FAN)
-    for f in tl.static_range(FAN):
-        answer(o, batch, asker + f, column, found[f] * scale, W)
-
-
-@triton.jit
 def delta_band(
     q, k, beta, g, before, after, value, batch, head, column, o, scale,
     K: tl.constexpr, W: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, FAN: tl.constexpr,
@@ -261,46 +221,44 @@ def delta_band(
 ):  # fmt: skip
     """Columns of a memory, or of a product (EYE), which is the identity before the first token; o None: unread."""
     row = tl.arange(0, BK)
-    inside = (row < K)[:, None] & (column < W)[None, :]
+    rows, columns = row[None, :, None], column[None, None, :]
+    inside = (rows < K) & (columns < W)
     if before is not None:
-        state = tl.load(entries(before, batch, head, row[:, None], column[None, :], False), mask=inside, other=0.0)
+        state = tl.load(entries(before, batch, head, rows, columns, False), mask=inside, other=0.0)
     elif EYE:
-        state = tl.where(row[:, None] == column[None, :], 1.0, 0.0)
+        state = tl.where(rows == columns, 1.0, 0.0)
     else:
-        state = tl.zeros([BK, BV], tl.float32)
+        state = tl.zeros([1, BK, BV], tl.float32)
     key = channels(k, batch, head, row, K)
     share = tl.load(place(beta, batch, head, batch * 0)).to(tl.float32)
     if o is not None:
-        queries = asked(q, batch, head * FAN, row, K, min(FAN, TOGETHER))
-    state *= left_of(g, batch, head, row, GATE, K)[:, None]
-    written = share * (value - tl.sum(key[:, None] * state, 0))
+        queries = asked(q, batch, head, 0, row, K, FAN)
+    state *= left_of(g, batch, head, row, GATE, K)[None, :, None]
+    lost = tl.sum(tl.sum(key[None, :, None] * state, 1), 0)
+    written = share * (value - lost)
     if o is not None:
-        delta_answers(o, queries, state, key, written, batch, head * FAN, column, scale, W, min(FAN, TOGETHER))
-    at = entries(after, batch, head, row[:, None], column[None, :], False)
-    tl.store(at, state + key[:, None] * written[None, :], mask=inside)
+        found, _ = found_by(queries, state, key, written)
+        answer(o, batch, head, 0, column, found * scale, W, FAN)
+    at = entries(after, batch, head, rows, columns, False)
+    tl.store(at, state + key[None, :, None] * written[None, None, :], mask=inside)
     if o is not None:
-        LEFT: tl.constexpr = FAN - FAN // TOGETHER * TOGETHER
-        if FAN > TOGETHER:
-            for group in range(1, FAN // TOGETHER):
-                asker = head * FAN + group * TOGETHER
-                queries = asked(q, batch, asker, row, K, TOGETHER)
-                delta_answers(o, queries, state, key, written, batch, asker, column, scale, W, TOGETHER)
-            if LEFT:
-                asker = head * FAN + FAN - LEFT
-                queries = asked(q, batch, asker, row, K, LEFT)
-                delta_answers(o, queries, state, key, written, batch, asker, column, scale, W, LEFT)
+        for group in tl.static_range(1, (FAN + TOGETHER - 1) // TOGETHER):
+            found, _ = found_by(asked(q, batch, head, group, row, K, FAN), state, key, written)
+            answer(o, batch, head, group, column, found * scale, W, FAN)
 
 
 @triton.jit
 def delta_step(
     q, k, v, beta, g, before, after, o, old, product, scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, FAN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """S' = E S + beta k v^T with E = (I - beta k k^T) Diag(exp(g)), o = scale q^T S', and E times the product before.
 
     q, k, v, g, o as in `linear_step`, beta (B, heads, 1), before and after (B, heads, K, V), old and product (B, heads,
     K, K) or None, as `Heads`. Bands of the memory come first, then those of the product.
     """
+    take_turn(EARLY)
     MEMORY: tl.constexpr = (V + BV - 1) // BV
     BANDS: tl.constexpr = MEMORY if product is None else MEMORY + (K + BV - 1) // BV
     band = tl.program_id(0) % BANDS
@@ -325,7 +283,7 @@ def selective_step(
     x, delta, bias, a, b, c, direct, z, before, after, y, old, grown, width, channels_a_group, stride_x, stride_delta,
     stride_z, stride_b, stride_c,
     S: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, SOFTPLUS: tl.constexpr, ALIKE: tl.constexpr,
-    RUN: tl.constexpr,
+    RUN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """h' = exp(d A) h + d x B, y = (C h' + D x) silu(z) of BC channels, d = delta + bias or softplus of it; and the sum
     of d A so far.
@@ -334,6 +292,7 @@ def selective_step(
     (B, channels, S), channels and S contiguous; bias, direct, z, before, old, grown None where there is none. ALIKE:
     the BC channels are of one group. RUN: sequences of a program, which divide B.
     """
+    take_turn(EARLY)
     channel = tl.program_id(0) * BC + tl.arange(0, BC)
     there = channel < width
     state = tl.arange(0, BS)

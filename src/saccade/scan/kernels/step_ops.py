@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from saccade.operators import operator
+from saccade.scan.kernels import interpreted
 from saccade.scan.kernels.delta_launch import delta_heads
 from saccade.scan.kernels.launch import padded, state_heads
 from saccade.scan.kernels.step_kernels import delta_step as delta_kernel
@@ -27,11 +28,13 @@ from saccade.scan.kernels.tiles import Heads
 
 COLUMNS = 64  # of a memory that a program takes at most
 ENTRIES = 16384  # of it that a program holds
+PER_THREAD = 64  # of those
 ROWS = 256  # of a memory with that many features at a time
 FEW = 1024  # entries of a program of many small states
-PER_WARP = 128  # of those: 16 bytes a thread, or the compiler puts the loads of some after what it makes of others
-MORE = {}
-RUN = 4  # sequences of such a program, which reads A for all of them, and has asked for all their states at once
+PER_WARP = 256  # of those, and half as many
+LONG = 128  # where a state has so many: as measured, three quarters of the time
+RUN = 2  # sequences of such a program, which reads A once, and has asked for both states before it uses one
+REGISTERS = 64  # or the assembler makes do with fewer, and puts the loads of some after what it makes of others
 MANY = 1024  # programs, of which there are so many, or each takes fewer sequences
 EVEN = 16  # numbers, a multiple of which a column begins at: the compiler tells no smaller one from an odd number
 
@@ -39,19 +42,18 @@ EVEN = 16  # numbers, a multiple of which a column begins at: the compiler tells
 class Band(NamedTuple):
     """Columns and warps of a program that holds so many rows at once, a power of two.
 
-    With more threads than rows, a vector of them is loaded by each thread that needs it, and not handed around, which
-    would make every thread wait for it before the next load. Where several queries read a memory, each is a sum over
-    all rows, for which the warps of a program would wait for each other: there a program is one warp, and narrow.
+    A thread has 64 entries of a memory, and so 16 loads under way: with fewer, more of a program's time is spent on
+    sums across its warps, while nothing of the state is on its way; with more, too few programs fit.
     """
 
     columns: int
     warps: int
 
     @classmethod
-    def of(cls, high: int, columns: int, queries: int = 1) -> Band:
-        if queries > 1:
-            return cls(16, max(1, high // 128))
-        return cls(min(padded(columns), max(16, min(COLUMNS, ENTRIES // high))), max(1, min(8, high // 16)))
+    def of(cls, high: int, columns: int, warps: int = 8) -> Band:
+        """warps: at most."""
+        wide = min(padded(columns), max(16, min(COLUMNS, ENTRIES // high)))
+        return cls(wide, max(1, min(warps, high * wide // (32 * PER_THREAD))))
 
 
 class Plan(NamedTuple):
@@ -59,6 +61,16 @@ class Plan(NamedTuple):
 
     programs: int
     options: dict[str, Any]
+
+
+@lru_cache
+def early(device: torch.device) -> dict[str, Any]:
+    """A step is launched while the kernel before it ends, where the device can: short ones mostly wait for launches."""
+    if interpreted():
+        return {"EARLY": False}
+    target = triton.runtime.driver.active.get_current_target()
+    able = target.backend == "cuda" and target.arch >= 90
+    return {"EARLY": True, "launch_pdl": True} if able else {"EARLY": False}
 
 
 def gate_of(g: Tensor | None) -> int:
@@ -89,7 +101,7 @@ def up_to(size: int, unit: int) -> int:
 @lru_cache
 def linear_plan(features: int, dv: int, mass: bool, ratio: int, gate: int, fan: int, turned: bool) -> Plan:
     at_once = min(ROWS, 1 << (features.bit_length() - 1))
-    room, band = up_to(features, EVEN) if mass else features, Band.of(at_once, dv, fan)
+    room, band = up_to(features, EVEN) if mass else features, Band.of(at_once, dv)
     rest = room - features // at_once * at_once
     return Plan(
         triton.cdiv(dv, band.columns),
@@ -97,6 +109,8 @@ def linear_plan(features: int, dv: int, mass: bool, ratio: int, gate: int, fan: 
             "K": features, "V": dv, "MASS": mass, "PAD": room, "BK": at_once,
             "REST": triton.next_power_of_2(rest) if rest else 0, "BV": band.columns, "GATE": gate, "FAN": fan,
             "RATIO": ratio, "TURNED": turned, "num_warps": band.warps,
+            # As many programs as if there were one query, for a few values that are put aside.
+            **({"maxnreg": 128} if 2 < fan <= 4 else {}),
         },
     )  # fmt: skip
 
@@ -148,6 +162,7 @@ def linear_step(
     linear_kernel[(programs * batch, kept)](
         heads(q, kept), heads(k, kept), heads(v, kept), heads(g, kept), lines(before, kept, turned),
         lines(after, kept, mass), heads(o, kept), old, grown if track else None, scale, least, **options,
+        **early(q.device),
     )  # fmt: skip
     return o, after, grown
 
@@ -158,7 +173,7 @@ linear_step.register_fake(_linear_results)
 @lru_cache
 def delta_plan(dim: int, dv: int, track: bool, gate: int, fan: int) -> Plan:
     high = padded(dim)
-    band = Band.of(high, dv, fan)
+    band = Band.of(high, dv, warps=8 if fan > 1 else 4)  # one after another, two sums are waited for
     return Plan(
         triton.cdiv(dv, band.columns) + (triton.cdiv(dim, band.columns) if track else 0),
         {
@@ -203,7 +218,7 @@ def delta_step(
     delta_kernel[(programs * batch, kept)](
         heads(q, kept), heads(k, kept), heads(v, kept), heads(beta, kept), heads(g, kept), heads(before, kept),
         heads(after, kept), heads(o, kept), heads(old, kept), heads(product, kept) if track else None, scale,
-        **options,
+        **options, **early(q.device),
     )  # fmt: skip
     return o, after, product
 
@@ -223,7 +238,8 @@ def selective_plan(batch: int, width: int, states: int, groups: int, softplus: b
         {
             "S": states, "BC": block, "BS": wide, "SOFTPLUS": softplus, "RUN": run,
             "ALIKE": width // groups % block == 0,
-            "num_warps": max(1, min(8, block * wide // PER_WARP)), **MORE,
+            "num_warps": max(1, min(8, block * wide // (PER_WARP if wide < LONG else PER_WARP // 2))),
+            "maxnreg": REGISTERS,
         },
     )  # fmt: skip
 
@@ -270,7 +286,7 @@ def selective_step(
     selective_kernel[(programs, batch // options["RUN"])](
         x, delta, bias, a, b, c, direct, z, before, after, y, old, grown if track else None, width,
         width // b.shape[2], x.stride(0), delta.stride(0), 0 if z is None else z.stride(0), b.stride(0), c.stride(0),
-        **options,
+        **options, **early(x.device),
     )  # fmt: skip
     return y, after, grown
 
