@@ -27,7 +27,7 @@ def kept_bytes(module: Mechanism, inputs: Sequence[Tensor]) -> int | None:
         with torch.no_grad():
             module.read(session, *inputs)
         return session.nbytes_in_use
-    if not module.can_step():
+    if not (module.can_step() and module.causal):
         return None
     if isinstance(module, CachePolicy):
         _, k, v = inputs

@@ -174,4 +174,4 @@ class Stack(nn.Module):
 
 
 def _decodes(module: nn.Module) -> bool:
-    return module.can_step() if isinstance(module, Mechanism) else hasattr(module, "step")
+    return module.can_step() and module.causal if isinstance(module, Mechanism) else hasattr(module, "step")

@@ -39,7 +39,15 @@ def _stops(subject: Subject) -> list[int]:
 
 @named(applies=lambda subject: subject.cls.can_step())
 def step_equals_whole(subject: Subject) -> None:
-    """Decoding token by token from nothing gives every row of the whole."""
+    """Decoding token by token from nothing gives every row of the whole; what is not causal refuses, and says so."""
+    if not subject.module.causal:
+        refusal = "none"
+        try:
+            decode(subject.module, subject.inputs(), last=1)
+        except ValueError as error:
+            refusal = str(error)
+        assert refusal.startswith("causal: "), f"refusal: got {refusal!r}; raise a ValueError that names causal first"
+        return
     rows, _ = decode(subject.module, subject.inputs())
     subject.agrees(rows, "output of step")
 
@@ -62,13 +70,13 @@ def value_width(subject: Subject) -> None:
     eager = Eager(outputs, subject.master, drawn, torch.float64)
     truth = eager.truth["output"]
     assert_close(out, truth, eager.beside("output"), name="output of wide values", terms=subject.case.length)
-    if subject.cls.can_step():
+    if subject.cls.can_step() and module.causal:
         rows, _ = decode(module, wide)
         name = "output of step with wide values"
         assert_close(rows, truth, eager.beside("output"), name=name, terms=subject.case.length)
 
 
-@named(applies=lambda subject: subject.cls.can_step())
+@named(applies=lambda subject: subject.cls.can_step() and subject.module.causal)
 def state_round_trip(subject: Subject) -> None:
     """A state that was pickled and read back goes on exactly as the one that stayed."""
     module, inputs = subject.module, subject.inputs()

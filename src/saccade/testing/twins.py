@@ -196,6 +196,15 @@ class NoCarry(Decayed):
         return super().step(x)
 
 
+@twin("step_equals_whole", "that names causal first")
+class Foresight(Sliding):
+    """Is not causal, and decodes all the same."""
+
+    def __init__(self, dims: Dims, **params: Any) -> None:
+        super().__init__(dims, **params)
+        self.causal = False
+
+
 @twin("value_width", "output of wide values")
 class SquareValues(Sliding):
     """Writes the values' channels beyond those of the keys as zeros."""

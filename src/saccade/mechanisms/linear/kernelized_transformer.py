@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from saccade.contract import Attention, Case, Dims, Finding, Spec, apart, claim, sample
 from saccade.errors import known, positive
-from saccade.scan import Sum, linear_attention
+from saccade.scan import State, Sum, linear_attention
 
 
 class Spectrum(nn.Module):
@@ -142,9 +142,10 @@ class KernelizedTransformer(Attention):
     causal: False. spectrum: "gaussian" (default), "generator" or "fastfood". features: "fourier" or "positive"
     ("fourier"). draws: of eps (None: D // 2, at least 1; not for "fastfood"). smoothing: c (None: 0.36 for Gaussian and
     1 for other Fourier features, 0 for positive ones).
-    Costs F (D + Dv) a token and head; F = 2 M for Fourier and M for positive features, M = 2 draws, draws or D.
+    Costs F (D + Dv) a token and head; F = 2 M for Fourier and M for positive features, M = 2 draws, draws or D. A state
+    of F (Dv + 1) numbers a key head to decode, F one more with a c.
     Errors: ValueError for draws with "fastfood", a head_dim that is no power of 2 with it, smoothing < 0, and for
-    M' != N when causal.
+    M' != N when causal, and for a step when not.
 
     >>> layer = KernelizedTransformer(Dims(num_heads=2, head_dim=4))
     >>> tuple(layer(*torch.randn(3, 1, 2, 9, 4)).shape)
@@ -198,6 +199,12 @@ class KernelizedTransformer(Attention):
         )
         return cast(Tensor, o)
 
+    def step(self, q: Tensor, k: Tensor, v: Tensor, *, state: State | None = None) -> tuple[Tensor, State]:
+        if not self.causal:
+            raise ValueError("causal: got False; only with causal=True it decodes token by token")
+        after = linear_attention(q, k, v, feature_map=self.phi, normalizer=Sum(1e-6), state=state, return_state=True)
+        return cast(tuple[Tensor, State], after)
+
     def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         w = {name.removeprefix("phi.spectrum."): p for name, p in self.named_parameters()}
         buffers = {name.removeprefix("phi.spectrum."): p for name, p in self.named_buffers()}
@@ -247,13 +254,13 @@ class KernelizedTransformer(Attention):
     @classmethod
     def cases(cls) -> list[Case]:
         return [
-            Case(Dims(2, 5), 13, {"smoothing": 1.0}),
             Case(
                 Dims(4, 3, num_kv_heads=2),
                 13,
                 {"causal": True, "features": "positive", "draws": 4, "smoothing": 0.5},
                 batch=1,
             ),
+            Case(Dims(2, 5), 13, {"smoothing": 1.0}),
             Case(Dims(2, 6), 11, {"spectrum": "generator", "draws": 5, "smoothing": 1.5}),
             Case(Dims(2, 4), 11, {"spectrum": "fastfood"}),
         ]

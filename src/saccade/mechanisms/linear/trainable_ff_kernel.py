@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from saccade.contract import Attention, Case, Dims, Finding, Spec, claim, work
 from saccade.errors import known, positive
-from saccade.scan import linear_attention
+from saccade.scan import State, linear_attention
 
 
 class HeadwiseKernel(nn.Module):
@@ -63,8 +63,9 @@ class TrainableFFKernel(Attention):
     causal: False. kernel: "ff" (no gate; every a_l is softplus), "glu" (the gate as above; a_l is the identity but for
     the last) or "low_rank" (likewise, G_l = A_l B_l) (default "glu"). depth: L (1). gate_rank: columns of A_l (None:
     D // 4, at least 1; "low_rank" only).
-    Costs 2 N D (D L + Dv) a head, and as much again for the gates.
-    Errors: ValueError for an unknown kernel, for a gate_rank without "low_rank", and for M != N when causal.
+    Costs 2 N D (D L + Dv) a head, and as much again for the gates. A state of D (Dv + 1) numbers a key head to decode.
+    Errors: ValueError for an unknown kernel, for a gate_rank without "low_rank", for M != N when causal, and for a
+    step when not.
 
     >>> layer = TrainableFFKernel(Dims(num_heads=2, head_dim=4))
     >>> tuple(layer(*torch.randn(3, 1, 2, 9, 4)).shape)
@@ -109,6 +110,12 @@ class TrainableFFKernel(Attention):
         )
         return cast(Tensor, o)
 
+    def step(self, q: Tensor, k: Tensor, v: Tensor, *, state: State | None = None) -> tuple[Tensor, State]:
+        if not self.causal:
+            raise ValueError("causal: got False; only with causal=True it decodes token by token")
+        after = linear_attention(q, k, v, feature_map=self.features, normalizer="sum", state=state, return_state=True)
+        return cast(tuple[Tensor, State], after)
+
     def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         w, group = dict(self.named_parameters()), q.shape[1] // k.shape[1]
         weight, depth = w["features.weight"], len(w["features.weight"])
@@ -140,8 +147,8 @@ class TrainableFFKernel(Attention):
     @classmethod
     def cases(cls) -> list[Case]:
         return [
-            Case(Dims(2, 5), 19),
             Case(Dims(4, 4, num_kv_heads=2), 13, {"causal": True, "kernel": "ff", "depth": 2}, batch=1),
+            Case(Dims(2, 5), 19),
             Case(Dims(2, 6), 11, {"kernel": "low_rank", "depth": 3, "gate_rank": 2}),
         ]
 
