@@ -100,8 +100,11 @@ def selective(dtype: torch.dtype) -> None:
     """Alone, and with all or some of what a block has besides."""
     x, delta = torch.zeros(1, TOKENS, D, dtype=dtype), torch.zeros(1, TOKENS, D)
     a, b, before, single = torch.zeros(D, 4), torch.zeros(1, TOKENS, 2, 4), torch.zeros(1, D, 4), torch.zeros(D)
-    for way in ("way", "way_back"):
-        setattr(selective_ops.Shape, way, lambda self, device: selective_ops.Way(self.fitted(selective_ops.WALK), 2))
+
+    def halved(self: selective_ops.Shape, device: object, gated: bool = False) -> selective_ops.Way:
+        return selective_ops.Way(self.fitted(selective_ops.WALK), 2, once=not gated)
+
+    selective_ops.Shape.way = selective_ops.Shape.way_back = halved
     for more in ((None, None, None, False), (single, single, x, True), (single, None, x, False)):
         given = x, delta, a, b, b, before, *more
         y, after, starts = selective_ops.selective(*given)

@@ -137,7 +137,7 @@ def test_states_and_channels_of_any_number(size):
 def test_stretches_of_a_sequence_are_joined(length):
     given = problem(length, batch=1)
     shape = ops.Shape.of(given[0], given[3])
-    assert min(way(given[0].device).count for way in (shape.way, shape.way_back)) > 2
+    assert min(shape.way(given[0].device, False).count, shape.way_back(given[0].device).count) > 2
     verify(fast, plain, given, terms=length * 3, dtypes=BOTH)
 
 
@@ -157,9 +157,14 @@ def test_a_block_in_half_precision():
 
 @pytest.mark.usefixtures("stretches")
 @pytest.mark.parametrize("more", [COMBINATIONS[0], ALL], ids=named)
-def test_a_block_in_stretches(more):
+@pytest.mark.parametrize("length", [2 * TOKENS + 3, 5 * TOKENS])
+def test_a_block_in_stretches(more, length):
     """The state that a stretch leaves, and the gradient that it hands on, are those of tokens with all that."""
-    verify_block(more, problem(2 * TOKENS + 3, batch=1, channels=5, size=5, groups=1))
+    given = problem(length, batch=1, channels=5, size=5, groups=1)
+    way = ops.Shape.of(given[0], given[3]).way(given[0].device, "z" in more)
+    assert way.count > 1
+    assert way.once is (length < 5 * TOKENS or "z" not in more)
+    verify_block(more, given)
 
 
 @pytest.mark.usefixtures("stretches")

@@ -860,7 +860,7 @@ def test_compiled_steps_wait_for_the_kernel_before(kind):
         given = {"linear": linear_problem, "delta": delta_problem, "selective": selective_problem}[kind]
         step = {"linear": linear_step, "delta": delta_step, "selective": selective_step}[kind]
         more = {} if kind == "selective" else {"heads": 4, "groups": 4}
-        problem = given("scalar", batch=16, dim=128, dv=128, **more) if more else given(4096, 16, batch=16)
+        problem = given("scalar", batch=16, dim=128, dv=128, **more) if more else given(4096, 16, groups=1, batch=16)
         problem = [x.float().cuda() for x in problem]
         at = {"linear": 4, "delta": 5, "selective": 8}[kind]
         for _ in range(50):

@@ -53,10 +53,14 @@ PULLED = Cut(7, 16)  # which waits longer for each token
 
 
 class Way(NamedTuple):
-    """How tokens are gone through: the tile of a program, and stretches."""
+    """How tokens are gone through: the tile of a program, and stretches.
+
+    once: the first of several is walked once, and the others twice by the same kernel, the first time from nothing.
+    """
 
     tile: Tile
     count: int
+    once: bool = True
 
 
 class Inputs(NamedTuple):
@@ -112,12 +116,14 @@ class Shape(NamedTuple):
         """Groups of all sequences."""
         return self.batch * self.groups
 
-    def way(self, device: torch.device) -> Way:
-        """Of a walk."""
+    def way(self, device: torch.device, gated: bool) -> Way:
+        """Of a walk. A gate is a third of its work: a kernel without it finds the states of many stretches."""
         tile = self.fitted(WALK)
         again = self._stretches(tile, WALKED, device)
         if again >= CROWDED:
             again = self._stretches(tile, WALKED._replace(wanted=2 * WALKED.wanted), device)
+            if gated:
+                return Way(tile, again, once=False)
         return Way(tile, 1 if again == 1 else 1 + again)
 
     def way_back(self, device: torch.device) -> Way:
@@ -135,9 +141,9 @@ class Shape(NamedTuple):
     def variant(self, given: Inputs) -> tuple[Any, ...]:
         """What calls have in common that launch the same kernels, but for alignments."""
         kinds = tuple(t.dtype if isinstance(t, Tensor) else t for t in given)
-        (tile, count), back = self.way(given.x.device), self.way_back(given.x.device)
-        even = self.length % ROUND == 0
-        return given.x.device, kinds, self.width, self.groups, self.states, even, tile, count == 1, back.count == 1
+        way, back = self.way(given.x.device, given.z is not None), self.way_back(given.x.device)
+        cut = way.count == 1, way.once, back.count == 1
+        return given.x.device, kinds, self.width, self.groups, self.states, self.length % ROUND == 0, way.tile, cut
 
     def grid(self, tile: Tile, stretches: int) -> tuple[int, int]:
         return self.rows * self.blocks(tile), stretches
@@ -205,16 +211,20 @@ def selective(
     compile_abreast(
         (shape.variant(given), before is None, gradients), x.device, lambda: trial(gradients, *tensors, softplus)
     )
-    way, y = shape.way(x.device), torch.empty_like(x)
+    way, y = shape.way(x.device, z is not None), torch.empty_like(x)
     over = partial(walk, shape, way, given, y=y)
     before, ends = None if before is None else turned(before), like_states(shape, way.count, x)
     if way.count == 1:
         over(range(1), begun=1, first=before, last=ends)
         return y, turned(ends[:, -1]), x.new_empty(0, dtype=torch.float32)
     starts, kept = torch.empty_like(ends), torch.empty_like(ends)
-    over(range(way.count - 1), begun=1, first=before, last=starts, kept=kept)
+    find = over if way.once else partial(walk, shape, way, given)
+    find(range(way.count - 1), begun=1, first=before, last=starts, kept=kept)
     join(shape, way.count, starts, kept, before)
-    over(range(1, way.count), begun=way.count, first=starts, last=ends, kept=kept)  # by the same kernel
+    if way.once:
+        over(range(1, way.count), begun=way.count, first=starts, last=ends, kept=kept)
+    else:
+        over(range(way.count), begun=way.count, first=starts, last=ends, kept=kept)
     return y, turned(ends[:, -1]), starts
 
 
@@ -232,7 +242,7 @@ def _(
     softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = Shape.of(x, b)
-    count = shape.way(x.device).count
+    count = shape.way(x.device, z is not None).count
     starts = like_states(shape, count, x) if count > 1 else x.new_empty(0, dtype=torch.float32)
     return torch.empty_like(x), x.new_empty(shape.batch, *a.shape, dtype=torch.float32), starts
 
@@ -257,7 +267,7 @@ def selective_backward(
     shape, given = Shape.of(x, b), Inputs(x, delta, turned(a), b, c, bias, direct, z, softplus)
     arguments = dy, dafter, x, delta, a, b, c, before, bias, direct, z, softplus, starts
     compile_abreast((shape.variant(given), before is None, True), x.device, lambda: selective_backward(*arguments))
-    way, back = shape.way(x.device), shape.way_back(x.device)
+    way, back = shape.way(x.device, z is not None), shape.way_back(x.device)
 
     def single(*size: int) -> Tensor:
         return x.new_empty(size, dtype=torch.float32)
@@ -278,7 +288,7 @@ def selective_backward(
     da, firsts = like_states(shape, back.count, x), like_states(shape, back.count, x)
     db, dc = (single(shape.blocks(back.tile), *b.shape) for _ in range(2))
     dbias, ddirect = (None if t is None else single(shape.batch, back.count, shape.width) for t in (bias, direct))
-    selective_pull[shape.grid(*back)](
+    selective_pull[shape.grid(back.tile, back.count)](
         x, delta, steps, given.rates, given.b, given.c, bias, direct, pulls, marks, pulled, firsts, dx, ddelta, da,
         db, dc, dbias, ddirect, *shape.sizes(back.count), SOFTPLUS=softplus, K=back.tile.blocks,
         **shape.constants(back.tile),
