@@ -126,6 +126,19 @@ def selective_step(x, size, a, b, c, direct, z, bias, memory, sums, **options):
     return y, after.memory.squeeze(-1), after.transition.squeeze(-1)
 
 
+def untracked_step(*given):
+    """Of several sequences a program."""
+    x, size, a, b, c, direct, z, bias, memory, _ = given
+    state = None if memory is None else State(memory.float().unsqueeze(-1), UNTRACKED)
+    more = {"backend": "triton", "state": state, "delta_softplus": True}
+    y, after = selective_scan(x, size, a, b, c, D=direct, z=z, delta_bias=bias, return_state=True, **more)
+    return y, after.memory.squeeze(-1)
+
+
+def untracked_plain(*given):
+    return selective_plain(*given)[:2]
+
+
 def selective_plain(x, size, a, b, c, direct, z, bias, memory, sums):
     size = (size + bias).exp().log1p()
     y, last = recurrence(x, size, a, b, c, h0=memory)
@@ -169,8 +182,9 @@ def test_delta_is_the_recurrence(gate, beta_heads, gate_heads, memory):
 @pytest.mark.usefixtures("narrow")
 def test_selective_is_the_recurrence(groups, memory, states):
     given = selective_problem(states=states, groups=groups, memory=memory)
-    assert step_ops.selective_plan(2, 12, states, groups, True).options["RUN"] == 2
     verify(selective_step, selective_plain, given, torch.float32, terms=5)
+    assert step_ops.selective_plan(2, 12, states, groups, True, False).options["RUN"] == 2
+    verify(untracked_step, untracked_plain, given, torch.float32, terms=5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -760,6 +774,7 @@ def test_compiled_selective(states, memory, dtype, many, monkeypatch):
     step_ops.selective_plan.cache_clear()
     given = selective_problem(96, states, memory=memory)
     verify(selective_step, selective_plain, given, dtype, terms=states, device="cuda")
+    verify(untracked_step, untracked_plain, given, dtype, terms=states, device="cuda")
 
 
 @pytest.mark.gpu

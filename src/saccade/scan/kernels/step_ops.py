@@ -31,8 +31,8 @@ ENTRIES = 16384  # of it that a program holds
 PER_THREAD = 64  # of those
 ROWS = 256  # of a memory with that many features at a time
 FEW = 1024  # entries of a program of many small states
-PER_WARP = 256  # of those, and half as many
-LONG = 128  # where a state has so many: as measured, three quarters of the time
+PER_WARP = 256  # of those, for two sequences; half as many for one
+LONG = 128  # states from which on it is half as many too: as measured, three quarters of the time
 RUN = 2  # sequences of such a program, which reads A once, and has asked for both states before it uses one
 REGISTERS = 64  # or the assembler makes do with fewer, and puts the loads of some after what it makes of others
 MANY = 1024  # programs, of which there are so many, or each takes fewer sequences
@@ -227,19 +227,18 @@ delta_step.register_fake(_delta_results)
 
 
 @lru_cache
-def selective_plan(batch: int, width: int, states: int, groups: int, softplus: bool) -> Plan:
+def selective_plan(batch: int, width: int, states: int, groups: int, softplus: bool, track: bool) -> Plan:
+    """Where transitions are tracked a sequence has twice as much to ask for: one a program, as was measured."""
     wide = triton.next_power_of_2(states)
     block = min(triton.next_power_of_2(width), max(1, FEW // wide))
-    run = 1
-    while run < RUN and batch % (2 * run) == 0 and triton.cdiv(width, block) * batch >= 2 * run * MANY:
-        run *= 2
+    several = not track and batch % RUN == 0 and triton.cdiv(width, block) * batch >= RUN * MANY
+    per_warp = PER_WARP if several and wide < LONG else PER_WARP // 2
     return Plan(
         triton.cdiv(width, block),
         {
-            "S": states, "BC": block, "BS": wide, "SOFTPLUS": softplus, "RUN": run,
+            "S": states, "BC": block, "BS": wide, "SOFTPLUS": softplus, "RUN": RUN if several else 1,
             "ALIKE": width // groups % block == 0,
-            "num_warps": max(1, min(8, block * wide // (PER_WARP if wide < LONG else PER_WARP // 2))),
-            "maxnreg": REGISTERS,
+            "num_warps": max(1, min(8, block * wide // per_warp)), "maxnreg": REGISTERS,
         },
     )  # fmt: skip
 
@@ -282,7 +281,7 @@ def selective_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, after, grown = _selective_results(x, delta, a, b, c, bias, softplus, direct, z, before, old, track)
     batch, width, states = after.shape
-    programs, options = selective_plan(batch, width, states, b.shape[2], softplus)
+    programs, options = selective_plan(batch, width, states, b.shape[2], softplus, track)
     selective_kernel[(programs, batch // options["RUN"])](
         x, delta, bias, a, b, c, direct, z, before, after, y, old, grown if track else None, width,
         width // b.shape[2], x.stride(0), delta.stride(0), 0 if z is None else z.stride(0), b.stride(0), c.stride(0),
