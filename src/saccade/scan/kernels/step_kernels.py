@@ -193,11 +193,16 @@ def linear_step(
     tile = tl.program_id(0) % ((V + BV - 1) // BV)
     batch = tl.program_id(0) // ((V + BV - 1) // BV)
     head = tl.program_id(1)
-    for group in tl.static_range((FAN + TOGETHER - 1) // TOGETHER):  # the others find the old memory in a cache
-        linear_queries(
-            q, k, v, g, before, after if group == 0 else None, o, scale, least, batch, head, group, tile,
-            K, V, MASS, PAD, BK, REST, BV, GATE, FAN, RATIO, TURNED,
-        )  # fmt: skip
+    linear_queries(
+        q, k, v, g, before, after, o, scale, least, batch, head, 0, tile,
+        K, V, MASS, PAD, BK, REST, BV, GATE, FAN, RATIO, TURNED,
+    )  # fmt: skip
+    if FAN > TOGETHER:  # the others find the old memory in a cache
+        for group in range(1, (FAN + TOGETHER - 1) // TOGETHER):
+            linear_queries(
+                q, k, v, g, before, None, o, scale, least, batch, head, group, tile,
+                K, V, MASS, PAD, BK, REST, BV, GATE, FAN, RATIO, TURNED,
+            )  # fmt: skip
     if grown is not None:
         PART: tl.constexpr = K if GATE == 2 else 1
         entry = (batch * tl.num_programs(1) + head).to(tl.int64) * PART
@@ -242,9 +247,10 @@ def delta_band(
     at = entries(after, batch, head, rows, columns, False)
     tl.store(at, state + key[None, :, None] * written[None, None, :], mask=inside)
     if o is not None:
-        for group in tl.static_range(1, (FAN + TOGETHER - 1) // TOGETHER):
-            found, _ = found_by(asked(q, batch, head, group, row, K, FAN), state, key, written)
-            answer(o, batch, head, group, column, found * scale, W, FAN)
+        if FAN > TOGETHER:
+            for group in range(1, (FAN + TOGETHER - 1) // TOGETHER):
+                others, _ = found_by(asked(q, batch, head, group, row, K, FAN), state, key, written)
+                answer(o, batch, head, group, column, others * scale, W, FAN)
 
 
 @triton.jit
