@@ -179,6 +179,8 @@ def state_bytes(contestant: Contestant, width: int, length: int) -> int | None:
     for layer in range(DEPTH):
         module = contestant.build(dims, layer, DEPTH, length)
         assert isinstance(module, Mechanism)
+        if not module.causal:
+            return None
         inputs = type(module).inputs(Case(dims, length, batch=1), torch.Generator().manual_seed(0), torch.float32)
         held = Held()
         held.dump(decode(module.eval(), inputs)[1])

@@ -435,7 +435,10 @@ def test_bytes_of_the_state(training):
     assert bytes_of(contestant("lightning_attention"), 64, 8) < 2 * 2 * 4 * 32 * 32 * 2  # no transition beside it
     delta = bytes_of(contestant("hybrid_linear_analysis", {"ratio": None}), 64, 8)
     assert delta == 2 * 2 * 4 * 32 * 32 + 2 * 4 * 3 * (3 * 64)  # memory, and three projections for the convolution
-    assert bytes_of(contestant("trainable_ff_kernel", {"causal": True}), 64, 8) is None
+    with_mass = bytes_of(contestant("trainable_ff_kernel", {"causal": True}), 64, 8)
+    assert with_mass == 2 * 2 * 4 * 32 * (32 + 1)
+    assert bytes_of(contestant("trainable_ff_kernel", {"causal": False}), 64, 8) is None
+    assert bytes_of(contestant("agent_attention"), 64, 8) is None
 
 
 # Recall.
