@@ -198,6 +198,7 @@ CASES: list[Heads | Selective] = [
 
 
 def tensors(state: State) -> list[Tensor]:
+    """What a step reads and writes of it."""
     transition = state.transition.value if isinstance(state.transition, Matrix) else state.transition
     return [state.memory, transition] if isinstance(transition, Tensor) else [state.memory]
 
@@ -245,13 +246,9 @@ def measure(case: Heads | Selective, seconds: float, rate: float) -> dict[str, A
                 calls["fla"] = captured(each(theirs))
         except Exception as refusal:  # a peer that cannot do this work is left out, and said so
             print(f"fla cannot: {type(refusal).__name__}: {str(refusal)[:200]}")
-    found = dict(
-        zip(
-            list(calls)[1:],
-            rounds(list(calls.values())[1:], calls["ours"], seconds=seconds, clock=clock_for("cuda")),
-            strict=True,
-        )
-    )
+    ours = calls.pop("ours")
+    timed = rounds(list(calls.values()), ours, seconds=seconds, clock=clock_for("cuda"))
+    found = dict(zip(calls, timed, strict=True))
     mine = found["copy"].baseline_seconds / len(states)
     row: dict[str, Any] = {"ms": round(mine * 1e3, 4), "GB": round(moved / 1e9, 4), "GB/s": round(moved / mine / 1e9)}
     row["share of copy"] = round(moved / mine / rate, 3)

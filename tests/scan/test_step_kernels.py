@@ -869,21 +869,29 @@ def test_a_cuda_graph_replays_steps_without_waiting(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["linear", "delta", "selective"])
 def test_compiled_steps_wait_for_the_kernel_before(kind):
-    """Each reads what the one before, and a sum between them, has written; beside the same with pauses."""
+    """Each reads what the step before, or in turns a sum behind it, has written; beside the same with pauses."""
+
+    if kind == "selective":
+        x, size, a, b, c, *_, memory, _ = (t.float().cuda() for t in selective_problem(4096, 16, groups=1, batch=16))
+        memory = memory.unsqueeze(-1)
+        step = partial(selective_scan, x, size.abs(), a, b, c)
+    else:
+        given = {"linear": linear_problem, "delta": delta_problem}[kind]
+        given = given("scalar", heads=4, groups=4, batch=16, dim=128, dv=128)
+        q, k, v, *rest = (t.float().cuda() for t in given)
+        memory = rest.pop() if kind == "linear" else rest[-2]
+        step = partial(linear_attention, q, k, v) if kind == "linear" else partial(delta_rule, q, k, v, rest[0])
+        step = partial(step, log_decay=rest[0] if kind == "linear" else rest[1])
 
     def chain(pause):
-        given = {"linear": linear_problem, "delta": delta_problem, "selective": selective_problem}[kind]
-        step = {"linear": linear_step, "delta": delta_step, "selective": selective_step}[kind]
-        more = {} if kind == "selective" else {"heads": 4, "groups": 4}
-        problem = given("scalar", batch=16, dim=128, dv=128, **more) if more else given(4096, 16, groups=1, batch=16)
-        problem = [x.float().cuda() for x in problem]
-        at = {"linear": 4, "delta": 5, "selective": 8}[kind]
-        for _ in range(50):
+        state = State(memory, UNTRACKED)
+        for i in range(50):
+            o, state = step(state=state, return_state=True, backend="triton")
             pause()
-            results = step(*problem)
-            pause()
-            problem[at] = results[1] + results[0].mean()
-        return problem[at]
+            if i % 2:
+                state = State(state.memory + o.mean(), UNTRACKED)
+                pause()
+        return state.memory
 
     with torch.no_grad():
         assert torch.equal(chain(lambda: None), chain(torch.cuda.synchronize))

@@ -2,7 +2,7 @@
 
 A check that nothing can fail proves nothing. Each twin is a healthy mechanism with one fault, and says by which words
 of the message its check must flag it, so that no twin is caught for a reason of its own. Those that keep in a decoder
-what they should not are in `caching_twins`.
+what they should not are in `caching_twins`, those that decode or pack otherwise than the whole in `decode_twins`.
 """
 
 from __future__ import annotations
@@ -179,58 +179,6 @@ class Slopes(Sliding):
         return super().compute(q * (1 + torch.arange(q.shape[1], dtype=q.dtype)[:, None, None]), k, v, **options)
 
 
-@twin("step_equals_whole", "output of step")
-class ShortMemory(Sliding):
-    """Decoding forgets the oldest key of the window."""
-
-    def step(self, q: Tensor, k: Tensor, v: Tensor, *, state: Any = None) -> tuple[Tensor, Any]:
-        out, (k, v) = super().step(q, k, v, state=state)
-        return out, (k[:, :, 2 - self.size :], v[:, :, 2 - self.size :])
-
-
-@twin("step_equals_whole", "output of step")
-class NoCarry(Decayed):
-    """Decoding starts afresh at every token."""
-
-    def step(self, x: Tensor, *, state: Any = None) -> tuple[Tensor, Any]:
-        return super().step(x)
-
-
-@twin("step_equals_whole", "that names causal first")
-class Foresight(Sliding):
-    """Is not causal, and decodes all the same."""
-
-    def __init__(self, dims: Dims, **params: Any) -> None:
-        super().__init__(dims, **params)
-        self.causal = False
-
-
-@twin("value_width", "output of wide values")
-class SquareValues(Sliding):
-    """Writes the values' channels beyond those of the keys as zeros."""
-
-    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        return super().compute(q, k, v * (torch.arange(v.shape[3]) < q.shape[3]), **options)
-
-
-@twin("value_width", "output of step with wide values")
-class SquareSteps(Sliding):
-    """The same, in decoding alone."""
-
-    def step(self, q: Tensor, k: Tensor, v: Tensor, *, state: Any = None) -> tuple[Tensor, Any]:
-        return super().step(q, k, v * (torch.arange(v.shape[3]) < q.shape[3]), state=state)
-
-
-@twin("value_width", "name v first")
-class VagueRefusal(Sliding):
-    """Refuses wide values and does not say what was wrong."""
-
-    def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        if v.shape[3] != q.shape[3]:
-            raise ValueError("shapes differ")
-        return super().compute(q, k, v, **options)
-
-
 class Volatile:
     """Holds a tensor that a copy keeps and a pickle loses."""
 
@@ -242,33 +190,6 @@ class Volatile:
 
     def __reduce__(self) -> tuple[type[Volatile], tuple[()]]:
         return Volatile, ()
-
-
-@twin("state_round_trip", "does not carry on")
-class ForgetsWhenStored(Decayed):
-    """Its state loses the sum when it is pickled."""
-
-    def step(self, x: Tensor, *, state: Any = None) -> tuple[Tensor, Any]:
-        out, hidden = super().step(x, state=state.hidden if state else None)
-        return out, Volatile(hidden)
-
-
-@twin("varlen_equals_loop", "packed output")
-class IgnoresEnds(Sliding):
-    """Lets a packed sequence see the one before."""
-
-    def compute(self, q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
-        return super().compute(q, k, v)
-
-
-@twin("varlen_equals_loop", "packed gradient of x")
-class DetachesFirst(Decayed):
-    """When packed, cuts the gradient of the first token."""
-
-    def compute(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
-        if cu_seqlens is not None:
-            x = torch.cat([x[:, :1].detach(), x[:, 1:]], 1)
-        return super().compute(x, cu_seqlens=cu_seqlens)
 
 
 @twin("poisoned_buffers", "poisoned memory")

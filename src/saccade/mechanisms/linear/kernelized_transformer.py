@@ -133,8 +133,8 @@ class KernelizedTransformer(Attention):
     all; "generator": G(eps), G a network D / 2 - 2 D - 4 D - D shared by the heads, with batch normalisation, leaky
     relus and a tanh at the end; "fastfood": the D rows of S H G P H B / sqrt(D), H Hadamard, S, G, B diagonal and
     learned, P a random permutation, in D log D steps. eps and P are drawn anew in every call when training, and stay
-    otherwise. Fourier features may be negative, so that a row could divide by nearly 0; the constant c adds c^2 to the
-    kernel against that. Paper: arXiv 2110.08323; spectra, start, eps and c follow the authors' code
+    otherwise, and between steps. Fourier features may be negative, so that a row could divide by nearly 0; the constant
+    c adds c^2 to the kernel against that. Paper: arXiv 2110.08323; spectra, start, eps and c follow the authors' code
     (OnLearningTheKernel: mix-gauss-fourier, generative-fourier, fsgb-fastfood and the positive ones).
     Deviations: phi . phi + c^2 is 1 + c^2 for one x under Fourier features, where the code's Gaussian features make it
     2 + c^2; positive Gaussian features have both signs of mu and a full S, there one sign and a diagonal S; the mixture

@@ -8,7 +8,8 @@ channels), the states before all stretches of a sequence; empty if there is one.
 
 Where batch and channels do not fill the chip a sequence is cut. All stretches but the last are walked at once, each as
 if nothing were before it. Of the first that is the result; what the others add gives the states before all but the
-first, which are walked again from there, at once with the last.
+first, which are walked again from there, at once with the last. Behind a gate, of many stretches, the first pass finds
+states alone, and all are walked again.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ PULLED = Cut(7, 16)  # which waits longer for each token
 class Way(NamedTuple):
     """How tokens are gone through: the tile of a program, and stretches.
 
-    once: the first of several is walked once, and the others twice by the same kernel, the first time from nothing.
+    once: the first of several is walked once, and the others twice by the same kernel, the first time from nothing; or
+    else all but the last are walked for their states first. Means nothing for the gradients.
     """
 
     tile: Tile
@@ -224,6 +226,7 @@ def selective(
     if way.once:
         over(range(1, way.count), begun=way.count, first=starts, last=ends, kept=kept)
     else:
+        # Nobody needs `kept` again, but without it the assembler has loads waited for, 6 % of the time.
         over(range(way.count), begun=way.count, first=starts, last=ends, kept=kept)
     return y, turned(ends[:, -1]), starts
 
